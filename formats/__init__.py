@@ -1,0 +1,1 @@
+"""Bytes: block codecs, GGUF files. Imports nothing of this project but itself."""

@@ -1,0 +1,56 @@
+"""What a block format is: a name, a block's geometry, and a codec."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from gguf import GGMLQuantizationType
+
+Effort = Literal["best", "fast"]
+
+
+class Encode(Protocol):
+    """rows: float32 [n_rows, n_columns], C-contiguous, n_columns % block_size == 0, finite.
+    importance: float32 [n_columns], finite and non-negative, or None for uniform importance.
+    Returns uint8 [n_rows, n_columns // block_size * type_size]. The bytes of a row depend on that row, the importance
+    and the effort alone: never on threads, on the other rows, or on how rows are cut into calls."""
+
+    def __call__(
+        self, rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best"
+    ) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """One ggml tensor type.
+
+    ggml_type: its id; `name` is ggml's own name for it ("Q4_K").
+    block_size: weights in a block; type_size: bytes of a block.
+    encode, decode: the codec; decode maps uint8 [n_rows, row_bytes] to float32 [n_rows, n_columns].
+    needs_importance: the format is so coarse that encoding without an importance matrix is refused.
+    """
+
+    ggml_type: GGMLQuantizationType
+    block_size: int
+    type_size: int
+    encode: Encode
+    decode: Callable[[np.ndarray], np.ndarray]
+    needs_importance: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.ggml_type.name
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.type_size * 8 / self.block_size
+
+    def fits(self, n_columns: int) -> bool:
+        return n_columns % self.block_size == 0
+
+    def row_bytes(self, n_columns: int) -> int:
+        """Bytes of a row of n_columns weights; n_columns must be a multiple of block_size."""
+        if not self.fits(n_columns):
+            raise ValueError(f"{n_columns} columns are no multiple of {self.name}'s block of {self.block_size}")
+        return n_columns // self.block_size * self.type_size

@@ -1,0 +1,99 @@
+"""The words decisions are made in: what a tensor is, and what a model is made of. Plain frozen dataclasses."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+
+class Role(StrEnum):
+    """The structural place of a tensor; profiles speak in roles, never in substrings of names."""
+
+    EMBEDDING = "embedding"
+    OUTPUT = "output"
+    NORM = "norm"
+    BIAS = "bias"
+    ROPE = "rope"
+    ROUTER = "router"
+    ATTENTION_QUERY = "attention_query"
+    ATTENTION_KEY = "attention_key"
+    ATTENTION_VALUE = "attention_value"
+    ATTENTION_QKV = "attention_qkv"
+    ATTENTION_OUTPUT = "attention_output"
+    MLP_GATE = "mlp_gate"
+    MLP_UP = "mlp_up"
+    MLP_GATE_UP = "mlp_gate_up"
+    MLP_DOWN = "mlp_down"
+    EXPERT_GATE = "expert_gate"
+    EXPERT_UP = "expert_up"
+    EXPERT_DOWN = "expert_down"
+
+
+# Tensors that runtimes compute with in float32: a few values each, never quantized.
+UNQUANTIZED_ROLES = frozenset({Role.NORM, Role.BIAS, Role.ROPE, Role.ROUTER})
+
+# How the rows of a stored matrix are made from the rows of the checkpoint's.
+#   none      as they are
+#   rotary    the two halves of every head's rows interleaved, as llama.cpp's rotary embedding pairs neighbours
+#   plus_one  every value + 1 (gemma stores the norm's deviation from one)
+#   constant  no source: the values are computed from the configuration (rope factors)
+Transform = Literal["none", "rotary", "plus_one", "constant"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of the artifact and where it comes from.
+
+    name: GGUF name, e.g. "blk.0.attn_q.weight".
+    shape: slowest dimension first: (n_values,), (n_rows, n_columns) or (n_experts, n_rows, n_columns).
+    sources: names of the checkpoint's tensors: one, or one per expert for a stacked tensor; none for a constant.
+    layer: index of the decoder layer, None outside of the layers.
+    n_heads: heads over which a rotary transform runs.
+    constant: the values of a constant tensor, in order.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    layer: int | None = None
+    sources: tuple[str, ...] = ()
+    transform: Transform = "none"
+    n_heads: int = 0
+    constant: tuple[float, ...] = ()
+
+    @property
+    def n_columns(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def n_weights(self) -> int:
+        n = 1
+        for dimension in self.shape:
+            n *= dimension
+        return n
+
+    @property
+    def n_rows(self) -> int:
+        """Rows over all matrices of the tensor."""
+        return self.n_weights // self.n_columns
+
+    @property
+    def n_matrices(self) -> int:
+        return self.shape[0] if len(self.shape) == 3 else 1
+
+
+@dataclass(frozen=True)
+class ModelMap:
+    """What the model is made of, in the order of the artifact's file.
+
+    architecture: GGUF architecture name ("llama"); n_layers: decoder layers.
+    metadata: the artifact's key-value pairs that describe the model and its tokenizer, in order of writing;
+        values are str, bool, int, float or lists of them; see converter.metadata for the types they are written with.
+    """
+
+    architecture: str
+    n_layers: int
+    tensors: tuple[TensorSpec, ...]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def tensor(self, name: str) -> TensorSpec:
+        return next(t for t in self.tensors if t.name == name)
