@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Literal
+
+from gguf.gguf_writer import GGUFValue
 
 
 class Role(StrEnum):
@@ -86,14 +88,13 @@ class ModelMap:
     """What the model is made of, in the order of the artifact's file.
 
     architecture: GGUF architecture name ("llama"); n_layers: decoder layers.
-    metadata: the artifact's key-value pairs that describe the model and its tokenizer, in order of writing;
-        values are str, bool, int, float or lists of them; see converter.metadata for the types they are written with.
+    metadata: the artifact's key-value pairs that describe the model and its tokenizer, in order of writing.
     """
 
     architecture: str
     n_layers: int
     tensors: tuple[TensorSpec, ...]
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, GGUFValue] = field(default_factory=dict)
 
     def tensor(self, name: str) -> TensorSpec:
         return next(t for t in self.tensors if t.name == name)
