@@ -1,0 +1,96 @@
+"""A plan: for every tensor its format, its exact bytes and the reason. Made before anything runs, then executed."""
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+
+from formats.registry import get_format
+from profiles.vocabulary import UNQUANTIZED_ROLES, TensorSpec
+
+# From this many bits on, rounding is so fine that the importance of a column changes nothing worth a calibration.
+_BITS_THAT_NEED_NO_IMPORTANCE = 8.0
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One row of a plan. wanted: the format the profile asked for, where it differs from the one that fits."""
+
+    tensor: TensorSpec
+    format: str
+    reason: str
+    wanted: str | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        return self.tensor.n_rows * get_format(self.format).row_bytes(self.tensor.n_columns)
+
+    @property
+    def extra_bytes(self) -> int:
+        """What a fallback costs: bytes beyond the wanted format's rate, rounded to whole bytes."""
+        if self.wanted is None:
+            return 0
+        return self.n_bytes - round(self.tensor.n_weights * get_format(self.wanted).bits_per_weight / 8)
+
+    @property
+    def uses_importance(self) -> bool:
+        """Whether the encoder's result depends on an importance matrix."""
+        bits = get_format(self.format).bits_per_weight
+        return self.tensor.layer is not None and bits < _BITS_THAT_NEED_NO_IMPORTANCE
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written, in the order of the file."""
+
+    profile: str
+    effort: str
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(planned.n_bytes for planned in self.tensors)
+
+    @property
+    def n_weights(self) -> int:
+        return sum(planned.tensor.n_weights for planned in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.n_bytes * 8 / self.n_weights
+
+    @property
+    def uses_importance(self) -> bool:
+        return any(planned.uses_importance for planned in self.tensors)
+
+    @property
+    def dominant_format(self) -> str:
+        """The format most of the matrices' weights are in; llama.cpp names a file's type after it."""
+        weights: Counter[str] = Counter()
+        for planned in self.tensors:
+            if planned.tensor.role not in UNQUANTIZED_ROLES and planned.tensor.layer is not None:
+                weights[planned.format] += planned.tensor.n_weights
+        return max(weights, key=lambda name: (weights[name], name)) if weights else "F32"
+
+    def rows(self) -> list[dict]:
+        """The plan as plain data, one row a tensor."""
+        return [
+            {
+                "tensor": planned.tensor.name,
+                "role": planned.tensor.role.value,
+                "layer": planned.tensor.layer,
+                "shape": list(planned.tensor.shape),
+                "format": planned.format,
+                "bytes": planned.n_bytes,
+                "bits_per_weight": planned.n_bytes * 8 / planned.tensor.n_weights,
+                "wanted": planned.wanted,
+                "extra_bytes": planned.extra_bytes,
+                "reason": planned.reason,
+            }
+            for planned in self.tensors
+        ]
+
+    def digest(self) -> str:
+        """SHA-256 over everything that decides the artifact's bytes: tensors, their order, formats and effort."""
+        decided = [[row["tensor"], row["shape"], row["format"]] for row in self.rows()]
+        return hashlib.sha256(json.dumps([self.effort, decided]).encode()).hexdigest()
