@@ -1,0 +1,192 @@
+"""One data file per architecture: what its checkpoints are made of, and what llama.cpp calls it.
+
+Every file in `architectures/` is one table of facts (docs/add-an-architecture.md explains each key). This module reads
+them, finds the one of a configuration, and computes the dimensions that their shapes are written in.
+"""
+
+import re
+import tomllib
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any, get_args
+
+from gguf import MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
+
+from formats.errors import ConvertError, nearest
+from profiles.vocabulary import Role, Transform
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """One kind of tensor of the checkpoint.
+
+    pattern: its name, with {layer} and {expert} in the place of the indices.
+    shape: names of dimensions, see `dimensions`; of one expert's matrix where the tensors are stacked.
+    heads: dimension that counts the heads of a rotary transform.
+    optional: may be absent (biases, and the output of models that tie it to the embedding).
+    """
+
+    pattern: str
+    role: Role
+    shape: tuple[str, ...]
+    transform: Transform = "none"
+    heads: str = ""
+    optional: bool = False
+
+    def __post_init__(self) -> None:
+        if self.transform not in get_args(Transform):
+            raise ValueError(f"{self.pattern}: unknown transform {self.transform!r}")
+
+    @property
+    def per_layer(self) -> bool:
+        return "{layer}" in self.pattern
+
+    @property
+    def stacked(self) -> bool:
+        return "{expert}" in self.pattern
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """name: of the data file. gguf_name: llama.cpp's architecture. model_types: values of config.json's `model_type`.
+    tensors: in the order of the artifact.
+    prefixes: beginnings of names that some checkpoints use, and what they stand for.
+    ignored: regular expressions of names without use to a runtime.
+    defaults: values of config.json that its authors may leave out, as transformers assumes them.
+    requires: values that llama.cpp's implementation takes for granted.
+    rope_types: the rope scalings that llama.cpp implements for it.
+    uint32, float32: GGUF key (without the architecture's prefix) -> key of the configuration or dimension."""
+
+    name: str
+    gguf_name: str
+    model_types: tuple[str, ...]
+    tensors: tuple[TensorRule, ...]
+    prefixes: dict[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    defaults: dict[str, Any] = field(default_factory=dict)
+    requires: dict[str, Any] = field(default_factory=dict)
+    rope_types: tuple[str, ...] = ()
+    uint32: dict[str, str] = field(default_factory=dict)
+    float32: dict[str, str] = field(default_factory=dict)
+
+    def complete(self, config: dict[str, Any], where: str) -> dict[str, Any]:
+        """The configuration with the defaults filled in; refuses values that llama.cpp does not implement."""
+        completed = {**self.defaults, **{key: value for key, value in config.items() if value is not None}}
+        for key, value in self.requires.items():
+            if completed.get(key, value) != value:
+                raise ConvertError(
+                    f"llama.cpp implements {self.name} models with {key} = {value!r} only, this one has "
+                    f"{completed[key]!r}",
+                    f"{where}: {key}",
+                    "there is no GGUF of this model that llama.cpp would run correctly",
+                )
+        return completed
+
+    def canonical_name(self, name: str) -> str | None:
+        """The name as the rules spell it; None for a tensor to ignore."""
+        if any(re.search(pattern, name) for pattern in self.ignored):
+            return None
+        for prefix, replacement in self.prefixes.items():
+            if name.startswith(prefix):
+                return replacement + name.removeprefix(prefix)
+        return name
+
+
+def dimensions(config: dict[str, Any], where: str) -> dict[str, int]:
+    """The dimensions that shapes are written in, from a completed configuration."""
+    try:
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        key_value_heads = config.get("num_key_value_heads", heads)
+        head = config.get("head_dim", hidden // heads)
+        rotary = int(head * rotary_fraction(config))
+        dims = {
+            "vocab": config["vocab_size"],
+            "hidden": hidden,
+            "mlp": config["intermediate_size"],
+            "heads": heads,
+            "key_value_heads": key_value_heads,
+            "head": head,
+            "rotary": rotary,
+            "query": heads * head,
+            "key_value": key_value_heads * head,
+            "qkv": (heads + 2 * key_value_heads) * head,
+            "gate_up": 2 * config["intermediate_size"],
+            "experts": config.get("num_local_experts", config.get("num_experts", 0)),
+            "expert_mlp": config.get("moe_intermediate_size", config["intermediate_size"]),
+            "layers": config["num_hidden_layers"],
+        }
+    except KeyError as error:
+        raise ConvertError(
+            f"the configuration lacks {error.args[0]}", where, "fetch config.json of the same revision again"
+        ) from None
+    bad = [name for name, value in dims.items() if not isinstance(value, int) or value < (name != "experts")]
+    if bad:
+        raise ConvertError(
+            f"the configuration gives {bad[0]} = {dims[bad[0]]!r}, which is no size", where, "fetch config.json again"
+        )
+    return dims
+
+
+def rotary_fraction(config: dict[str, Any]) -> float:
+    """The part of every head that the rotary embedding turns."""
+    rope = config.get("rope_parameters") or {}
+    return rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+
+
+@cache
+def architectures() -> tuple[Architecture, ...]:
+    """All of them, by name."""
+    found = [entry for entry in files("converter").joinpath("architectures").iterdir() if entry.name.endswith(".toml")]
+    return tuple(_parse(entry.name.removesuffix(".toml"), entry.read_text("utf-8")) for entry in sorted(found, key=str))
+
+
+def find_architecture(config: dict[str, Any], where: str) -> Architecture:
+    """The architecture of this configuration, by its `model_type`."""
+    model_type = config.get("model_type")
+    by_type = {name: architecture for architecture in architectures() for name in architecture.model_types}
+    if model_type in by_type:
+        return by_type[model_type]
+    if "auto_map" in config:
+        raise ConvertError(
+            f"the model (model_type {model_type!r}) needs code from its repository, and remote code is never run",
+            f"{where}: auto_map",
+            f"use a checkpoint of a known architecture; {nearest(str(model_type), list(by_type))}",
+        )
+    raise ConvertError(
+        f"unknown architecture {model_type!r}", f"{where}: model_type", nearest(str(model_type), list(by_type))
+    )
+
+
+def gguf_name_map(gguf_architecture: str, n_layers: int) -> TensorNameMap:
+    """gguf's own table from the names of Hugging Face checkpoints to those of llama.cpp."""
+    by_name = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
+    return get_tensor_name_map(by_name[gguf_architecture], n_layers)
+
+
+def gguf_name(names: TensorNameMap, name: str) -> str:
+    """llama.cpp's name of a checkpoint's tensor; of a stacked tensor, the name without the expert's index."""
+    found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    if found is None:
+        raise ValueError(f"gguf has no name for {name!r}: the architecture's data file is wrong")
+    return found
+
+
+def _parse(name: str, text: str) -> Architecture:
+    table = tomllib.loads(text)
+    rules = tuple(
+        TensorRule(pattern, Role(rule.pop("role")), tuple(rule.pop("shape")), **rule)
+        for pattern, rule in table.pop("tensors").items()
+    )
+    metadata = table.pop("metadata")
+    return Architecture(
+        name=name,
+        gguf_name=table.pop("gguf_name"),
+        model_types=tuple(table.pop("model_types")),
+        tensors=rules,
+        ignored=tuple(table.pop("ignored", ())),
+        rope_types=tuple(table.pop("rope_types")),
+        uint32=metadata.pop("uint32"),
+        float32=metadata.pop("float32"),
+        **table,
+    )

@@ -1,0 +1,162 @@
+"""The stage `source`: from MODEL to a Checkpoint whose tensors stay on disk until rows of them are asked for."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.gguf_writer import GGUFValue
+
+from formats.errors import ConvertError
+
+# Everything beside the weights that a conversion reads; also all that is fetched of a Hub repository.
+METADATA_PATTERNS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md")
+INDEX_NAME = "model.safetensors.index.json"
+
+# numpy has no bfloat16: its bits are read as uint16 and become the upper half of a float32.
+_NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+DTYPE_BYTES = {name: np.dtype(dtype).itemsize for name, dtype in _NUMPY_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: dtype "F64", "F32", "F16" or "BF16"; shape, slowest dimension first; offset of its first
+    byte in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+
+    @property
+    def n_columns(self) -> int:
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def n_rows(self) -> int:
+        """Rows over all matrices of the tensor; a vector is one row."""
+        n_rows = 1
+        for dimension in self.shape[:-1]:
+            n_rows *= dimension
+        return n_rows
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model as it is stored.
+
+    location: the directory, or the GGUF file.
+    model_id: Hub id, or the name of the directory or file.
+    revision: commit hash on the Hub, None elsewhere.
+    config: config.json, with the text model's own configuration on top where the model has other parts too; of a
+        GGUF the architecture alone.
+    tensors: every stored tensor by its name.
+    metadata: the key-value pairs of a GGUF; None for a Hugging Face checkpoint.
+    fetch_weights: brings the weights to this machine and opens them; None when they are here.
+    """
+
+    location: Path
+    model_id: str
+    revision: str | None
+    config: dict[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    metadata: dict[str, GGUFValue] | None = None
+    fetch_weights: Callable[[], "Checkpoint"] | None = field(default=None, compare=False, repr=False)
+
+    def with_weights(self) -> "Checkpoint":
+        """This checkpoint with its weights on this machine; downloads what is missing."""
+        return self if self.fetch_weights is None else self.fetch_weights()
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows start to stop, counted over all matrices of the tensor: float32 [stop - start, n_columns]; the values
+        of a vector: float32 [n_values].
+
+        Reads with plain file reads, from any thread: a mapping would count every page it has touched as resident
+        memory, and end the process when a file is cut short under it.
+        """
+        tensor = self.tensors[name]
+        stop = tensor.n_rows if stop is None else stop
+        if not 0 <= start <= stop <= tensor.n_rows:
+            raise IndexError(f"rows {start} to {stop} of {name}, which has {tensor.n_rows}")
+        row_bytes = tensor.n_columns * DTYPE_BYTES[tensor.dtype]
+        n_values = (stop - start) * tensor.n_columns
+        values = np.fromfile(
+            tensor.file, _NUMPY_DTYPES[tensor.dtype], count=n_values, offset=tensor.offset + start * row_bytes
+        )
+        if values.size != n_values:
+            raise ConvertError(
+                f"the file ends inside the tensor {name!r}", str(tensor.file), "fetch or copy this file again"
+            )
+        shape = tensor.shape if len(tensor.shape) < 2 else (stop - start, tensor.n_columns)
+        return _to_float32(values, tensor.dtype).reshape(shape)
+
+    def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """The rows of these indices, in their order: float32 [len(rows), n_columns]."""
+        tensor = self.tensors[name]
+        shape = (tensor.n_rows, tensor.n_columns)
+        mapped = np.memmap(tensor.file, _NUMPY_DTYPES[tensor.dtype], "r", tensor.offset, shape)
+        return _to_float32(mapped[rows], tensor.dtype)
+
+    def files(self) -> list[tuple[str, int, str]]:
+        """(relative name, bytes, identity) of every file that the conversion reads, sorted by name.
+
+        The identity is "sha256:..." of the content of small files, "blob:..." of the Hub cache's content-addressed
+        files, and for other weights a hash of the header, plus the modification time: hashing terabytes is no option.
+        """
+        if self.location.is_file():
+            return [(self.location.name, self.location.stat().st_size, _weights_identity(self.location))]
+        names = {path.name for path in self.location.iterdir() if is_metadata_file(path.name)}
+        weights = {tensor.file for tensor in self.tensors.values()}
+        entries = [(self.location / name, _content_identity) for name in names]
+        entries += [(path, _weights_identity) for path in weights]
+        return sorted(
+            (path.relative_to(self.location).as_posix(), path.stat().st_size, identity(path))
+            for path, identity in entries
+        )
+
+
+def is_metadata_file(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in METADATA_PATTERNS)
+
+
+def open_checkpoint(model: str, *, metadata_only: bool = False, token: str | None = None) -> Checkpoint:
+    """MODEL, a local Hugging Face directory, a GGUF file, or a Hub id[@revision], as a Checkpoint.
+
+    metadata_only: of a Hub model fetch the small files and the headers of the weights only; `with_weights()` of the
+    result brings the weights. Local models are the same either way.
+    Raises ConvertError for anything that is no complete, unquantized safetensors or GGUF model.
+    """
+    from converter import gguf_source, hub, safetensors_source
+
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return safetensors_source.open_directory(path, model_id=path.resolve().name)
+    if path.is_file():
+        return gguf_source.open_gguf(path)
+    if hub.is_hub_id(model):
+        return hub.open_hub(model, metadata_only=metadata_only, token=token)
+    raise ConvertError(
+        f"no such directory or file: {model}", model, "give a local checkpoint, a GGUF file, or a Hub id like org/name"
+    )
+
+
+def _to_float32(values: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "BF16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)
+
+
+def _content_identity(path: Path) -> str:
+    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+def _weights_identity(path: Path) -> str:
+    target = path.resolve()
+    if target.parent.name == "blobs":  # the Hub cache names a blob by its content's hash
+        return f"blob:{target.name}"
+    with path.open("rb") as file:
+        head = file.read(1 << 20)
+    return f"head-sha256:{hashlib.sha256(head).hexdigest()} mtime_ns:{path.stat().st_mtime_ns}"

@@ -1,0 +1,71 @@
+"""The artifact's key-value pairs that describe the model, with the keys and types that llama.cpp's converter writes."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from gguf import GGUFType, GGUFValueType, GGUFWriter, Metadata, size_label
+from gguf.gguf_writer import GGUFValue
+
+from converter.architecture import Architecture
+from converter.checkpoint import Checkpoint
+from converter.rope import rope_metadata
+from profiles.vocabulary import TensorSpec
+
+
+def model_metadata(
+    checkpoint: Checkpoint,
+    *,
+    architecture: Architecture,
+    config: dict[str, Any],
+    dims: dict[str, int],
+    rope: dict[str, Any],
+    tensors: Iterable[TensorSpec],
+) -> dict[str, GGUFValue]:
+    """general.* and the architecture's own keys; config is completed, rope as `rope_parameters` gives it.
+    The writer adds what it alone knows: general.file_type and general.quantization_version."""
+    values = _general(checkpoint, architecture.gguf_name, tensors)
+    own: dict[str, GGUFValue] = {}
+    for keys, value_type, convert in (
+        (architecture.uint32, GGUFValueType.UINT32, int),
+        (architecture.float32, GGUFValueType.FLOAT32, float),
+    ):
+        for key, source in keys.items():
+            value = dims.get(source, config.get(source))
+            if value is not None:
+                own[key] = GGUFValue(convert(value), value_type)
+    own |= rope_metadata(rope)
+    return values | {f"{architecture.gguf_name}.{key}": value for key, value in own.items()}
+
+
+def _general(checkpoint: Checkpoint, gguf_name: str, tensors: Iterable[TensorSpec]) -> dict[str, GGUFValue]:
+    """Name, size label, license and base models, as gguf derives them from model card, configuration and name."""
+    writer = GGUFWriter(path=None, arch=gguf_name)
+    writer.add_type(GGUFType.MODEL)
+    for spec in tensors:
+        # Only the shape counts here, for the number of parameters.
+        writer.add_tensor_info(spec.name, spec.shape, np.dtype(np.float32), spec.n_weights * 4)
+    counts = writer.get_total_parameter_count()
+    metadata = _load_metadata(checkpoint, counts[0])
+    if metadata.size_label is None:
+        metadata.size_label = size_label(*counts)
+    metadata.set_gguf_meta_model(writer)
+    return dict(writer.kv_data[0])
+
+
+def _load_metadata(checkpoint: Checkpoint, n_parameters: int) -> Metadata:
+    """gguf reads names and sizes out of the directory's name, which in the Hub's cache is a commit hash: a link of the
+    model's own name stands in for it."""
+    organization, _, name = checkpoint.model_id.rpartition("/")
+    with TemporaryDirectory() as parent:
+        link = Path(parent) / name
+        link.symlink_to(checkpoint.location.resolve(), target_is_directory=True)
+        metadata = Metadata.load(model_path=link, total_params=n_parameters)
+    if metadata.name is None:
+        metadata.name = name
+    if metadata.organization is None and organization:
+        metadata.organization = re.sub(r"[-_]+", " ", organization).title()
+    return metadata

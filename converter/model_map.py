@@ -1,0 +1,165 @@
+"""The stage `describe`: from a Checkpoint to a ModelMap, and the rows of its tensors as the artifact stores them."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from converter import gguf_source
+from converter.architecture import Architecture, TensorRule, dimensions, find_architecture, gguf_name, gguf_name_map
+from converter.checkpoint import Checkpoint
+from converter.metadata import model_metadata
+from converter.rope import check_rope, rope_factors, rope_parameters
+from converter.tokenizer import tokenizer_metadata
+from formats.errors import ConvertError
+from profiles.vocabulary import ModelMap, Role, TensorSpec
+
+
+def describe(checkpoint: Checkpoint, pre_tokenizer: str | None = None) -> ModelMap:
+    """What the checkpoint is made of, in the order of the artifact: embedding, layers, output.
+
+    pre_tokenizer: llama.cpp's name of the pre-tokenizer, for a tokenizer that cannot be recognised.
+    Raises ConvertError for an unknown architecture or tensor, a tensor that is absent or has another shape than the
+    configuration says, and a configuration that llama.cpp does not implement.
+    """
+    if checkpoint.metadata is not None:
+        return gguf_source.describe_gguf(checkpoint)
+    where = str(checkpoint.location / "config.json")
+    architecture = find_architecture(checkpoint.config, where)
+    config = architecture.complete(checkpoint.config, where)
+    dims = dimensions(config, where)
+    rope = rope_parameters(config)
+    check_rope(rope, architecture.rope_types, dims["rotary"], where)
+    tensors = tuple(_Describer(checkpoint, architecture, config, dims, rope).tensors())
+    metadata = model_metadata(
+        checkpoint, architecture=architecture, config=config, dims=dims, rope=rope, tensors=tensors
+    )
+    metadata |= tokenizer_metadata(checkpoint.location, dims["vocab"], pre_tokenizer)
+    return ModelMap(architecture.gguf_name, dims["layers"], tensors, metadata)
+
+
+def read_rows(checkpoint: Checkpoint, spec: TensorSpec, start: int, stop: int) -> np.ndarray:
+    """Rows start to stop of the tensor as the artifact stores it, counted over all its matrices: float32
+    [stop - start, n_columns], C-contiguous. A vector is one row. The cost is that of the rows asked for."""
+    if spec.transform == "constant":
+        return np.array([spec.constant], np.float32)[start:stop]
+    if len(spec.sources) == 1:
+        return _read_transformed(checkpoint, spec, spec.sources[0], start, stop)
+    rows_per_matrix = spec.n_rows // spec.n_matrices
+    parts = []
+    for matrix in range(start // rows_per_matrix, -(-stop // rows_per_matrix)):
+        first = matrix * rows_per_matrix
+        part = max(start - first, 0), min(stop - first, rows_per_matrix)
+        parts.append(_read_transformed(checkpoint, spec, spec.sources[matrix], *part))
+    return np.concatenate(parts) if parts else np.empty((0, spec.n_columns), np.float32)
+
+
+def restore(spec: TensorSpec, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """The inverse of `read_rows` over a whole tensor: rows float32 [n_rows, n_columns] of the artifact to the
+    checkpoint's tensors, by name and in their own shapes."""
+    if spec.transform == "constant":
+        return {}
+    if spec.transform == "plus_one":
+        rows = rows - np.float32(1)
+    if spec.transform == "rotary":
+        by_head = rows.reshape(spec.n_heads, -1, 2, 1 if len(spec.shape) == 1 else spec.n_columns)
+        rows = by_head.swapaxes(1, 2)
+    if len(spec.sources) == 1:
+        return {spec.sources[0]: rows.reshape(spec.shape)}
+    return dict(zip(spec.sources, rows.reshape(spec.shape), strict=True))
+
+
+def _read_transformed(checkpoint: Checkpoint, spec: TensorSpec, source: str, start: int, stop: int) -> np.ndarray:
+    """Rows start to stop of one matrix."""
+    if spec.transform == "rotary":
+        return _read_rotary(checkpoint, spec, source, start, stop)
+    rows = checkpoint.read(source, start, stop).reshape(stop - start, spec.n_columns)
+    return rows + np.float32(1) if spec.transform == "plus_one" else rows
+
+
+def _read_rotary(checkpoint: Checkpoint, spec: TensorSpec, source: str, start: int, stop: int) -> np.ndarray:
+    """transformers turns row i of a head together with row i + half; llama.cpp's llama turns neighbours: so the two
+    halves of every head are interleaved. Whole heads are read, and the rows asked for are cut out."""
+    if len(spec.shape) == 1:
+        halves = checkpoint.read(source).reshape(spec.n_heads, 2, -1)
+        return halves.swapaxes(1, 2).reshape(1, spec.n_columns)[start:stop]
+    head_rows = spec.n_rows // spec.n_heads
+    first, last = start // head_rows * head_rows, -(-stop // head_rows) * head_rows
+    halves = checkpoint.read(source, first, last).reshape(-1, 2, head_rows // 2, spec.n_columns)
+    interleaved = halves.swapaxes(1, 2).reshape(last - first, spec.n_columns)
+    return np.ascontiguousarray(interleaved[start - first : stop - first])
+
+
+class _Describer:
+    """Matches the checkpoint's tensors with the architecture's rules."""
+
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture, config: dict, dims: dict, rope: dict):
+        self.checkpoint, self.architecture, self.config = checkpoint, architecture, config
+        self.dims, self.rope = dims, rope
+        self.names = gguf_name_map(architecture.gguf_name, dims["layers"])
+        canonical = ((architecture.canonical_name(name), name) for name in checkpoint.tensors)
+        self.stored = {canonical_name: name for canonical_name, name in canonical if canonical_name is not None}
+        self.used: set[str] = set()
+
+    def tensors(self) -> Iterator[TensorSpec]:
+        rules = self.architecture.tensors
+        layered = [rule for rule in rules if rule.per_layer]
+        first = rules.index(layered[0])
+        for rule in rules[:first]:
+            yield from self._match(rule, None)
+        yield from self._rope_constants()
+        for layer in range(self.dims["layers"]):
+            for rule in layered:
+                yield from self._match(rule, layer)
+        for rule in rules[first + len(layered) :]:
+            yield from self._match(rule, None)
+        self._refuse_unknown()
+
+    def _match(self, rule: TensorRule, layer: int | None) -> Iterator[TensorSpec]:
+        n_experts = self.dims["experts"] if rule.stacked else 1
+        wanted = [rule.pattern.format(layer=layer, expert=expert) for expert in range(n_experts)]
+        self.used.update(wanted)
+        if rule.role is Role.OUTPUT and self.config["tie_word_embeddings"]:
+            return  # transformers ignores a stored output too when it is tied to the embedding
+        missing = [name for name in wanted if name not in self.stored]
+        if missing and rule.optional and len(missing) == n_experts:
+            return
+        if missing:
+            raise ConvertError(
+                f"the checkpoint lacks the tensor {missing[0]!r}", str(self.checkpoint.location), "fetch it again"
+            )
+        matrix_shape = tuple(self.dims[name] for name in rule.shape)
+        sources = tuple(self.stored[name] for name in wanted)
+        for source in sources:
+            self._check_shape(source, matrix_shape)
+        yield TensorSpec(
+            name=gguf_name(self.names, rule.pattern.replace(".{expert}", "").format(layer=layer)),
+            shape=(n_experts, *matrix_shape) if rule.stacked else matrix_shape,
+            role=rule.role,
+            layer=layer,
+            sources=sources,
+            transform=rule.transform,
+            n_heads=self.dims[rule.heads] if rule.heads else 0,
+        )
+
+    def _check_shape(self, source: str, shape: tuple[int, ...]) -> None:
+        stored = self.checkpoint.tensors[source]
+        if stored.shape != shape:
+            raise ConvertError(
+                f"{source!r} has the shape {list(stored.shape)}, the configuration says {list(shape)}",
+                str(stored.file),
+                "fetch config.json and the weights again, from the same revision",
+            )
+
+    def _rope_constants(self) -> Iterator[TensorSpec]:
+        for name, factors in rope_factors(self.rope, self.dims["rotary"]).items():
+            yield TensorSpec(name, (len(factors),), Role.ROPE, transform="constant", constant=factors)
+
+    def _refuse_unknown(self) -> None:
+        unknown = sorted(set(self.stored) - self.used)
+        if unknown:
+            raise ConvertError(
+                f"{len(unknown)} tensors are unknown to the architecture {self.architecture.name}, the first is "
+                f"{unknown[0]!r}",
+                str(self.checkpoint.location),
+                "converting without them would change the model; docs/add-an-architecture.md tells how to add them",
+            )
