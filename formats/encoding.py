@@ -4,6 +4,8 @@ import numpy as np
 
 from formats.errors import ConvertError
 
+SMALLEST_WEIGHT = np.float32(1e-8)
+
 
 def to_blocks(rows: np.ndarray, importance: np.ndarray | None, block_size: int) -> tuple[np.ndarray, np.ndarray]:
     """The rows and their importance, cut into blocks.
@@ -12,7 +14,8 @@ def to_blocks(rows: np.ndarray, importance: np.ndarray | None, block_size: int) 
     Returns blocks float32 [n_rows * blocks_per_row, block_size], a view of rows, and their weights
     float32 [blocks_per_row, block_size]; block b is weighted by weights[b % blocks_per_row].
     A block's weights are divided by their maximum, which moves no optimum and keeps sums of squares inside float32. A
-    block in which nothing is important (or no importance is given) weighs all its columns alike.
+    block in which nothing is important (or no importance is given) weighs all its columns alike. Beside important
+    columns an unimportant one keeps SMALLEST_WEIGHT: too little to be seen in a sum, enough to decide between equals.
 
     Raises ConvertError for a weight that is not finite (naming row and column) or an importance that is negative or
     not finite (naming the column); the caller adds the tensor's name. Raises ValueError for a wrong dtype or shape.
@@ -26,7 +29,7 @@ def to_blocks(rows: np.ndarray, importance: np.ndarray | None, block_size: int) 
     # A largest weight below float32's normal range would lose its digits in the division.
     weighted = largest >= np.finfo(np.float32).tiny
     normalized = np.divide(weights, largest, out=np.ones_like(weights), where=weighted)
-    return rows.reshape(-1, block_size), normalized
+    return rows.reshape(-1, block_size), np.maximum(normalized, SMALLEST_WEIGHT)
 
 
 def check_rows(rows: np.ndarray, block_size: int) -> None:

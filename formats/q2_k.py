@@ -1,0 +1,49 @@
+"""Q2_K, ggml's block_q2_K: 16 sub-blocks of 16 weights, each with a 4-bit scale and a 4-bit minimum.
+
+256 weights in 84 bytes, 2.625 bits per weight. A weight is d * scale * code - dmin * minimum, with a code of 2 bits.
+
+    scales   16     byte i: scale of sub-block i in the low nibble, its minimum in the high one
+    qs       64     byte 32 h + l: codes of weights 128 h + l + 0, 32, 64, 96 at bits 0, 2, 4, 6
+    d         2     float16, unit of the scales
+    dmin      2     float16, unit of the minima
+"""
+
+import numpy as np
+
+from formats.block_format import Effort
+from formats.encoding import to_blocks
+from formats.scale_min_search import clip_grid, search_super_blocks
+
+BLOCK_SIZE, TYPE_SIZE = 256, 84
+N_SUB_BLOCKS = 16
+TOP_CODE, TOP_SCALE = np.float32(3), np.float32(15)
+SHIFTS = np.array([0, 2, 4, 6], np.uint8)[:, None]
+
+# Effort: trial ranges of a sub-block and refits of each, trial super-scales, rounds of storing and refitting.
+_EFFORTS = {
+    "best": (clip_grid(8, 8, narrowest=1.3), np.linspace(-0.4, 6, 64, dtype=np.float32), 2, 4),
+    "fast": (clip_grid(4, 4, narrowest=1.0), np.linspace(-0.4, 6, 32, dtype=np.float32), 1, 3),
+}
+
+
+def encode(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
+    blocks, weights = to_blocks(rows, importance, BLOCK_SIZE)
+    clips, step_trials, n_passes, n_rounds = _EFFORTS[effort]
+    steps = np.empty((len(blocks), 2), np.float32)
+    scales = np.empty((len(blocks), 2, N_SUB_BLOCKS), np.uint8)
+    codes = np.empty(blocks.shape, np.uint8)
+    search_super_blocks(
+        blocks, weights, TOP_CODE, TOP_SCALE, clips, step_trials, n_passes, n_rounds, (steps, scales, codes)
+    )
+    qs = np.bitwise_or.reduce(codes.reshape(-1, 2, 4, 32) << SHIFTS, axis=2).reshape(-1, 64)
+    header = scales[:, 0] | scales[:, 1] << 4
+    return np.concatenate([header, qs, steps.astype("<f2").view(np.uint8)], axis=1).reshape(len(rows), -1)
+
+
+def decode(data: np.ndarray) -> np.ndarray:
+    blocks = data.reshape(-1, TYPE_SIZE)
+    scales, qs = blocks[:, :16], blocks[:, 16:80]
+    d, dmin = np.ascontiguousarray(blocks[:, 80:]).view("<f2").astype(np.float32).T[:, :, None]
+    codes = (qs.reshape(-1, 2, 1, 32) >> SHIFTS & 3).reshape(-1, 16, 16)
+    rows = (d * (scales & 15))[:, :, None] * codes - (dmin * (scales >> 4))[:, :, None]
+    return rows.reshape(len(data), -1)
