@@ -1,0 +1,235 @@
+"""llama.cpp itself, through its C API: the shared object of the `xllamacpp` wheel exports it.
+
+The runtime that tests, the demo and benchmarks hold artifacts against; the product never imports it.
+
+    with LlamaCpp(path) as model:
+        tokens = model.tokenize("Once upon a time")
+        logits = model.logits(tokens)          # float32 [n_tokens, n_vocab]
+        text = model.detokenize(model.generate(tokens, 40))
+"""
+
+import ctypes
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from scripts import ggml
+
+_N_CTX_DEFAULT, _N_BATCH_DEFAULT, _N_UBATCH_DEFAULT = 512, 2048, 512
+_F32, _F16 = 0, 1
+_FLASH_ATTENTION_AUTO, _FLASH_ATTENTION_OFF = -1, 0
+_LOG_ERROR = 4
+
+_LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+
+
+class _ModelParams(ctypes.Structure):
+    """llama_model_params as far as it is used. The tail is longer than any build's: the callee writes and reads its own
+    size of it."""
+
+    _fields_ = (
+        ("pointers_and_numbers", ctypes.c_uint8 * 72),
+        ("vocab_only", ctypes.c_bool),
+        ("tail", ctypes.c_uint8 * 183),
+    )
+
+
+class _ContextParams(ctypes.Structure):
+    """llama_context_params, in the order of include/llama.h."""
+
+    _fields_ = (
+        ("n_ctx", ctypes.c_uint32),
+        ("n_batch", ctypes.c_uint32),
+        ("n_ubatch", ctypes.c_uint32),
+        ("n_seq_max", ctypes.c_uint32),
+        ("n_rs_seq", ctypes.c_uint32),
+        ("n_outputs_max", ctypes.c_uint32),
+        ("experimental", ctypes.c_uint32),
+        ("n_threads", ctypes.c_int32),
+        ("n_threads_batch", ctypes.c_int32),
+        ("ctx_type", ctypes.c_int32),
+        ("rope_scaling_type", ctypes.c_int32),
+        ("pooling_type", ctypes.c_int32),
+        ("attention_type", ctypes.c_int32),
+        ("flash_attn_type", ctypes.c_int32),
+        ("rope_and_yarn", ctypes.c_float * 8),
+        ("cb_eval", ctypes.c_void_p),
+        ("cb_eval_user_data", ctypes.c_void_p),
+        ("type_k", ctypes.c_int32),
+        ("type_v", ctypes.c_int32),
+        ("tail", ctypes.c_uint8 * 144),
+    )
+
+
+class _Batch(ctypes.Structure):
+    """llama_batch."""
+
+    _fields_ = (
+        ("n_tokens", ctypes.c_int32),
+        ("token", ctypes.POINTER(ctypes.c_int32)),
+        ("embd", ctypes.c_void_p),
+        ("pos", ctypes.POINTER(ctypes.c_int32)),
+        ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
+        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
+        ("logits", ctypes.POINTER(ctypes.c_int8)),
+    )
+
+
+class LlamaCpp:
+    """A GGUF loaded by llama.cpp on the CPU; attention caches in float32, so that nothing but the file is rounded."""
+
+    def __init__(self, path: Path | str, *, n_ctx: int = 512, n_threads: int | None = None, vocab_only: bool = False):
+        self._lib = _library()
+        params = self._lib.llama_model_default_params()
+        params.vocab_only = vocab_only
+        self._model = self._lib.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._model:
+            raise ValueError(f"llama.cpp cannot load {path}: {_take_errors()}")
+        self._vocab = self._lib.llama_model_get_vocab(self._model)
+        self.n_vocab: int = self._lib.llama_vocab_n_tokens(self._vocab)
+        self.n_ctx = n_ctx
+        self._context = None if vocab_only else self._new_context(n_threads or os.cpu_count() or 1)
+
+    def __enter__(self) -> "LlamaCpp":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._context:
+            self._lib.llama_free(self._context)
+        if self._model:
+            self._lib.llama_model_free(self._model)
+        self._context = self._model = None
+
+    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """add_special: put the beginning-of-sequence token where the model wants it. parse_special: read special
+        tokens' names in the text as those tokens."""
+        raw = text.encode()
+        buffer = (ctypes.c_int32 * (len(raw) + 8))()
+        n = self._lib.llama_tokenize(self._vocab, raw, len(raw), buffer, len(buffer), add_special, parse_special)
+        if n < 0:
+            raise ValueError(f"llama_tokenize returned {n}")
+        return list(buffer[:n])
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text, special tokens included."""
+        ids = (ctypes.c_int32 * len(tokens))(*tokens)
+        size = 256 * len(tokens) + 1
+        buffer = ctypes.create_string_buffer(size)
+        n = self._lib.llama_detokenize(self._vocab, ids, len(tokens), buffer, size, False, True)
+        if n < 0:
+            raise ValueError(f"llama_detokenize returned {n}")
+        return buffer.raw[:n].decode(errors="replace")
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """float32 [len(tokens), n_vocab]: the logits after each of the tokens, which start an empty context."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        return self._decode(tokens, start=0, all_positions=True)
+
+    def generate(self, tokens: Sequence[int], n_tokens: int) -> list[int]:
+        """Up to n_tokens that follow, each the most probable one; ends before an end-of-generation token."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        generated: list[int] = []
+        pending, position = list(tokens), 0
+        while len(generated) < n_tokens:
+            token = int(self._decode(pending, position, all_positions=False)[-1].argmax())
+            if self._lib.llama_vocab_is_eog(self._vocab, token):
+                break
+            position += len(pending)
+            generated.append(token)
+            pending = [token]
+        return generated
+
+    def _decode(self, tokens: Sequence[int], start: int, all_positions: bool) -> np.ndarray:
+        if start + len(tokens) > self.n_ctx:
+            raise ValueError(f"{start + len(tokens)} tokens do not fit into the context of {self.n_ctx}")
+        n = len(tokens)
+        batch = self._lib.llama_batch_init(n, 0, 1)
+        batch.n_tokens = n
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i] = token, start + i
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            batch.logits[i] = all_positions or i == n - 1
+        status = self._lib.llama_decode(self._context, batch)
+        self._lib.llama_batch_free(batch)
+        if status != 0:
+            raise ValueError(f"llama_decode returned {status}: {_take_errors()}")
+        n_outputs = n if all_positions else 1
+        raw = self._lib.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(raw, (n_outputs, self.n_vocab)).copy()
+
+    def _new_context(self, n_threads: int) -> int:
+        params = self._lib.llama_context_default_params()
+        params.n_ctx = params.n_batch = self.n_ctx
+        params.n_threads = params.n_threads_batch = n_threads
+        params.type_k = params.type_v = _F32
+        params.flash_attn_type = _FLASH_ATTENTION_OFF
+        context = self._lib.llama_init_from_model(self._model, params)
+        if not context:
+            raise ValueError(f"llama.cpp cannot make a context: {_take_errors()}")
+        return context
+
+
+_errors: list[str] = []
+
+
+def _take_errors() -> str:
+    text = "".join(_errors).strip() or "no message"
+    _errors.clear()
+    return text
+
+
+@_LogCallback
+def _log(level: int, message: bytes, _: object) -> None:
+    if level >= _LOG_ERROR:
+        _errors.append(message.decode(errors="replace"))
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """The shared object, its functions declared, its log silenced (errors are kept for the exceptions)."""
+    lib = ggml.library()
+    pointer, text, number, flag = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_bool
+    tokens = ctypes.POINTER(ctypes.c_int32)
+    for name, result, arguments in (
+        ("llama_backend_init", None, ()),
+        ("llama_log_set", None, (_LogCallback, pointer)),
+        ("llama_model_default_params", _ModelParams, ()),
+        ("llama_context_default_params", _ContextParams, ()),
+        ("llama_model_load_from_file", pointer, (text, _ModelParams)),
+        ("llama_model_free", None, (pointer,)),
+        ("llama_init_from_model", pointer, (pointer, _ContextParams)),
+        ("llama_free", None, (pointer,)),
+        ("llama_model_get_vocab", pointer, (pointer,)),
+        ("llama_vocab_n_tokens", number, (pointer,)),
+        ("llama_vocab_is_eog", flag, (pointer, number)),
+        ("llama_tokenize", number, (pointer, text, number, tokens, number, flag, flag)),
+        ("llama_detokenize", number, (pointer, tokens, number, text, number, flag, flag)),
+        ("llama_batch_init", _Batch, (number, number, number)),
+        ("llama_batch_free", None, (_Batch,)),
+        ("llama_decode", number, (pointer, _Batch)),
+        ("llama_get_logits", ctypes.POINTER(ctypes.c_float), (pointer,)),
+        ("llama_get_memory", pointer, (pointer,)),
+        ("llama_memory_clear", None, (pointer, flag)),
+    ):
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    lib.llama_log_set(_log, None)
+    lib.llama_backend_init()
+    _check_layout(lib)
+    return lib
+
+
+def _check_layout(lib: ctypes.CDLL) -> None:
+    """llama.cpp's structs change between builds; its defaults tell whether the fields still lie where they are set."""
+    params = lib.llama_context_default_params()
+    found = (params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max, params.n_threads_batch)
+    expected = (_N_CTX_DEFAULT, _N_BATCH_DEFAULT, _N_UBATCH_DEFAULT, 1, params.n_threads)
+    types = (params.type_k, params.type_v, params.flash_attn_type, params.rope_scaling_type)
+    if found != expected or types != (_F16, _F16, _FLASH_ATTENTION_AUTO, -1) or not 0 < params.n_threads < 1024:
+        raise ImportError("this build of xllamacpp has another llama_context_params: adapt scripts/llama_cpp.py")
