@@ -2,7 +2,7 @@
 
 from gguf import GGMLQuantizationType as Type
 
-from formats import plain, q2_k, q4_k
+from formats import plain, q2_k, q4_0, q4_k, q6_k, q8_0
 from formats.block_format import BlockFormat
 from formats.errors import ConvertError, nearest
 
@@ -10,9 +10,14 @@ _ALL = (
     BlockFormat(Type.F32, plain.BLOCK_SIZE, 4, plain.encode_f32, plain.decode_f32),
     BlockFormat(Type.F16, plain.BLOCK_SIZE, 2, plain.encode_f16, plain.decode_f16),
     BlockFormat(Type.BF16, plain.BLOCK_SIZE, 2, plain.encode_bf16, plain.decode_bf16),
+    BlockFormat(Type.Q8_0, q8_0.BLOCK_SIZE, q8_0.TYPE_SIZE, q8_0.encode, q8_0.decode),
+    BlockFormat(Type.Q6_K, q6_k.BLOCK_SIZE, q6_k.Q6_K_TYPE_SIZE, q6_k.encode_q6_k, q6_k.decode_q6_k),
     BlockFormat(Type.Q5_K, q4_k.BLOCK_SIZE, q4_k.Q5_K_TYPE_SIZE, q4_k.encode_q5_k, q4_k.decode_q5_k),
     BlockFormat(Type.Q4_K, q4_k.BLOCK_SIZE, q4_k.Q4_K_TYPE_SIZE, q4_k.encode_q4_k, q4_k.decode_q4_k),
+    BlockFormat(Type.Q3_K, q6_k.BLOCK_SIZE, q6_k.Q3_K_TYPE_SIZE, q6_k.encode_q3_k, q6_k.decode_q3_k),
     BlockFormat(Type.Q2_K, q2_k.BLOCK_SIZE, q2_k.TYPE_SIZE, q2_k.encode, q2_k.decode),
+    BlockFormat(Type.Q5_0, q4_0.BLOCK_SIZE, q4_0.Q5_0_TYPE_SIZE, q4_0.encode_q5_0, q4_0.decode_q5_0),
+    BlockFormat(Type.Q4_0, q4_0.BLOCK_SIZE, q4_0.Q4_0_TYPE_SIZE, q4_0.encode_q4_0, q4_0.decode_q4_0),
 )
 
 FORMATS: dict[str, BlockFormat] = {block_format.name: block_format for block_format in _ALL}

@@ -11,6 +11,7 @@ keep their digits when the error is small.
 
 The kernels return codes; the modules of the formats pack them into bytes.
 """
+# ruff: noqa: PLR0917  (compiled functions take their arguments by position)
 
 import math
 
@@ -175,7 +176,7 @@ def common_step(values, curvature, top, trials, sums):
 def store_sub_blocks(x, w, fits, d, dmin, top_code, top_scale, lanes, sums, stored, normal):
     """Gives every sub-block the best stored scale and minimum near its fit.
 
-    stored[:, i] = scale and minimum of sub-block i, as codes. normal: the normal equations of d and dmin for these codes.
+    stored[:, i] = scale and minimum of sub-block i, as codes; normal: the normal equations of d and dmin.
     Returns the weighted error.
     """
     n_sub, size = fits.shape[0], x.size // fits.shape[0]
@@ -231,7 +232,7 @@ def search_super_blocks(blocks, weights, top_code, top_scale, clips, step_trials
     blocks float32 [n_blocks, block_size], weights float32 [blocks_per_row, block_size].
     clips float32 [2, n_trials]: by how many steps a trial's range is cut at either end, negative to widen it.
     step_trials float32 [n]: what is added to top_scale in trial super-scales.
-    out: (steps float32 [n_blocks, 2] of d and dmin, scales and minima uint8 [n_blocks, 2, n_sub], codes uint8 like blocks).
+    out: (d and dmin float32 [n_blocks, 2], scales and minima uint8 [n_blocks, 2, n_sub], codes uint8 like blocks).
     """
     steps, scales, codes = out
     block_size, n_sub = blocks.shape[1], scales.shape[2]

@@ -1,0 +1,78 @@
+"""Q4_0 and Q5_0: 32 weights with one scale. A weight is d * (code - offset).
+
+Q4_0, ggml's block_q4_0: 18 bytes, 4.5 bits per weight, offset 8
+    d     2     float16, of either sign
+    qs   16     byte l: code of weight l in the low nibble, of weight 16 + l in the high one
+
+Q5_0, ggml's block_q5_0: 22 bytes, 5.5 bits per weight, offset 16
+    d     2     float16, of either sign
+    qh    4     bit j, little endian: the code's fifth bit of weight j
+    qs   16     the codes' lower four bits, as Q4_0
+"""
+
+import numpy as np
+
+from formats.block_format import Effort
+from formats.encoding import to_blocks
+from formats.scale_search import search_blocks
+
+BLOCK_SIZE = 32
+Q4_0_TYPE_SIZE, Q5_0_TYPE_SIZE = 18, 22
+
+
+def _peak_codes(offset: int, n: int, widest: float, narrowest: float) -> np.ndarray:
+    """Trial codes of a block's largest weight: n on the negative side, n on the positive one, in reach of either end."""
+    beyond = np.linspace(widest, narrowest, n, dtype=np.float32)
+    return np.concatenate([-offset - beyond, offset - 1 + beyond])
+
+
+# Effort: trial codes of the largest weight, refits of each, scales tried once rounded to float16.
+def _effort(offset: int, effort: Effort) -> tuple[np.ndarray, int, np.ndarray]:
+    if effort == "fast":
+        return _peak_codes(offset, 16, -0.4, 2.5), 1, np.ones(1, np.float32)
+    return _peak_codes(offset, 32, -0.4, 4.0), 2, np.ones(1, np.float32)
+
+
+def encode_q4_0(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
+    d, codes = _search(rows, importance, effort, offset=8)
+    return np.concatenate([d, _pack_nibbles(codes)], axis=1).reshape(len(rows), -1)
+
+
+def encode_q5_0(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
+    d, codes = _search(rows, importance, effort, offset=16)
+    qh = np.packbits(codes >> 4, axis=1, bitorder="little")
+    return np.concatenate([d, qh, _pack_nibbles(codes & 15)], axis=1).reshape(len(rows), -1)
+
+
+def decode_q4_0(data: np.ndarray) -> np.ndarray:
+    blocks = data.reshape(-1, Q4_0_TYPE_SIZE)
+    return _decode(blocks[:, :2], _unpack_nibbles(blocks[:, 2:]), 8).reshape(len(data), -1)
+
+
+def decode_q5_0(data: np.ndarray) -> np.ndarray:
+    blocks = data.reshape(-1, Q5_0_TYPE_SIZE)
+    high = np.unpackbits(blocks[:, 2:6], axis=1, bitorder="little")
+    return _decode(blocks[:, :2], _unpack_nibbles(blocks[:, 6:]) | high << 4, 16).reshape(len(data), -1)
+
+
+def _search(
+    rows: np.ndarray, importance: np.ndarray | None, effort: Effort, offset: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """d as bytes, uint8 [n_blocks, 2], and stored codes uint8 [n_blocks, 32]."""
+    blocks, weights = to_blocks(rows, importance, BLOCK_SIZE)
+    scales, codes = np.empty(len(blocks), np.float32), np.empty(blocks.shape, np.int8)
+    bottom, top = np.float32(-offset), np.float32(offset - 1)
+    search_blocks(blocks, weights, bottom, top, *_effort(offset, effort), (scales, codes))
+    return scales.astype("<f2").view(np.uint8).reshape(-1, 2), (codes + np.int8(offset)).view(np.uint8)
+
+
+def _pack_nibbles(codes: np.ndarray) -> np.ndarray:
+    return codes[:, :16] | codes[:, 16:] << 4
+
+
+def _unpack_nibbles(qs: np.ndarray) -> np.ndarray:
+    return np.concatenate([qs & 15, qs >> 4], axis=1)
+
+
+def _decode(d: np.ndarray, codes: np.ndarray, offset: int) -> np.ndarray:
+    return np.ascontiguousarray(d).view("<f2").astype(np.float32) * (codes.view(np.int8) - np.int8(offset))

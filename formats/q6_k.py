@@ -1,0 +1,112 @@
+"""Q6_K and Q3_K: 16 sub-blocks of 16 weights, each with a scale. A weight is d * scale * (code - offset).
+
+Q6_K, ggml's block_q6_K: 256 weights in 210 bytes, 6.5625 bits per weight, offset 32
+    ql      128     lower four bits of the codes: byte 64 h + l holds weight 128 h + l in the low nibble,
+                    weight 128 h + 64 + l in the high one
+    qh       64     upper two bits: byte 32 h + l holds weights 128 h + l + 0, 32, 64, 96 at bits 0, 2, 4, 6
+    scales   16     int8
+    d         2     float16, unit of the scales
+
+Q3_K, ggml's block_q3_K: 256 weights in 110 bytes, 3.4375 bits per weight, offset 4
+    hmask    32     bit s of byte l: the code's third bit of weight 32 s + l
+    qs       64     lower two bits: byte 32 h + l holds weights 128 h + l + 0, 32, 64, 96 at bits 0, 2, 4, 6
+    scales   12     16 scales of 6 bits, stored + 32, see _pack_scales
+    d         2     float16, unit of the scales
+"""
+
+import numpy as np
+
+from formats.block_format import Effort
+from formats.encoding import to_blocks
+from formats.scale_search import search_super_blocks
+
+BLOCK_SIZE = 256
+Q6_K_TYPE_SIZE, Q3_K_TYPE_SIZE = 210, 110
+N_SUB_BLOCKS = 16
+SHIFTS = np.array([0, 2, 4, 6], np.uint8)[:, None]
+
+
+def _reach(offset: int, n: int, widest: float, narrowest: float) -> np.ndarray:
+    """Codes that the largest value is tried on: n at the negative end, n at the positive one."""
+    beyond = np.linspace(widest, narrowest, n, dtype=np.float32)
+    return np.concatenate([-offset - beyond, offset - 1 + beyond])
+
+
+# Effort: trial codes of a sub-block's largest weight, trial codes of the largest scale, refits, rounds of storing.
+_Q6_K_EFFORTS = {
+    "best": (_reach(32, 16, -0.4, 1.5), _reach(128, 8, 0, 0), 2, 3),
+    "fast": (_reach(32, 8, -0.4, 1.1), _reach(128, 4, 0, 0), 1, 1),
+}
+_Q3_K_EFFORTS = {
+    "best": (_reach(4, 32, -0.4, 2.5), _reach(32, 16, 0, 3), 2, 4),
+    "fast": (_reach(4, 16, -0.4, 2.0), _reach(32, 8, 0, 2), 1, 1),
+}
+
+
+def encode_q6_k(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
+    d, scales, codes = _search(rows, importance, 32, 128, _Q6_K_EFFORTS[effort])
+    quarters = codes.reshape(-1, 2, 4, 32)
+    ql = (codes & 15).reshape(-1, 2, 2, 64)
+    ql = (ql[:, :, 0] | ql[:, :, 1] << 4).reshape(-1, 128)
+    qh = np.bitwise_or.reduce(quarters >> 4 << SHIFTS, axis=2).reshape(-1, 64)
+    return np.concatenate([ql, qh, scales.view(np.uint8), d], axis=1).reshape(len(rows), -1)
+
+
+def decode_q6_k(data: np.ndarray) -> np.ndarray:
+    blocks = data.reshape(-1, Q6_K_TYPE_SIZE)
+    ql, qh = blocks[:, :128].reshape(-1, 2, 1, 64), blocks[:, 128:192].reshape(-1, 2, 1, 32)
+    low = np.concatenate([ql & 15, ql >> 4], axis=2).reshape(-1, 256)
+    high = (qh >> SHIFTS & 3).reshape(-1, 256)
+    return _decode(blocks[:, 208:], blocks[:, 192:208].view(np.int8), low | high << 4, 32).reshape(len(data), -1)
+
+
+def encode_q3_k(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
+    d, scales, codes = _search(rows, importance, 4, 32, _Q3_K_EFFORTS[effort])
+    hmask = np.packbits(codes.reshape(-1, 8, 32) >> 2, axis=1, bitorder="little").reshape(-1, 32)
+    qs = np.bitwise_or.reduce((codes & 3).reshape(-1, 2, 4, 32) << SHIFTS, axis=2).reshape(-1, 64)
+    stored = (scales + np.int8(32)).view(np.uint8)
+    return np.concatenate([hmask, qs, _pack_scales(stored), d], axis=1).reshape(len(rows), -1)
+
+
+def decode_q3_k(data: np.ndarray) -> np.ndarray:
+    blocks = data.reshape(-1, Q3_K_TYPE_SIZE)
+    high = np.unpackbits(blocks[:, :32], axis=1, bitorder="little").reshape(-1, 32, 8).transpose(0, 2, 1)
+    low = blocks[:, 32:96].reshape(-1, 2, 1, 32) >> SHIFTS & 3
+    scales = _unpack_scales(blocks[:, 96:108]).view(np.int8) - np.int8(32)
+    codes = low.reshape(-1, 256) | high.reshape(-1, 256) << 2
+    return _decode(blocks[:, 108:], scales, codes, 4).reshape(len(data), -1)
+
+
+def _search(
+    rows: np.ndarray, importance: np.ndarray | None, offset: int, scale_offset: int, effort: tuple
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """d as bytes, uint8 [n_blocks, 2], scales int8 [n_blocks, 16] and stored codes uint8 [n_blocks, 256]."""
+    blocks, weights = to_blocks(rows, importance, BLOCK_SIZE)
+    d, codes = np.empty(len(blocks), np.float32), np.empty(blocks.shape, np.int8)
+    scales = np.empty((len(blocks), N_SUB_BLOCKS), np.int8)
+    bottom, top, bottom_scale, top_scale = np.array([-offset, offset - 1, -scale_offset, scale_offset - 1], np.float32)
+    search_super_blocks(blocks, weights, bottom, top, bottom_scale, top_scale, *effort, (d, scales, codes))
+    return d.astype("<f2").view(np.uint8).reshape(-1, 2), scales, (codes + np.int8(offset)).view(np.uint8)
+
+
+def _pack_scales(scales: np.ndarray) -> np.ndarray:
+    """16 scales of 6 bits, uint8 [n, 16], to uint8 [n, 12].
+
+    Byte j below 8 holds the lower four bits of scales j and 8 + j, low nibble first.
+    Byte 8 + j holds the upper two bits of scales j, 4 + j, 8 + j, 12 + j at bits 0, 2, 4, 6.
+    """
+    low = scales & 15
+    high = np.bitwise_or.reduce((scales >> 4).reshape(-1, 4, 4) << SHIFTS, axis=1)
+    return np.concatenate([low[:, :8] | low[:, 8:] << 4, high], axis=1)
+
+
+def _unpack_scales(packed: np.ndarray) -> np.ndarray:
+    """The inverse of _pack_scales."""
+    low = np.concatenate([packed[:, :8] & 15, packed[:, :8] >> 4], axis=1)
+    high = (packed[:, None, 8:] >> SHIFTS & 3).reshape(-1, 16)
+    return low | high << 4
+
+
+def _decode(d: np.ndarray, scales: np.ndarray, codes: np.ndarray, offset: int) -> np.ndarray:
+    steps = np.ascontiguousarray(d).view("<f2").astype(np.float32) * scales
+    return steps[:, :, None] * (codes.view(np.int8) - np.int8(offset)).reshape(-1, N_SUB_BLOCKS, 16)
