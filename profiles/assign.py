@@ -9,8 +9,8 @@ from profiles.plan import Plan, PlannedTensor
 from profiles.schema import LayerQuantizationConfig, QuantizationProfile
 from profiles.vocabulary import UNQUANTIZED_ROLES, ModelMap, Role, TensorSpec
 
-# Formats a fallback may choose, the better encoder first where sizes are equal. Ternary, 1-bit and FP4 formats are made for
-# models trained or hardware built for them: nobody should get one without asking.
+# Formats a fallback may choose, the better encoder first where sizes are equal. Ternary, 1-bit and FP4 formats are made
+# for models trained or hardware built for them: nobody should get one without asking.
 _FALLBACKS = ("IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16")
 
 

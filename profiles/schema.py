@@ -33,8 +33,8 @@ _RULE_KEYS = ["roles", "tensors", "layers", "format"]
 class LayerQuantizationConfig:
     """One rule: the format of all tensors of these roles (or these names) in these layers.
 
-    roles, tensors: patterns (fnmatch); exactly one of the two is given. layers: ranges, any of which may match; a tensor
-    outside of the decoder layers matches only a rule without layers. text: how the rule is quoted in a plan's reasons.
+    roles, tensors: patterns (fnmatch); exactly one of the two is given. layers: ranges, any of which may match; a
+    tensor outside of the decoder layers matches only a rule without layers. text: how a plan's reasons quote the rule.
     """
 
     format: str

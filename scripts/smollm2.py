@@ -6,8 +6,8 @@
 Width 576 is what many small models have, and no K format fits it. The wide twin has rows of 768 and 1536 weights, so
 every format fits. It is made exactly, not trained: each group of 3 channels of the residual stream becomes 4 channels
 through a random orthogonal frame, the norms' weights move into the linear layers behind them (with sqrt(576/768) left,
-because the mean runs over more channels), and key-value head 0 with its 3 query heads is doubled, the output projection's
-columns of the two copies being W/2 + N and W/2 - N. Logits agree up to rounding.
+because the mean runs over more channels), and key-value head 0 with its 3 query heads is doubled, the output
+projection's columns of the two copies being W/2 + N and W/2 - N. Logits agree up to rounding.
 """
 
 import json

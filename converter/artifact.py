@@ -1,0 +1,93 @@
+"""What the artifact is, before it is written: its name, its key-values with the recipe inside, its exact layout."""
+
+from gguf import GGML_QUANT_VERSION, Keys, LlamaFileType, naming_convention
+from gguf.constants import GGUFValueType
+from gguf.gguf_writer import GGUFValue
+
+from calibration.importance import ImportanceMatrix
+from converter.checkpoint import Checkpoint
+from converter.job import Job, tool_identity
+from formats.gguf_file import GgufLayout, TensorEntry, lay_out
+from formats.registry import get_format
+from profiles.plan import Plan
+from profiles.vocabulary import ModelMap
+
+# llama.cpp's name for a file whose matrices are mostly of a K type is that of its medium mix.
+_FILE_TYPES = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M"}
+
+
+def file_name(model_map: ModelMap, checkpoint: Checkpoint, profile_name: str) -> str:
+    """BaseName-SizeLabel-FineTune-Version-Encoding.gguf, the GGUF naming convention; the encoding is the profile."""
+
+    def text(key: str) -> str | None:
+        return str(model_map.metadata[key].value) if key in model_map.metadata else None
+
+    stem = naming_convention(
+        model_name=text(Keys.General.NAME) or checkpoint.model_id.rpartition("/")[2],
+        base_name=text(Keys.General.BASENAME),
+        finetune_string=text(Keys.General.FINETUNE),
+        version_string=text(Keys.General.VERSION),
+        size_label=text(Keys.General.SIZE_LABEL),
+        output_type=profile_name.replace("-", "_"),
+    )
+    return f"{stem}.gguf"
+
+
+def _file_type(plan: Plan) -> int:
+    name = plan.dominant_format
+    label = _FILE_TYPES.get(name, f"MOSTLY_{name}")
+    return LlamaFileType[label if label in LlamaFileType.__members__ else "GUESSED"].value
+
+
+def artifact_metadata(
+    job: Job, checkpoint: Checkpoint, model_map: ModelMap, plan: Plan, importance: ImportanceMatrix | None
+) -> dict[str, GGUFValue]:
+    """The model's key-values, then how it was quantized: llama.cpp's own keys, and the recipe under `bitwright.`.
+
+    importance: what the encoders use, or the identity it will have; only its identity and entry count are read, so the
+    result has the same length before and after the calibration. Nothing here depends on paths, dates or threads.
+    """
+
+    def string(value: str) -> GGUFValue:
+        return GGUFValue(value, GGUFValueType.STRING)
+
+    metadata = dict(model_map.metadata)
+    metadata[Keys.General.FILE_TYPE] = GGUFValue(_file_type(plan), GGUFValueType.UINT32)
+    metadata[Keys.General.QUANTIZATION_VERSION] = GGUFValue(GGML_QUANT_VERSION, GGUFValueType.UINT32)
+    metadata[Keys.General.QUANTIZED_BY] = string("bitwright")
+    recipe: dict[str, str | int] = {
+        "version": tool_identity(),
+        "profile": job.profile.name,
+        "profile_toml": job.profile.text,
+        "overrides": "\n".join(rule.text for rule in job.overrides),
+        "effort": plan.effort,
+        "plan_sha256": plan.digest(),
+        "source.model": checkpoint.model_id,
+        "source.revision": checkpoint.revision or "",
+    }
+    if importance is not None:
+        metadata["quantize.imatrix.file"] = string(job.imatrix.name if job.imatrix else "importance.gguf")
+        metadata["quantize.imatrix.dataset"] = string(importance.corpus or "unknown")
+        for key, n in (("entries_count", len(importance.sums)), ("chunks_count", importance.samples or 0)):
+            metadata[f"quantize.imatrix.{key}"] = GGUFValue(n, GGUFValueType.INT32)
+        recipe |= {
+            "calibration.model": importance.model or "",
+            "calibration.corpus": importance.corpus or "",
+            "calibration.corpus_sha256": importance.corpus_sha256 or "",
+            "calibration.samples": importance.samples or 0,
+            "calibration.sequence_length": importance.sequence_length or 0,
+            "calibration.seed": job.seed,
+        }
+    for key, value in recipe.items():
+        if value != "":
+            kind = GGUFValueType.STRING if isinstance(value, str) else GGUFValueType.UINT32
+            metadata[f"bitwright.{key}"] = GGUFValue(value, kind)
+    return metadata
+
+
+def artifact_layout(file: str, metadata: dict[str, GGUFValue], plan: Plan, shard_bytes: int | None) -> list[GgufLayout]:
+    """The files to write, to the byte."""
+    entries = [
+        TensorEntry(p.tensor.name, p.tensor.shape, get_format(p.format).ggml_type, p.n_bytes) for p in plan.tensors
+    ]
+    return lay_out(file, metadata, entries, shard_bytes)

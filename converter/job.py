@@ -1,0 +1,188 @@
+"""A Job: what was asked, and the work directory in which it is done, resumed, and never done twice at once."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from formats.block_format import Effort
+from formats.errors import ConvertError
+from profiles.schema import LayerQuantizationConfig, QuantizationProfile
+
+DEFAULT_SAMPLES = 512
+SAMPLES_RANGE = (128, 1024)
+DEFAULT_SEQUENCE_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a conversion is asked for.
+
+    output: the artifact's path; None until the model's name is known. work_dir: None for the default beside it.
+    samples, sequence_length: of the calibration, in sequences and tokens. shard_bytes: split the artifact in files of
+    at most that many bytes of tensor data. threads: 0 for every core; changes no byte. seed: of what is drawn at random.
+    """
+
+    model: str
+    profile: QuantizationProfile
+    overrides: tuple[LayerQuantizationConfig, ...] = ()
+    output: Path | None = None
+    work_dir: Path | None = None
+    imatrix: Path | None = None
+    calibration: str | None = None
+    samples: int = DEFAULT_SAMPLES
+    sequence_length: int = DEFAULT_SEQUENCE_LENGTH
+    effort: Effort = "best"
+    pre_tokenizer: str | None = None
+    shard_bytes: int | None = None
+    quality: bool = True
+    threads: int = 0
+    device: str = "auto"
+    seed: int = 0
+
+    def with_output(self, file_name: str) -> "Job":
+        """This job with its paths decided: the artifact in the current directory unless said otherwise."""
+        output = self.output or Path(file_name)
+        if output.is_dir():
+            output = output / file_name
+        return replace(self, output=output, work_dir=self.work_dir or default_work_dir(output))
+
+    @property
+    def n_threads(self) -> int:
+        return self.threads or len(os.sched_getaffinity(0))
+
+    @property
+    def resume_command(self) -> str:
+        """The command that continues this job."""
+        words = [
+            "convert",
+            "--profile",
+            self.profile.name,
+            "--work-dir",
+            str(self.work_dir),
+            "--output",
+            str(self.output),
+        ]
+        return " ".join([*words, "...", self.model]) if self.overrides else " ".join([*words, self.model])
+
+
+def default_work_dir(output: Path) -> Path:
+    return output.with_name(f"{output.name.removesuffix('.gguf')}.bitwright")
+
+
+@cache
+def tool_identity() -> str:
+    """The release and a hash of the code that decides bytes: other encoders or statistics must not finish a job."""
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for package in ("formats", "calibration"):
+        for path in sorted((root / package).glob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return f"{version('bitwright')}+{digest.hexdigest()[:12]}"
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: a temporary neighbour, flushed to the disk, then renamed."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with unfinished.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.rename(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the renames in a directory survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class WorkDirectory:
+    """The directory that holds a job's checkpoints.
+
+    job.json       the fingerprint: finished work is reused only under the same one
+    calibration/   checkpoints of the layer stream, gone when it is done
+    importance.gguf, encoded.jsonl, report.json
+                   the stages' results; a stage whose result is there is not run again
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for this process; another process in it is refused. A killed process holds nothing."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ConvertError(
+                f"the work directory cannot be used: {error}", str(self.path), "name another one with --work-dir"
+            ) from None
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConvertError(
+                    "another process is working in this directory",
+                    str(self.path),
+                    "wait for it to end, or name another directory with --work-dir",
+                ) from None
+            yield
+        finally:
+            os.close(descriptor)
+
+    def claim(self, fingerprint: dict[str, Any], fresh: bool) -> None:
+        """Take the directory for the job of this fingerprint; refuse it when it holds another job's work.
+
+        fresh: forget what was done instead.
+        """
+        if fresh:
+            self.clear()
+        stored = self.path / "job.json"
+        if not stored.exists():
+            write_atomically(stored, json.dumps(fingerprint, indent=1).encode())
+            return
+        try:
+            previous = json.loads(stored.read_bytes())
+        except ValueError:
+            raise ConvertError("the job's description is damaged", str(stored), "start again with --fresh") from None
+        differing = [key for key in {**previous, **fingerprint} if previous.get(key) != fingerprint.get(key)]
+        if differing:
+            key = differing[0]
+            raise ConvertError(
+                f"the work directory belongs to another job: {', '.join(differing)} differ"
+                f" ({key} was {_short(previous.get(key))}, is {_short(fingerprint.get(key))})",
+                str(stored),
+                "name another directory with --work-dir, or start over in this one with --fresh",
+            )
+
+    def clear(self) -> None:
+        """Remove what earlier runs left, all but the lock that this process holds."""
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                path.unlink()
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

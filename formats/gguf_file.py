@@ -1,0 +1,141 @@
+"""GGUF files: the exact layout before a byte is written, and a reader that distrusts what it reads.
+
+    header | key-values | tensor infos | padding to 32 | data of tensor 0 | padding to 32 | data of tensor 1 | ...
+
+The header comes from the `gguf` package's own writer; only the tensor data is streamed by this project, so that no
+tensor has to be whole in memory and the size is known in advance.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFReader, GGUFWriter, Keys, ReaderTensor
+from gguf.constants import SHARD_NAME_FORMAT, GGUFValueType
+from gguf.gguf_writer import GGUFValue
+
+from formats.errors import ConvertError
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor of the file: its GGUF name, shape (slowest dimension first), ggml type id and bytes of data."""
+
+    name: str
+    shape: tuple[int, ...]
+    ggml_type: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class GgufLayout:
+    """One file, known to the byte: the header with its padding, the tensors, and where each one's data starts."""
+
+    file_name: str
+    header: bytes
+    tensors: tuple[TensorEntry, ...]
+    offsets: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return self.offsets[-1] + padded(self.tensors[-1].n_bytes) if self.tensors else len(self.header)
+
+
+def padded(n_bytes: int) -> int:
+    return -(-n_bytes // GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT
+
+
+def _render_header(metadata: Mapping[str, GGUFValue], tensors: Sequence[TensorEntry]) -> bytes:
+    architecture = metadata[Keys.General.ARCHITECTURE].value if Keys.General.ARCHITECTURE in metadata else ""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "header"
+        writer = GGUFWriter(path, architecture)
+        if not architecture:  # a later shard of a split file describes nothing but itself
+            writer.kv_data[0].clear()
+        for key, value in metadata.items():
+            if key != Keys.General.ARCHITECTURE:
+                writer.add_key_value(key, value.value, value.type, value.sub_type)
+        for tensor in tensors:
+            # The writer asks the numpy dtype only for the shape of byte tensors; ours is the logical shape.
+            writer.add_tensor_info(
+                tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, raw_dtype=tensor.ggml_type
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        header = path.read_bytes()
+    return header + bytes(padded(len(header)) - len(header))
+
+
+def _lay_out(file_name: str, metadata: Mapping[str, GGUFValue], tensors: Sequence[TensorEntry]) -> GgufLayout:
+    header = _render_header(metadata, tensors)
+    offsets, position = [], len(header)
+    for tensor in tensors:
+        offsets.append(position)
+        position += padded(tensor.n_bytes)
+    return GgufLayout(file_name, header, tuple(tensors), tuple(offsets))
+
+
+def lay_out(
+    file_name: str, metadata: Mapping[str, GGUFValue], tensors: Sequence[TensorEntry], shard_bytes: int | None = None
+) -> list[GgufLayout]:
+    """The layout of a model in one file, or in shards of at most shard_bytes of tensor data each.
+
+    Shards carry llama.cpp's split.* keys and its names (STEM-00001-of-00003.gguf); only the first describes the model.
+    A tensor larger than shard_bytes has a shard of its own.
+    """
+    shards: list[list[TensorEntry]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shard_bytes and shards[-1] and filled + tensor.n_bytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.n_bytes
+    if len(shards) == 1:
+        return [_lay_out(file_name, metadata, tensors)]
+    stem = file_name.removesuffix(".gguf")
+    layouts = []
+    for i, shard in enumerate(shards):
+        split = {
+            Keys.Split.LLM_KV_SPLIT_NO: GGUFValue(i, GGUFValueType.UINT16),
+            Keys.Split.LLM_KV_SPLIT_COUNT: GGUFValue(len(shards), GGUFValueType.UINT16),
+            Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT: GGUFValue(len(tensors), GGUFValueType.INT32),
+        }
+        name = SHARD_NAME_FORMAT.format(stem, i + 1, len(shards))
+        layouts.append(_lay_out(name, {**metadata, **split} if i == 0 else split, shard))
+    return layouts
+
+
+def read_gguf(path: Path) -> GGUFReader:
+    """The `gguf` package's reader (memory-mapped), behind the checks that it leaves out.
+
+    Raises ConvertError when the file is missing, is no GGUF, is truncated, or names data outside of itself.
+    """
+    try:
+        size = path.stat().st_size
+        reader = GGUFReader(path)
+    except OSError as error:
+        raise ConvertError(f"the file cannot be read: {error}", str(path), "name a readable GGUF file") from None
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeDecodeError, MemoryError) as error:
+        raise ConvertError(
+            f"this is no complete GGUF file: {error}", str(path), "fetch or write the file again"
+        ) from None
+    for tensor in reader.tensors:
+        end = tensor.data_offset + tensor.n_bytes
+        if end > size or tensor.data_offset < 0:
+            raise ConvertError(
+                f"the tensor's data would end at byte {end}, but the file has {size}",
+                f"{path}, tensor {tensor.name}",
+                "the file is truncated: fetch or write it again",
+            )
+    return reader
+
+
+def tensor_rows(tensor: ReaderTensor) -> np.ndarray:
+    """The encoded rows of a tensor: uint8 [n_rows, row_bytes], a view into the mapped file."""
+    n_rows = int(np.prod([int(n) for n in tensor.shape[1:]], dtype=np.int64)) if len(tensor.shape) > 1 else 1
+    return tensor.data.reshape(-1).view(np.uint8).reshape(n_rows, -1)
