@@ -1,0 +1,208 @@
+"""The three kinds of vocabulary: tokens with their types and scores or merges, as llama.cpp wants them."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gguf import TokenType
+
+from converter import sentencepiece_model
+from converter.pre_tokenizer import flatten, merge_pairs
+from formats.errors import ConvertError
+
+# Scores of llama.cpp's converter for ids without a token, and for tokens that were added after training.
+_NO_TOKEN_SCORE, _ADDED_SCORE = -10000.0, -1000.0
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """model, pre: `tokenizer.ggml.model` and `.pre`. tokens, types and scores go by token id, merges by rank."""
+
+    model: str
+    pre: str
+    tokens: list[str]
+    types: list[TokenType]
+    scores: list[float] | None = None
+    merges: list[str] | None = None
+    add_space_prefix: bool | None = None
+
+
+def is_byte_level(definition: dict) -> bool:
+    """Whether a parsed tokenizer.json is a BPE over bytes (GPT-2's kind)."""
+    decoder = definition.get("decoder") or {}
+    steps = decoder.get("decoders", [decoder])
+    return _model(definition).get("type") == "BPE" and any(step.get("type") == "ByteLevel" for step in steps)
+
+
+def has_byte_fallback(definition: dict) -> bool:
+    """Whether a parsed tokenizer.json is a BPE over characters, with byte tokens for those it does not know."""
+    return _model(definition).get("type") == "BPE" and bool(_model(definition).get("byte_fallback"))
+
+
+def _model(definition: dict) -> dict:
+    return definition.get("model") or {}
+
+
+def byte_level(definition: dict, settings: dict, vocab_size: int, pre: str, where: str) -> Vocabulary:
+    """A BPE over bytes: letters stand for bytes, but an added token is text as it is."""
+    added = _added_tokens(definition, settings)
+    indices = definition["model"]["vocab"]
+    if (largest := max([*indices.values(), *added])) >= vocab_size:
+        raise ConvertError(
+            f"the tokenizer has the token id {largest}, but the model has embeddings for {vocab_size} tokens only",
+            where,
+            "put the tokenizer that belongs to this model into the directory",
+        )
+    tokens, types = _no_tokens(vocab_size)
+    for text, index in indices.items():
+        tokens[index], types[index] = text, TokenType.NORMAL
+    for index, token in added.items():
+        text = token["content"] if token.get("normalized") else _decode_bytes(token["content"])
+        tokens[index], types[index] = _added_token(text, token)
+    _check_unique(tokens, where)
+    space = chr(256 + ord(" "))  # the letter of that byte, because a plain space parts the two sides of a merge
+    merges = [f"{left.replace(' ', space)} {right.replace(' ', space)}" for left, right in merge_pairs(definition)]
+    return Vocabulary("gpt2", pre, tokens, types, merges=merges, add_space_prefix=settings.get("add_prefix_space"))
+
+
+def sentencepiece(
+    model_file: Path, definition: dict, settings: dict, added_texts: Mapping[str, int], vocab_size: int
+) -> Vocabulary:
+    """SentencePiece's BPE from its own file. Ids from vocab_size on are left out, as llama.cpp's converter does.
+
+    added_texts: the content of added_tokens.json; the two other JSON files are newer and override it.
+    """
+    model = sentencepiece_model.read(model_file)
+    tokens, types = _no_tokens(vocab_size)
+    scores = [_NO_TOKEN_SCORE] * vocab_size
+    n_pieces = min(len(model.pieces), vocab_size)
+    for target, source in ((tokens, model.pieces), (types, model.types), (scores, model.scores)):
+        target[:n_pieces] = source[:n_pieces]
+    for text, index in added_texts.items():
+        if index < vocab_size:
+            tokens[index], types[index], scores[index] = text, TokenType.USER_DEFINED, _ADDED_SCORE
+    _put_added(_added_tokens(definition, settings), tokens, types, scores)
+    _check_unique(tokens, str(model_file))
+    prefix = settings.get("add_prefix_space")
+    if prefix is None and not model.add_dummy_prefix:
+        prefix = False
+    return Vocabulary("llama", "default", tokens, types, scores=scores, add_space_prefix=prefix)
+
+
+def byte_fallback(definition: dict, settings: dict, vocab_size: int, where: str) -> Vocabulary:
+    """SentencePiece's BPE in a tokenizer.json, which has merges in the place of scores.
+
+    llama.cpp merges the two neighbours that make the token of the best score. So that this is the pair of the first
+    merge, a token's score is minus the rank of the first merge that makes it.
+    """
+    merges = merge_pairs(definition)
+    rank: dict[str, int] = {}
+    for order, (left, right) in enumerate(merges):
+        rank.setdefault(left + right, order)
+    tokens, types = _no_tokens(vocab_size)
+    scores = [_NO_TOKEN_SCORE] * vocab_size
+    for text, index in definition["model"]["vocab"].items():
+        if index < vocab_size:
+            tokens[index] = text
+            types[index] = TokenType.BYTE if _BYTE_TOKEN.fullmatch(text) else TokenType.NORMAL
+            scores[index] = -float(rank.get(text, len(merges)))
+    _put_added(_added_tokens(definition, settings), tokens, types, scores)
+    _check_unique(tokens, where)
+    prefix = settings.get("add_prefix_space")
+    if not _adds_space_prefix(definition, where) and prefix is None:
+        prefix = False
+    return Vocabulary("llama", "default", tokens, types, scores=scores, add_space_prefix=prefix)
+
+
+def _adds_space_prefix(definition: dict, where: str) -> bool:
+    """Whether the text gets a space in front. Raises ConvertError for steps that llama.cpp does not take."""
+    adds = False
+    for step in [*flatten(definition.get("normalizer")), *flatten(definition.get("pre_tokenizer"))]:
+        match step:
+            case {"type": "Prepend", "prepend": "▁"}:
+                adds = True
+            case {"type": "Metaspace", "replacement": "▁"} if not _splits_words(step, definition):
+                adds |= step.get("prepend_scheme", "always") != "never"
+            case {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
+                pass
+            case {"type": "Split", "pattern": {"String": " "}}:
+                pass  # the normalizer has left no space to split at
+            case _:
+                raise ConvertError(
+                    f"llama.cpp cannot do this step of the tokenizer: {step}",
+                    where,
+                    "add the tokenizer.model that the tokenizer was made from",
+                )
+    return adds
+
+
+def _splits_words(metaspace: dict, definition: dict) -> bool:
+    """Whether the step keeps tokens apart that llama.cpp, which never splits, would merge."""
+    return metaspace.get("split", True) and any("▁" in text[1:] for text in definition["model"]["vocab"])
+
+
+def _added_tokens(definition: dict, settings: dict) -> dict[int, dict]:
+    """Added tokens by id: those of tokenizer_config.json, and of tokenizer.json, which is the one that runs."""
+    added = {int(index): token for index, token in settings.get("added_tokens_decoder", {}).items()}
+    return added | {token["id"]: token for token in definition.get("added_tokens", [])}
+
+
+def _put_added(added: dict[int, dict], tokens: list[str], types: list[TokenType], scores: list[float]) -> None:
+    for index, token in added.items():
+        if index < len(tokens):
+            tokens[index], types[index] = _added_token(token["content"], token)
+            scores[index] = _ADDED_SCORE
+
+
+def _added_token(text: str, token: dict) -> tuple[str, TokenType]:
+    """Text and type of an added token; llama.cpp finds CONTROL in a text only when asked to, USER_DEFINED always."""
+    if token.get("special") or _looks_special(text):
+        return text, TokenType.CONTROL
+    return text.replace("▁", " "), TokenType.USER_DEFINED
+
+
+def _looks_special(text: str) -> bool:
+    """Control tokens that some checkpoints (command-r, deepseek-coder, gemma) forgot to mark as special."""
+    return (
+        text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+        or (text.startswith("<|") and text.endswith("|>"))
+        or (text.startswith("<｜") and text.endswith("｜>"))
+        or (text.startswith("<unused") and text.endswith(">"))
+    )
+
+
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's alphabet: the letter that stands for each byte; printable Latin-1 stands for itself."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)) - set(printable))
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_letters()
+
+
+def _decode_bytes(text: str) -> str:
+    """What the byte-level decoder makes of a token: its bytes if all its letters stand for bytes, else the token."""
+    if all(letter in _BYTES for letter in text):
+        return bytes(_BYTES[letter] for letter in text).decode("utf-8", errors="replace")
+    return text
+
+
+def _no_tokens(vocab_size: int) -> tuple[list[str], list[TokenType]]:
+    return [f"[PAD{index}]" for index in range(vocab_size)], [TokenType.UNUSED] * vocab_size
+
+
+def _check_unique(tokens: list[str], where: str) -> None:
+    if len(set(tokens)) == len(tokens):
+        return
+    first: dict[str, int] = {}
+    for index, text in enumerate(tokens):
+        if first.setdefault(text, index) != index:
+            raise ConvertError(
+                f"the tokens {first[text]} and {index} have the same text {text!r}, which llama.cpp refuses to load",
+                where,
+                "rename or remove one of the two",
+            )
