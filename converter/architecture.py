@@ -9,12 +9,12 @@ import tomllib
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
-from typing import Any, get_args
+from typing import Any, Literal
 
 from gguf import MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
 
 from formats.errors import ConvertError, nearest
-from profiles.vocabulary import Role, Transform
+from profiles.vocabulary import Role
 
 
 @dataclass(frozen=True)
@@ -23,24 +23,16 @@ class TensorRule:
 
     pattern: its name, with {layer} and {expert} in the place of the indices.
     shape: names of dimensions, see `dimensions`; of one expert's matrix where the tensors are stacked.
-    heads: dimension that counts the heads of a rotary transform.
-    optional: may be absent (biases, and the output of models that tie it to the embedding).
+    rotary: dimension that counts the heads, where llama.cpp wants their rows in another order, see `Transform`.
+    optional: may be absent (biases).
     """
 
     pattern: str
     role: Role
     shape: tuple[str, ...]
-    transform: Transform = "none"
-    heads: str = ""
+    transform: Literal["none", "plus_one"] = "none"
+    rotary: str = ""
     optional: bool = False
-
-    def __post_init__(self) -> None:
-        if self.transform not in get_args(Transform):
-            raise ValueError(f"{self.pattern}: unknown transform {self.transform!r}")
-
-    @property
-    def per_layer(self) -> bool:
-        return "{layer}" in self.pattern
 
     @property
     def stacked(self) -> bool:
@@ -50,7 +42,7 @@ class TensorRule:
 @dataclass(frozen=True)
 class Architecture:
     """name: of the data file. gguf_name: llama.cpp's architecture. model_types: values of config.json's `model_type`.
-    tensors: in the order of the artifact.
+    before, layer, after: the tensors before, in and after the decoder layers, in the order of the artifact.
     prefixes: beginnings of names that some checkpoints use, and what they stand for.
     ignored: regular expressions of names without use to a runtime.
     defaults: values of config.json that its authors may leave out, as transformers assumes them.
@@ -61,7 +53,9 @@ class Architecture:
     name: str
     gguf_name: str
     model_types: tuple[str, ...]
-    tensors: tuple[TensorRule, ...]
+    before: tuple[TensorRule, ...]
+    layer: tuple[TensorRule, ...]
+    after: tuple[TensorRule, ...]
     prefixes: dict[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -73,6 +67,8 @@ class Architecture:
     def complete(self, config: dict[str, Any], where: str) -> dict[str, Any]:
         """The configuration with the defaults filled in; refuses values that llama.cpp does not implement."""
         completed = {**self.defaults, **{key: value for key, value in config.items() if value is not None}}
+        if (pattern := _sliding_window_pattern(completed.get("layer_types", []))) is not None:
+            completed["sliding_window_pattern"] = pattern
         for key, value in self.requires.items():
             if completed.get(key, value) != value:
                 raise ConvertError(
@@ -91,6 +87,16 @@ class Architecture:
             if name.startswith(prefix):
                 return replacement + name.removeprefix(prefix)
         return name
+
+
+def _sliding_window_pattern(layer_types: list[str]) -> int | None:
+    """n where every n-th layer attends to everything and the others to a window; 0 for any other order, None where the
+    kinds of the layers do not tell."""
+    if "full_attention" not in layer_types:
+        return None
+    n = layer_types.index("full_attention") + 1
+    expected = ["sliding_attention" if (i + 1) % n else "full_attention" for i in range(len(layer_types))]
+    return n if layer_types == expected else 0
 
 
 def dimensions(config: dict[str, Any], where: str) -> dict[str, int]:
@@ -174,19 +180,24 @@ def gguf_name(names: TensorNameMap, name: str) -> str:
 
 def _parse(name: str, text: str) -> Architecture:
     table = tomllib.loads(text)
-    rules = tuple(
-        TensorRule(pattern, Role(rule.pop("role")), tuple(rule.pop("shape")), **rule)
-        for pattern, rule in table.pop("tensors").items()
-    )
-    metadata = table.pop("metadata")
+    tensors, metadata, prefix = table.pop("tensors"), table.pop("metadata"), table.pop("layer_prefix")
     return Architecture(
         name=name,
         gguf_name=table.pop("gguf_name"),
         model_types=tuple(table.pop("model_types")),
-        tensors=rules,
+        before=_parse_rules(tensors.pop("before")),
+        layer=_parse_rules(tensors.pop("layer"), prefix),
+        after=_parse_rules(tensors.pop("after")),
         ignored=tuple(table.pop("ignored", ())),
         rope_types=tuple(table.pop("rope_types")),
         uint32=metadata.pop("uint32"),
         float32=metadata.pop("float32"),
         **table,
+    )
+
+
+def _parse_rules(table: dict[str, dict[str, Any]], prefix: str = "") -> tuple[TensorRule, ...]:
+    return tuple(
+        TensorRule(prefix + name, Role(rule.pop("role")), tuple(rule.pop("shape")), **rule)
+        for name, rule in table.items()
     )

@@ -82,7 +82,7 @@ def _roles(known: list[Architecture]) -> dict[str, Role]:
     }
     for architecture in known:
         names = gguf_name_map(architecture.gguf_name, n_layers=1)
-        for rule in architecture.tensors:
+        for rule in (*architecture.before, *architecture.layer, *architecture.after):
             name = gguf_name(names, rule.pattern.replace(".{expert}", "").format(layer=0))
             roles[name.replace("blk.0.", "blk.{layer}.")] = rule.role
     return roles

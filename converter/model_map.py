@@ -101,16 +101,13 @@ class _Describer:
         self.used: set[str] = set()
 
     def tensors(self) -> Iterator[TensorSpec]:
-        rules = self.architecture.tensors
-        layered = [rule for rule in rules if rule.per_layer]
-        first = rules.index(layered[0])
-        for rule in rules[:first]:
+        for rule in self.architecture.before:
             yield from self._match(rule, None)
         yield from self._rope_constants()
         for layer in range(self.dims["layers"]):
-            for rule in layered:
+            for rule in self.architecture.layer:
                 yield from self._match(rule, layer)
-        for rule in rules[first + len(layered) :]:
+        for rule in self.architecture.after:
             yield from self._match(rule, None)
         self._refuse_unknown()
 
@@ -137,8 +134,8 @@ class _Describer:
             role=rule.role,
             layer=layer,
             sources=sources,
-            transform=rule.transform,
-            n_heads=self.dims[rule.heads] if rule.heads else 0,
+            transform="rotary" if rule.rotary else rule.transform,
+            n_heads=self.dims[rule.rotary] if rule.rotary else 0,
         )
 
     def _check_shape(self, source: str, shape: tuple[int, ...]) -> None:
