@@ -53,7 +53,7 @@ def quantize(rows: np.ndarray, format_name: str, importance: np.ndarray | None =
         importance = np.ascontiguousarray(importance, np.float32)
         if importance.shape != (n_columns,):
             raise ValueError(f"importance must be [{n_columns}], not {importance.shape}")
-    data = np.zeros((n_rows, library().ggml_row_size(kind, n_columns)), np.uint8)
+    data = np.zeros((n_rows, row_bytes(format_name, n_columns)), np.uint8)
     library().ggml_quantize_init(kind)
     imatrix = None if importance is None else importance.ctypes.data
     written = library().ggml_quantize_chunk(kind, rows.ctypes.data, data.ctypes.data, 0, n_rows, n_columns, imatrix)
@@ -62,13 +62,16 @@ def quantize(rows: np.ndarray, format_name: str, importance: np.ndarray | None =
     return data
 
 
+def row_bytes(format_name: str, n_columns: int) -> int:
+    """ggml_row_size: bytes of a row of n_columns weights."""
+    return library().ggml_row_size(_TYPE_IDS[format_name], n_columns)
+
+
 def dequantize(data: np.ndarray, format_name: str, n_columns: int) -> np.ndarray:
     """dequantize_row_*: uint8 [n_rows, row_bytes] to float32 [n_rows, n_columns]."""
-    kind = _TYPE_IDS[format_name]
     data = np.ascontiguousarray(data, np.uint8)
-    row_bytes = library().ggml_row_size(kind, n_columns)
-    if data.ndim != 2 or data.shape[1] != row_bytes:
-        raise ValueError(f"{format_name} data of {n_columns} columns must be uint8 [n_rows, {row_bytes}]")
+    if data.ndim != 2 or data.shape[1] != row_bytes(format_name, n_columns):
+        raise ValueError(f"{format_name} data of {n_columns} columns cannot have the shape {data.shape}")
     name = format_name.lower()
     decode = library()[f"dequantize_row_{name[:-1]}K" if name.endswith("_k") else f"dequantize_row_{name}"]
     decode.restype = None

@@ -1,0 +1,99 @@
+"""One row a block format: a block to check by hand, and how its encoder must stand beside ggml's.
+
+Adding a format to the tests is adding its row here; every test of test_codecs.py runs on every row.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Case:
+    """name: the format's. best, fast: weighted squared error on typical weights, at most this share of ggml's.
+    block, weights: a golden block and what it decodes to; numbers that can be followed with pencil and paper."""
+
+    name: str
+    best: float
+    fast: float
+    block: bytes
+    weights: np.ndarray
+
+
+def repeat(values, count: int) -> np.ndarray:
+    """Each value `count` times, as float32."""
+    return np.repeat(np.array(values, np.float32), count)
+
+
+HALF, ONE, TWO, MINUS_TWO = (np.float16(value).tobytes() for value in (0.5, 1, 2, -2))
+INDEX = np.arange(16)
+# The bytes whose four two-bit fields are 0, 1, 2, 3, lowest first.
+FIELDS_0123 = 0b11_10_01_00
+
+CASES = (
+    Case(
+        "Q8_0",
+        best=1.0,
+        fast=1.0,
+        block=HALF + bytes(range(32)),  # d = 0.5, codes 0 .. 31
+        weights=0.5 * np.arange(32),
+    ),
+    Case(
+        "Q4_0",
+        best=0.97,
+        fast=1.0,
+        # Codes 0 .. 15 in the low nibbles are weights 0 .. 15, codes 15 .. 0 in the high ones weights 16 .. 31.
+        block=ONE + bytes(low | (15 - low) << 4 for low in range(16)),
+        weights=np.concatenate([INDEX - 8, 7 - INDEX]),
+    ),
+    Case(
+        "Q5_0",
+        best=0.97,
+        fast=1.0,
+        # The fifth bit is set for weights 16 .. 31; the lower four bits count 0 .. 15 in both halves.
+        block=ONE + b"\x00\x00\xff\xff" + bytes(0x11 * low for low in range(16)),
+        weights=np.concatenate([INDEX - 16, INDEX]),
+    ),
+    Case(
+        "Q6_K",
+        best=0.97,
+        fast=1.0,
+        # Lower bits 1 and 2 in the halves of 64, upper bits 0 to 3 in the quarters of 32: codes 1, 17, 34, 50, less 32.
+        block=bytes([0x21] * 128 + [FIELDS_0123] * 64) + np.arange(-8, 8, dtype=np.int8).tobytes() + TWO,
+        weights=2 * repeat(np.arange(-8, 8), 16) * np.tile(repeat([-31, -15, 2, 18], 32), 2),
+    ),
+    Case(
+        "Q5_K",
+        best=0.96,
+        fast=1.0,
+        # As Q4_K below, and the fifth bit is set in sub-block 7: its code is 2 + 16.
+        block=ONE + HALF + bytes([1, 2, 3, 4, 0, 2, 4, 0x80 | 6, 0x85, 0xA6, 0xC7, 0xE8] + [0x80] * 32 + [0x21] * 128),
+        weights=repeat([1 * 1, 2 * 2 - 1, 3 * 1 - 2, 4 * 2 - 3, 5 * 1 - 4, 6 * 2 - 5, 7 * 1 - 6, 8 * 18 - 23], 32),
+    ),
+    Case(
+        "Q4_K",
+        best=0.96,
+        fast=1.0,
+        # d = 1, dmin = 0.5; scales 1 .. 8, minima 0, 2, .. 12 and 46 = 0b10_1110, its upper bits above minimum 3.
+        # Codes: 1 in the even sub-blocks (low nibbles), 2 in the odd ones.
+        block=ONE + HALF + bytes([1, 2, 3, 4, 0, 2, 4, 0x80 | 6, 0x85, 0xA6, 0xC7, 0xE8] + [0x21] * 128),
+        weights=repeat([1 * 1, 2 * 2 - 1, 3 * 1 - 2, 4 * 2 - 3, 5 * 1 - 4, 6 * 2 - 5, 7 * 1 - 6, 8 * 2 - 23], 32),
+    ),
+    Case(
+        "Q3_K",
+        best=0.97,
+        fast=1.0,
+        # Scales -8 .. 7 are stored as 24 .. 39: lower bits 8 .. 15 and 0 .. 7, upper bits 1 and 2.
+        # The third bit is set in the first half: codes 0 .. 3 there, -4 .. -1 in the second half.
+        block=bytes([0x0F] * 32 + [FIELDS_0123] * 64 + [8 + j | j << 4 for j in range(8)] + [0b10_10_01_01] * 4) + TWO,
+        weights=2 * repeat(np.arange(-8, 8), 16) * repeat([0, 1, 2, 3, -4, -3, -2, -1], 32),
+    ),
+    Case(
+        "Q2_K",
+        best=0.92,
+        fast=1.0,
+        # Scales 0 .. 15, minima 15 .. 0; d = 1, dmin = 0.5; codes 0 .. 3, each for 32 weights, twice.
+        block=bytes([s | (15 - s) << 4 for s in range(16)] + [FIELDS_0123] * 64) + ONE + HALF,
+        weights=repeat(INDEX, 16) * np.tile(repeat([0, 1, 2, 3], 32), 2) - 0.5 * repeat(15 - INDEX, 16),
+    ),
+)
