@@ -98,8 +98,8 @@ def flatten(component: dict | None) -> list[dict]:
 
 def merge_pairs(definition: dict) -> list[tuple[str, str]]:
     """The merges of a parsed tokenizer.json by rank: "left right" in older files, ["left", "right"] in newer ones."""
-    merges = definition["model"]["merges"]
-    return [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in definition["model"]["merges"])
+    return [(left, right) for left, right in pairs]
 
 
 def _split(step: dict) -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gguf import TokenType
 
@@ -62,9 +63,9 @@ def read(path: Path) -> SentencePieceModel:
     )
 
 
-def _fields(message: bytes) -> dict[int, int | bytes]:
+def _fields(message: bytes) -> dict[int, Any]:
     """The last value of every field of a protocol buffers message: numbers as int, everything else as bytes."""
-    fields: dict[int, int | bytes] = {}
+    fields: dict[int, Any] = {}
     position = 0
     while position < len(message):
         tag, position = _varint(message, position)

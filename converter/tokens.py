@@ -79,8 +79,9 @@ def sentencepiece(
     tokens, types = _no_tokens(vocab_size)
     scores = [_NO_TOKEN_SCORE] * vocab_size
     n_pieces = min(len(model.pieces), vocab_size)
-    for target, source in ((tokens, model.pieces), (types, model.types), (scores, model.scores)):
-        target[:n_pieces] = source[:n_pieces]
+    tokens[:n_pieces] = model.pieces[:n_pieces]
+    types[:n_pieces] = model.types[:n_pieces]
+    scores[:n_pieces] = model.scores[:n_pieces]
     for text, index in added_texts.items():
         if index < vocab_size:
             tokens[index], types[index], scores[index] = text, TokenType.USER_DEFINED, _ADDED_SCORE
