@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 N_TOKENS = 200
 VOCAB_SIZE = 400
+# llama.cpp's name of the pre-tokenizer that the "bpe" tokenizers have.
+PRE_TOKENIZER = "qwen2"
 # Long enough that neither trainer runs out of pairs, with every ASCII letter in it.
 _TEXT = [
     "The quick brown fox jumps over the lazy dog; the five boxing wizards jump quickly.",
@@ -40,7 +42,8 @@ _SIZES: dict[str, Any] = dict(
 class TinyModel:
     """architecture: the part of the transformers class names before "Config" and "ForCausalLM".
     options: of the configuration, beside the sizes.
-    tokenizer: "sentencepiece" (tokenizer.model) or "bpe" (tokenizer.json).
+    tokenizer: "sentencepiece" (tokenizer.model), "sentencepiece-bare" (without a space in front of the text), or "bpe"
+        (tokenizer.json).
     n_tokens: length of the sequence that the logits are computed for."""
 
     architecture: str
@@ -89,7 +92,9 @@ TINY_MODELS: dict[str, TinyModel] = {
     ),
     # Six layers, so that the last has full attention; a window shorter than the sequence.
     "gemma3": TinyModel(
-        "Gemma3", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64, "num_hidden_layers": 6}
+        "Gemma3",
+        {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64, "num_hidden_layers": 6},
+        tokenizer="sentencepiece-bare",
     ),
     "phi3": TinyModel("Phi3", {"sliding_window": None}),
     # llama.cpp and transformers take the short factors up to the original length, and the long ones beyond it.
@@ -168,7 +173,7 @@ def _save_bpe(directory: Path) -> None:
 
 
 @cache
-def _sentencepiece() -> bytes:
+def _sentencepiece(add_dummy_prefix: bool) -> bytes:
     trained: list[bytes] = []
 
     class Writer:
@@ -182,6 +187,7 @@ def _sentencepiece() -> bytes:
         model_type="bpe",
         byte_fallback=True,
         normalization_rule_name="identity",
+        add_dummy_prefix=add_dummy_prefix,
         pad_id=0,
         bos_id=1,
         eos_id=2,
@@ -193,10 +199,14 @@ def _sentencepiece() -> bytes:
     return b"".join(trained)
 
 
-def _save_sentencepiece(directory: Path) -> None:
-    (directory / "tokenizer.model").write_bytes(_sentencepiece())
+def _save_sentencepiece(directory: Path, add_dummy_prefix: bool = True) -> None:
+    (directory / "tokenizer.model").write_bytes(_sentencepiece(add_dummy_prefix))
     settings = '{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true, "add_eos_token": false}'
     (directory / "tokenizer_config.json").write_text(settings)
 
 
-_TOKENIZERS: dict[str, Callable[[Path], None]] = {"bpe": _save_bpe, "sentencepiece": _save_sentencepiece}
+_TOKENIZERS: dict[str, Callable[[Path], None]] = {
+    "bpe": _save_bpe,
+    "sentencepiece": _save_sentencepiece,
+    "sentencepiece-bare": partial(_save_sentencepiece, add_dummy_prefix=False),
+}
