@@ -8,18 +8,18 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from calibration.control import Interrupted, Progress, ShouldStop
 from calibration.importance import ImportanceMatrix
 from converter.checkpoint import Checkpoint
 from converter.job import sync_directory
 from converter.model_map import read_rows
-from converter.progress import Progress
 from formats.errors import ConvertError
 from formats.gguf_file import GgufLayout, padded
 from formats.registry import get_format
@@ -27,15 +27,6 @@ from profiles.plan import Plan, PlannedTensor
 
 CHUNK_WEIGHTS = 1 << 20
 """Weights a thread holds at a time: 4 MiB of float32, some times that with an encoder's own arrays."""
-
-
-class Interrupted(ConvertError):
-    """The user asked for an end and everything so far is saved."""
-
-    exit_code = 130
-
-    def __init__(self, stage: str, resume_command: str):
-        super().__init__("stopped as asked; nothing is lost", stage, f"resume with: {resume_command}")
 
 
 @dataclass(frozen=True)
@@ -88,11 +79,11 @@ class Encoder:
             if importance is not None and planned.tensor.name in importance.sums
         }
 
-    def run(self, threads: int, progress: Progress, should_stop: Callable[[], bool], resume_command: str) -> None:
+    def run(self, threads: int, progress: Progress, should_stop: ShouldStop) -> None:
         """Encode whatever is not in the journal. Raises Interrupted between layers when should_stop() says so, and
         ConvertError for weights that cannot be encoded or a disk that is full; in either case a later run continues."""
         try:
-            self._run(threads, progress, should_stop, resume_command)
+            self._run(threads, progress, should_stop)
         except OSError as error:
             raise ConvertError(
                 f"writing failed: {error}",
@@ -100,7 +91,7 @@ class Encoder:
                 "make room or choose another --output, then run the same command again: it continues from here",
             ) from None
 
-    def _run(self, threads: int, progress: Progress, should_stop: Callable[[], bool], resume_command: str) -> None:
+    def _run(self, threads: int, progress: Progress, should_stop: ShouldStop) -> None:
         planned = {p.tensor.name: p for p in self.plan.tensors}
         finished = self._finished_tensors()
         done, total = 0, self.plan.n_bytes
@@ -118,7 +109,7 @@ class Encoder:
                     for entry, offset in zip(layout.tensors, layout.offsets, strict=True):
                         if entry.name not in finished:
                             if planned[entry.name].tensor.layer != layer and should_stop():
-                                raise Interrupted("encode", resume_command)
+                                raise Interrupted
                             file.seek(offset)
                             file.truncate()
                             digest = self._write_tensor(file, planned[entry.name], pool, threads, progress, done, total)

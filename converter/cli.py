@@ -1,0 +1,219 @@
+"""The command line: parses, validates, calls. Data goes to stdout, everything else to stderr.
+
+Nothing heavy is imported before a command runs, so that --help answers at once.
+"""
+
+import functools
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from formats.errors import ConvertError
+
+PATH = click.Path(path_type=Path)
+
+
+class DefaultGroup(click.Group):
+    """A group whose main command needs no name: `convert MODEL` is `convert convert-model MODEL`."""
+
+    default = "convert-model"
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("--help", "--version"):
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        self.commands[self.default].format_options(ctx, formatter)
+        commands = [(name, c.get_short_help_str()) for name, c in self.commands.items() if name != self.default]
+        with formatter.section("Other commands"):
+            formatter.write_dl(commands)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage(ctx.command_path, "[OPTIONS] MODEL  |  COMMAND ...")
+
+
+def fails_clearly(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn an error into three lines on stderr and an exit code; --verbose adds the traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, verbose: bool, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except ConvertError as error:
+            if verbose:
+                traceback.print_exc()
+            click.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("error: stopped at once; run the same command again to continue", err=True)
+            sys.exit(130)
+
+    return click.option("--verbose", is_flag=True, help="Show the traceback of an error.")(wrapped)
+
+
+def job_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that describe a job: the same for `convert MODEL` and `convert plan MODEL`."""
+    options = [
+        click.argument("model"),
+        click.option("--profile", default="balanced-4bit", show_default=True, help="A preset, or a TOML file."),
+        click.option(
+            "--output", type=PATH, help="The artifact's file or directory. [default: by the naming convention]"
+        ),
+        click.option("--set", "overrides", multiple=True, metavar="PATTERN=FORMAT", help="Override a role or tensor."),
+        click.option(
+            "--imatrix", type=PATH, help="Use this importance matrix (GGUF or .dat) instead of computing one."
+        ),
+        click.option("--calibration", metavar="NAME|FILE", help="Text: a file, wikitext-2, or a Hub dataset."),
+        click.option("--samples", default=512, show_default=True, help="Calibration sequences, 128 to 1024."),
+        click.option("--sequence-length", default=512, show_default=True, help="Tokens in a calibration sequence."),
+        click.option("--effort", type=click.Choice(["best", "fast"]), default="best", show_default=True),
+        click.option("--pre-tokenizer", metavar="NAME", help="llama.cpp's name, where it cannot be recognised."),
+        click.option("--split-size", metavar="SIZE", help="Split the artifact, for instance 20GB."),
+        click.option("--work-dir", type=PATH, help="Where checkpoints are kept. [default: beside the output]"),
+        click.option("--threads", default=0, help="Encoder threads. [default: all cores]"),
+        click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda", "mps"])),
+        click.option("--seed", default=0, show_default=True, help="Seed of whatever is drawn at random."),
+        click.option(
+            "--quality/--no-quality", default=True, help="Measure perplexity and KL divergence. [default: on]"
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print data for machines on stdout."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def build_job(profile: str, overrides: tuple[str, ...], split_size: str | None, **options: Any):
+    from converter.job import Job
+    from profiles.schema import load_profile, parse_override
+
+    return Job(
+        profile=load_profile(profile),
+        overrides=tuple(parse_override(text) for text in overrides),
+        shard_bytes=parse_size(split_size) if split_size else None,
+        **options,
+    )
+
+
+def parse_size(text: str) -> int:
+    """Bytes from a text such as 500M, 20GB or 1.5GiB: decimal units, binary ones with an i."""
+    import re
+
+    match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    try:
+        number = float(match[1]) if match else 0.0
+    except ValueError:
+        number = 0.0
+    if match is None or number <= 0:
+        raise ConvertError(f"{text!r} is no size", "--split-size", "write for example 500M, 20GB or 1.5GiB")
+    base = 1024 if match[3] else 1000
+    return int(number * base ** " KMGT".index(match[2].upper() or " "))
+
+
+@click.group(cls=DefaultGroup, context_settings={"max_content_width": 120})
+@click.version_option(package_name="bitwright")
+def main() -> None:
+    """Turn a Hugging Face checkpoint into the smallest GGUF that still behaves.
+
+    MODEL is a Hub id (org/name[@revision]), a directory with safetensors, or a GGUF in F32, F16 or BF16. Running the same
+    command again continues where the last run stopped.
+    """
+
+
+@main.command("convert-model", hidden=True)
+@job_options
+@click.option("--dry-run", is_flag=True, help="Print the plan with its exact size; write nothing.")
+@click.option("--fresh", is_flag=True, help="Forget what an earlier run has done, and replace its output.")
+@fails_clearly
+def convert_model(dry_run: bool, fresh: bool, as_json: bool, **options: Any) -> None:
+    """Convert MODEL."""
+    if dry_run:
+        print_plan(build_job(**options), as_json, None)
+        return
+    from converter.pipeline import run
+    from converter.progress import Progress, Stop
+    from converter.report import report_text
+
+    progress = Progress()
+    try:
+        with Stop().on_interrupt() as should_stop:
+            prepared, report = run(build_job(**options), progress, should_stop, fresh)
+    finally:
+        progress.close()
+    click.echo(json.dumps(report) if as_json else report_text(report, prepared.plan, prepared.job.work_dir))
+
+
+@main.command()
+@job_options
+@click.option("--explain", metavar="PATTERN", help="Show every tensor whose name or role matches, with the reason.")
+@fails_clearly
+def plan(explain: str | None, as_json: bool, **options: Any) -> None:
+    """Print what would be written, to the byte (a dry run)."""
+    print_plan(build_job(**options), as_json, explain)
+
+
+def print_plan(job, as_json: bool, explain: str | None) -> None:
+    from fnmatch import fnmatchcase
+
+    from converter.pipeline import prepare
+    from converter.report import plan_text, table
+    from formats.errors import nearest
+
+    prepared = prepare(job)
+    data = prepared.to_dict()
+    if explain is not None:
+        rows = [r for r in data["tensors"] if fnmatchcase(r["tensor"], explain) or fnmatchcase(r["role"], explain)]
+        if not rows:
+            names = sorted({r["role"] for r in data["tensors"]}) + [r["tensor"] for r in data["tensors"]]
+            raise ConvertError(f"no tensor matches {explain!r}", "--explain", nearest(explain, names))
+        data["tensors"] = rows
+    if as_json:
+        click.echo(json.dumps(data))
+        return
+    if explain is not None:
+        cells = [
+            [
+                r["tensor"],
+                "x".join(map(str, r["shape"])),
+                r["format"],
+                str(r["bytes"]),
+                f"{r['bits_per_weight']:.2f}",
+                r["reason"],
+            ]
+            for r in data["tensors"]
+        ]
+        click.echo(table(["tensor", "shape", "format", "bytes", "bits", "reason"], cells))
+        return
+    click.echo(plan_text(prepared.plan, data["bytes"]))
+    click.echo(f"would write {prepared.job.output}")
+
+
+@main.group()
+def profiles() -> None:
+    """List the preset profiles, or show one."""
+
+
+@profiles.command("list")
+def list_profiles() -> None:
+    """Every preset with what it does and when to use it."""
+    from profiles.schema import load_profile, preset_names
+
+    for name in preset_names():
+        profile = load_profile(name)
+        click.echo(f"{name}\n    {profile.description}\n    good for: {profile.good_for}")
+
+
+@profiles.command("show")
+@click.argument("name")
+@fails_clearly
+def show_profile(name: str) -> None:
+    """The TOML of a preset: a starting point for a profile of your own."""
+    from profiles.schema import load_profile
+
+    click.echo(load_profile(name).text, nl=False)

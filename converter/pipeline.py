@@ -1,0 +1,222 @@
+"""The whole conversion: the stages in the order they run, each of which leaves its result in the work directory.
+
+source -> describe -> plan -> preflight -> calibrate -> encode -> write -> verify -> quality -> report
+"""
+
+import hashlib
+import json
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from calibration.control import Interrupted, ShouldStop, never
+from calibration.importance import ImportanceMatrix
+from converter.artifact import artifact_layout, artifact_metadata, file_name
+from converter.calibrate import calibrate, check_importance, planned_importance
+from converter.checkpoint import Checkpoint, open_checkpoint
+from converter.encode import Encoder
+from converter.job import Job, WorkDirectory, file_sha256, tool_identity, write_atomically
+from converter.model_map import describe
+from converter.preflight import check_output_is_free, check_samples, preflight
+from converter.progress import Progress
+from converter.report import fallback_lines, group_rows, quality_warning, source_bytes
+from converter.verify import verify
+from formats.errors import ConvertError
+from formats.gguf_file import GgufLayout
+from profiles.assign import assign
+from profiles.plan import Plan
+from profiles.vocabulary import ModelMap
+
+
+class Stopped(ConvertError):
+    """The user asked for an end, and everything so far is saved."""
+
+    exit_code = 130
+
+    def __init__(self, where: str, resume_command: str):
+        super().__init__("stopped as asked; nothing is lost", where, f"resume with: {resume_command}")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is known before anything runs. importance: the identity of what the encoders will use, None when
+    no format asks for it."""
+
+    job: Job
+    checkpoint: Checkpoint
+    model_map: ModelMap
+    plan: Plan
+    importance: ImportanceMatrix | None
+
+    def layouts(self, importance: ImportanceMatrix | None) -> list[GgufLayout]:
+        """The artifact's files; equally long for the planned identity of the importance and for the final one."""
+        assert self.job.output is not None
+        metadata = artifact_metadata(self.job, self.checkpoint, self.model_map, self.plan, importance)
+        return artifact_layout(self.job.output.name, metadata, self.plan, self.job.shard_bytes)
+
+    @property
+    def file_bytes(self) -> int:
+        return sum(layout.n_bytes for layout in self.layouts(self.importance))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data: what `--dry-run --json` prints."""
+        return {
+            "model": self.checkpoint.model_id,
+            "revision": self.checkpoint.revision,
+            "profile": self.plan.profile,
+            "plan_sha256": self.plan.digest(),
+            "output": str(self.job.output),
+            "bytes": self.file_bytes,
+            "bits_per_weight": self.plan.bits_per_weight,
+            "groups": group_rows(self.plan),
+            "tensors": self.plan.rows(),
+        }
+
+
+def prepare(job: Job) -> Prepared:
+    """source, describe and plan: reads headers, configuration and tokenizer, and no weight."""
+    check_samples(job.samples, job.sequence_length)
+    checkpoint = open_checkpoint(job.model, metadata_only=True)
+    model_map = describe(checkpoint, job.pre_tokenizer)
+    plan = assign(job.profile, model_map, job.overrides, job.effort)
+    job = job.with_output(file_name(model_map, checkpoint, job.profile.name))
+    wanted = plan.uses_importance or job.imatrix is not None
+    return Prepared(
+        job, checkpoint, model_map, plan, planned_importance(job, checkpoint, model_map) if wanted else None
+    )
+
+
+def fingerprint(prepared: Prepared) -> dict[str, Any]:
+    """What decides the artifact's bytes and the report: finished work is reused only where all of it is the same."""
+    job, checkpoint = prepared.job, prepared.checkpoint
+    return {
+        "tool": tool_identity(),
+        "model": checkpoint.model_id,
+        "revision": checkpoint.revision,
+        "files": [list(entry) for entry in checkpoint.files()],
+        "profile": hashlib.sha256(job.profile.text.encode()).hexdigest(),
+        "overrides": [rule.text for rule in job.overrides],
+        "plan": prepared.plan.digest(),
+        "imatrix": file_sha256(job.imatrix) if job.imatrix else None,
+        "calibration": prepared.importance.corpus if prepared.importance else None,
+        "calibration_file": file_sha256(Path(job.calibration))
+        if job.calibration and Path(job.calibration).is_file()
+        else None,
+        "samples": job.samples,
+        "sequence_length": job.sequence_length,
+        "seed": job.seed,
+        "device": job.device,
+        "pre_tokenizer": job.pre_tokenizer,
+        "shard_bytes": job.shard_bytes,
+        "quality": job.quality,
+        "output": str(job.output.absolute()) if job.output else None,
+    }
+
+
+def run(
+    job: Job, progress: Progress, should_stop: ShouldStop = never, fresh: bool = False
+) -> tuple[Prepared, dict[str, Any]]:
+    """Do the job, or what is left of it. Returns what was prepared and the report.
+
+    Raises ConvertError (Stopped when should_stop() asked for it); running the same job again continues.
+    """
+    clock = _Clock()
+    with clock("plan"):
+        prepared = prepare(job)
+        job = prepared.job
+        assert job.output is not None and job.work_dir is not None
+        layouts = prepared.layouts(prepared.importance)
+        preflight(job, prepared.checkpoint, prepared.model_map, prepared.plan, layouts, prepared.importance)
+    for line in fallback_lines(prepared.plan):
+        progress.say(line)
+    work = WorkDirectory(job.work_dir)
+    with work.locked():
+        checkpoint = prepared.checkpoint.with_weights()
+        prepared = replace(prepared, checkpoint=checkpoint)
+        if fresh:
+            work.clear()
+        if not (work.path / "job.json").exists() and not fresh:
+            check_output_is_free(job, layouts)
+        work.claim(fingerprint(prepared))
+        if (report := _finished_report(work.path)) is not None:
+            progress.say("already done: the artifact is there and its hashes are right")
+            return prepared, report
+        try:
+            report = _run_stages(prepared, work.path, progress, should_stop, clock)
+        except Interrupted:
+            raise Stopped(str(work.path), job.resume_command) from None
+    if warning := quality_warning(report["quality"]):
+        progress.say(f"warning: {warning}")
+    return prepared, report
+
+
+def _run_stages(
+    prepared: Prepared, work_dir: Path, progress: Progress, should_stop: ShouldStop, clock: "_Clock"
+) -> dict[str, Any]:
+    job, checkpoint, model_map, plan = prepared.job, prepared.checkpoint, prepared.model_map, prepared.plan
+    assert job.output is not None
+    importance = None
+    if prepared.importance is not None:
+        with clock("calibrate"):
+            importance = calibrate(job, checkpoint, model_map, work_dir, progress, should_stop)
+            check_importance(importance, plan, str(job.imatrix or work_dir / "importance.gguf"))
+    with clock("encode"):
+        layouts = prepared.layouts(importance)
+        encoder = Encoder(checkpoint, plan, importance, layouts, job.output.parent, work_dir / "encoded.jsonl")
+        encoder.run(job.n_threads, progress, should_stop)
+        paths = encoder.complete()
+    with clock("verify"):
+        errors = verify(paths, checkpoint, model_map, importance, progress)
+    quality = None
+    if job.quality:
+        from converter.quality import measure_quality
+
+        with clock("quality"):
+            quality = measure_quality(job, checkpoint, model_map, paths, work_dir, progress, should_stop)
+    files = [{"path": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths]
+    report = {
+        "model": checkpoint.model_id,
+        "revision": checkpoint.revision,
+        "profile": plan.profile,
+        "plan_sha256": plan.digest(),
+        "tool": tool_identity(),
+        "source": {"bytes": source_bytes(checkpoint)},
+        "artifact": {"bytes": sum(file["bytes"] for file in files), "files": files},
+        "groups": group_rows(plan),
+        "errors": [error.to_dict() for error in errors],
+        "quality": quality,
+        "seconds": clock.seconds,
+    }
+    write_atomically(work_dir / "report.json", json.dumps(report, indent=1).encode())
+    return report
+
+
+def _finished_report(work_dir: Path) -> dict[str, Any] | None:
+    """The report of a job that is done and whose files are as it left them; a changed or missing file is an error."""
+    path = work_dir / "report.json"
+    if not path.exists():
+        return None
+    report = json.loads(path.read_bytes())
+    for file in report["artifact"]["files"]:
+        if not Path(file["path"]).exists() or file_sha256(Path(file["path"])) != file["sha256"]:
+            raise ConvertError(
+                "the artifact of this finished job has been removed or changed since",
+                file["path"],
+                "put it back, or write it again with --fresh",
+            )
+    return report
+
+
+class _Clock:
+    """Wall-clock seconds of each stage of this run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str):
+        start = time.monotonic()
+        yield
+        self.seconds[stage] = round(time.monotonic() - start, 3)

@@ -1,0 +1,101 @@
+"""What would stop the job later, found in the first seconds: before any download of weights and any long work."""
+
+import os
+import shutil
+from pathlib import Path
+
+from calibration.importance import ImportanceMatrix
+from converter.calibrate import check_importance
+from converter.checkpoint import Checkpoint
+from converter.job import SAMPLES_RANGE, Job
+from converter.progress import size_text
+from formats.errors import ConvertError
+from formats.gguf_file import GgufLayout
+from profiles.plan import Plan
+from profiles.vocabulary import ModelMap
+
+# Statistics, journals and reports beside the larger things that are counted one by one.
+_SMALL_FILES = 64 << 20
+
+
+def check_samples(samples: int, sequence_length: int) -> None:
+    low, high = SAMPLES_RANGE
+    if not low <= samples <= high:
+        raise ConvertError(
+            f"{samples} calibration samples are outside of {low} to {high}",
+            "--samples",
+            f"fewer than {low} leave columns unseen, more than {high} change nothing measurable",
+        )
+    if sequence_length < 2:
+        raise ConvertError(f"a sequence of {sequence_length} tokens predicts nothing", "--sequence-length", "use 512")
+
+
+def preflight(
+    job: Job,
+    checkpoint: Checkpoint,
+    model_map: ModelMap,
+    plan: Plan,
+    layouts: list[GgufLayout],
+    importance: ImportanceMatrix | None,
+) -> None:
+    """Raises ConvertError for the first thing that would stop the job. Architecture, tokenizer and profile have been
+    checked by then: there would be no model map and no plan otherwise."""
+    assert job.output is not None and job.work_dir is not None
+    if importance is not None and job.imatrix is not None:
+        check_importance(importance, plan, str(job.imatrix))
+    _check_writable(job.output.parent, "--output")
+    _check_writable(job.work_dir, "--work-dir")
+    _check_space(job, checkpoint, model_map, layouts)
+
+
+def check_output_is_free(job: Job, layouts: list[GgufLayout]) -> None:
+    """Refuse to replace a file that this job did not write."""
+    assert job.output is not None
+    for layout in layouts:
+        path = job.output.with_name(layout.file_name)
+        if path.exists():
+            raise ConvertError(
+                "the output exists and is not of this job",
+                str(path),
+                "name another file with --output, or replace this one with --fresh",
+            )
+
+
+def _check_writable(directory: Path, option: str) -> None:
+    existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConvertError("the directory cannot be written", str(existing), f"name another place with {option}")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConvertError(f"the directory cannot be made: {error}", str(directory), f"use {option}") from None
+
+
+def _check_space(job: Job, checkpoint: Checkpoint, model_map: ModelMap, layouts: list[GgufLayout]) -> None:
+    """Disk space by stage; what an earlier run has written of the artifact already counts as there."""
+    from converter.encode import partial_path
+
+    assert job.output is not None and job.work_dir is not None
+    written = 0
+    for layout in layouts:
+        path = partial_path(job.output.with_name(layout.file_name))
+        written += path.stat().st_size if path.exists() else 0
+    needs = [("the artifact", job.output.parent, sum(layout.n_bytes for layout in layouts) - written)]
+    width = int(checkpoint.config.get("hidden_size", 0))
+    # Two checkpoints of the hidden states in float32, the new one being written while the old one still stands.
+    states = 2 * 4 * job.samples * job.sequence_length * width if job.imatrix is None else 0
+    restored = 0 if checkpoint.location.is_dir() else 4 * sum(t.n_weights for t in model_map.tensors)
+    needs.append(("the work directory", job.work_dir, states + restored + _SMALL_FILES))
+    by_device: dict[int, list[tuple[str, Path, int]]] = {}
+    for need in needs:
+        by_device.setdefault(os.stat(need[1]).st_dev, []).append(need)
+    for entries in by_device.values():
+        needed = sum(n_bytes for _, _, n_bytes in entries)
+        free = shutil.disk_usage(entries[0][1]).free
+        if needed > free:
+            parts = ", ".join(f"{size_text(n_bytes)} for {what}" for what, _, n_bytes in entries)
+            raise ConvertError(
+                f"the disk has {size_text(free)} free, and this job needs {size_text(needed)} ({parts})",
+                str(entries[0][1]),
+                "make room, or use another disk with --output and --work-dir",
+            )

@@ -1,0 +1,140 @@
+"""What a conversion cost and what it bought: plain data for machines, tables for people."""
+
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from converter.checkpoint import DTYPE_BYTES, Checkpoint
+from converter.progress import size_text
+from profiles.plan import Plan
+from profiles.vocabulary import Role
+
+_GROUPS = {
+    "embedding": (Role.EMBEDDING,),
+    "output": (Role.OUTPUT,),
+    "attention": tuple(role for role in Role if role.startswith("attention_")),
+    "mlp": tuple(role for role in Role if role.startswith("mlp_")),
+    "experts": tuple(role for role in Role if role.startswith("expert_")),
+    "norms, routers": (Role.NORM, Role.BIAS, Role.ROPE, Role.ROUTER),
+}
+
+# Mean KL divergence (nats a token) from which on a user will notice, and from which on the model is broken; about what
+# llama.cpp's Q3_K_M and IQ2_XXS mixes do to a small model.
+NOTICEABLE_KLD = 0.5
+SEVERE_KLD = 2.0
+
+
+def source_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the checkpoint's tensors as they are stored."""
+    total = 0
+    for tensor in checkpoint.tensors.values():
+        total += tensor.n_rows * tensor.n_columns * DTYPE_BYTES[tensor.dtype]
+    return total
+
+
+def group_rows(plan: Plan) -> list[dict]:
+    """Formats, weights and bytes of each group of tensors."""
+    rows = []
+    for group, roles in _GROUPS.items():
+        members = [planned for planned in plan.tensors if planned.tensor.role in roles]
+        if not members:
+            continue
+        counts: Counter[str] = Counter(planned.format for planned in members)
+        n_bytes, n_weights = (
+            sum(planned.n_bytes for planned in members),
+            sum(planned.tensor.n_weights for planned in members),
+        )
+        rows.append(
+            {
+                "group": group,
+                "tensors": len(members),
+                "formats": dict(counts.most_common()),
+                "weights": n_weights,
+                "bytes": n_bytes,
+                "bits_per_weight": n_bytes * 8 / n_weights,
+                "share": n_bytes / plan.n_bytes,
+            }
+        )
+    return rows
+
+
+def fallback_lines(plan: Plan) -> list[str]:
+    """One line for each kind of fallback: what was wanted, what fits, and what that costs."""
+    groups: dict[tuple[str, str, int], list[int]] = defaultdict(list)
+    for planned in plan.tensors:
+        if planned.wanted is not None:
+            groups[planned.wanted, planned.format, planned.tensor.n_columns].append(planned.extra_bytes)
+    return [
+        f"{len(extra)} tensors with rows of {n_columns} cannot be {wanted}: {chosen} instead,"
+        f" {'+' if sum(extra) >= 0 else '-'}{size_text(abs(sum(extra)))}"
+        for (wanted, chosen, n_columns), extra in groups.items()
+    ]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A text table: first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        return "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        )
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def plan_text(plan: Plan, file_bytes: int) -> str:
+    """The plan by groups of tensors, with every fallback and the exact size of the artifact."""
+    rows = [
+        [
+            row["group"],
+            " ".join(f"{name}x{n}" for name, n in row["formats"].items()),
+            f"{row['weights'] / 1e6:.1f} M",
+            size_text(row["bytes"]),
+            f"{row['bits_per_weight']:.2f}",
+            f"{row['share']:.1%}",
+        ]
+        for row in group_rows(plan)
+    ]
+    text = table(["group", "formats", "weights", "bytes", "bits/weight", "share"], rows)
+    lines = [text, "", *fallback_lines(plan)]
+    lines.append(
+        f"{plan.profile}: {file_bytes} bytes ({size_text(file_bytes)}), {plan.bits_per_weight:.3f} bits per weight"
+    )
+    return "\n".join(lines)
+
+
+def quality_warning(quality: dict | None) -> str | None:
+    """What to tell about a quality loss, and what to do; None when there is nothing to tell."""
+    if quality is None or quality["mean_kld"] < NOTICEABLE_KLD:
+        return None
+    degree = "broken" if quality["mean_kld"] >= SEVERE_KLD else "noticeable"
+    return (
+        f"the quality loss is {degree}: mean KL divergence {quality['mean_kld']:.3f}, perplexity"
+        f" {quality['source_perplexity']:.2f} -> {quality['perplexity']:.2f}; a finer profile costs more bytes and"
+        " loses less: --profile balanced-4bit, or raise one role: --set 'mlp_down=Q5_K'"
+    )
+
+
+def report_text(report: dict, plan: Plan, work_dir: Path) -> str:
+    """The report for people."""
+    lines = [plan_text(plan, report["artifact"]["bytes"]), ""]
+    ratio = report["source"]["bytes"] / report["artifact"]["bytes"]
+    lines.append(
+        f"size         {size_text(report['source']['bytes'])} -> {size_text(report['artifact']['bytes'])}, {ratio:.2f}x smaller"
+    )
+    if quality := report["quality"]:
+        lines += [
+            f"perplexity   {quality['source_perplexity']:.3f} -> {quality['perplexity']:.3f}",
+            f"divergence   mean KLD {quality['mean_kld']:.4f}, 99.9 % {quality['kld_99_9']:.3f}, "
+            f"same top token {quality['top1_agreement']:.1%}  ({quality['tokens']} tokens of {quality['corpus']})",
+        ]
+    worst = max(report["errors"], key=lambda error: error["weighted_error"])
+    lines.append(
+        f"verified     {len(report['errors'])} tensors decoded by gguf; largest weighted error {worst['weighted_error']:.4f} ({worst['tensor']}, {worst['format']})"
+    )
+    lines.append(
+        "time         " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report["seconds"].items())
+    )
+    lines += [f"written      {file['path']}  sha256 {file['sha256']}" for file in report["artifact"]["files"]]
+    lines.append(f"report       {work_dir / 'report.json'}")
+    return "\n".join(lines)

@@ -1,0 +1,154 @@
+"""The stage `verify`: every tensor of the artifact, decoded by the `gguf` package, against the checkpoint.
+
+The decoder is not ours on purpose: a mistake that encoder and decoder share would go unseen.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from gguf import ReaderTensor
+from gguf.quants import dequantize
+
+from calibration.importance import ImportanceMatrix
+from converter.checkpoint import Checkpoint
+from converter.model_map import read_rows, restore
+from converter.progress import Progress
+from formats.errors import ConvertError
+from formats.gguf_file import read_gguf, tensor_rows
+from profiles.vocabulary import ModelMap, TensorSpec
+
+_CHUNK_WEIGHTS = 1 << 22
+_LOSSLESS = ("F32",)
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """A tensor's error: mean squared error over mean squared weight, and the same weighted by importance."""
+
+    tensor: str
+    format: str
+    relative_error: float
+    weighted_error: float
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def artifact_tensors(paths: list[Path]) -> dict[str, ReaderTensor]:
+    """The tensors of all files of an artifact by name; raises ConvertError for a damaged file or a tensor held twice."""
+    tensors: dict[str, ReaderTensor] = {}
+    for path in paths:
+        for tensor in read_gguf(path).tensors:
+            if tensor.name in tensors:
+                raise ConvertError(f"the tensor {tensor.name!r} is there twice", str(path), "write the artifact again")
+            tensors[tensor.name] = tensor
+    return tensors
+
+
+def artifact_files(path: Path) -> list[Path]:
+    """All files of the artifact that begins with this one: itself, or every shard. A missing shard is an error."""
+    field = read_gguf(path).get_field("split.count")
+    count = int(field.contents()) if field else 1
+    if count <= 1:
+        return [path]
+    stem = path.name.removesuffix(f"-00001-of-{count:05d}.gguf")
+    paths = [path.with_name(f"{stem}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
+    for shard in paths:
+        if not shard.exists():
+            raise ConvertError(
+                "a shard of the artifact is missing", str(shard), "name the first shard, beside all others"
+            )
+    return paths
+
+
+def decode_rows(tensor: ReaderTensor, start: int, stop: int) -> np.ndarray:
+    """Rows start to stop, decoded by the `gguf` package: float32 [stop - start, n_columns]."""
+    return dequantize(tensor_rows(tensor)[start:stop], tensor.tensor_type).reshape(stop - start, -1)
+
+
+def verify(
+    paths: list[Path],
+    checkpoint: Checkpoint,
+    model_map: ModelMap,
+    importance: ImportanceMatrix | None,
+    progress: Progress,
+) -> list[TensorError]:
+    """The error of every tensor. Raises ConvertError for a tensor that is absent, has another shape, decodes to
+    something that is not finite, differs although its format is lossless, or is further from the source than zeros."""
+    stored = artifact_tensors(paths)
+    errors = []
+    done, total = 0, sum(tensor.n_weights for tensor in model_map.tensors) * 4
+    for spec in model_map.tensors:
+        if spec.name not in stored or tuple(map(int, stored[spec.name].shape[::-1])) != spec.shape:
+            raise _failed(spec, "is absent or has another shape", paths)
+        errors.append(_tensor_error(stored[spec.name], spec, checkpoint, importance, paths))
+        done += spec.n_weights * 4
+        progress("verify", done, total, "B")
+    for name in stored.keys() - {spec.name for spec in model_map.tensors}:
+        raise ConvertError(f"the artifact has a tensor that the model has not: {name}", str(paths[0]), "write it again")
+    return errors
+
+
+def _spans(spec: TensorSpec) -> Iterator[tuple[int, int, int]]:
+    """(matrix, first row, end row) of spans that stay within one matrix and within bounded memory."""
+    rows_per_matrix = spec.n_rows // spec.n_matrices
+    step = max(1, _CHUNK_WEIGHTS // spec.n_columns)
+    for matrix in range(spec.n_matrices):
+        end = (matrix + 1) * rows_per_matrix
+        for start in range(matrix * rows_per_matrix, end, step):
+            yield matrix, start, min(start + step, end)
+
+
+def _tensor_error(
+    tensor: ReaderTensor,
+    spec: TensorSpec,
+    checkpoint: Checkpoint,
+    importance: ImportanceMatrix | None,
+    paths: list[Path],
+) -> TensorError:
+    columns = importance.columns(spec.name) if importance is not None and spec.name in importance.sums else None
+    sums = np.zeros(4)  # squared error, squared weight, and both weighted
+    for matrix, start, stop in _spans(spec):
+        source = read_rows(checkpoint, spec, start, stop)
+        decoded = decode_rows(tensor, start, stop)
+        if not np.isfinite(decoded).all():
+            raise _failed(spec, "decodes to values that are not finite", paths)
+        if tensor.tensor_type.name in _LOSSLESS and not np.array_equal(decoded, source):
+            raise _failed(spec, f"differs from the source although {tensor.tensor_type.name} is lossless", paths)
+        squared_error = np.square(decoded - source, dtype=np.float64).sum(axis=0)
+        squared_weight = np.square(source, dtype=np.float64).sum(axis=0)
+        weights = np.ones(spec.n_columns) if columns is None else columns[matrix]
+        sums += [squared_error.sum(), squared_weight.sum(), squared_error @ weights, squared_weight @ weights]
+    relative, weighted = (sums[i] / sums[i + 1] if sums[i + 1] else float(sums[i] > 0) for i in (0, 2))
+    if weighted > 1:
+        raise _failed(spec, f"is further from the source than zeros are (weighted error {weighted:.3g})", paths)
+    return TensorError(spec.name, tensor.tensor_type.name, float(relative), float(weighted))
+
+
+def _failed(spec: TensorSpec, what: str, paths: list[Path]) -> ConvertError:
+    return ConvertError(
+        f"verification failed: the tensor {spec.name} {what}",
+        ", ".join(map(str, paths)),
+        "convert again with --fresh; if it fails again, report it with the model's name and this message",
+    )
+
+
+class DecodedArtifact:
+    """An artifact's weights under the checkpoint's names, as the source of a layer stream."""
+
+    def __init__(self, paths: list[Path], model_map: ModelMap):
+        self._stored = artifact_tensors(paths)
+        self._specs = {
+            source: (spec, matrix) for spec in model_map.tensors for matrix, source in enumerate(spec.sources)
+        }
+        self.tensors = frozenset(self._specs)
+
+    def read(self, name: str) -> np.ndarray:
+        """The checkpoint's tensor of that name, decoded: float32 in its own shape."""
+        spec, matrix = self._specs[name]
+        rows = spec.n_rows // spec.n_matrices
+        decoded = decode_rows(self._stored[spec.name], matrix * rows, (matrix + 1) * rows)
+        one = replace(spec, shape=spec.shape[-2:], sources=(name,))
+        return restore(one, decoded)[name]

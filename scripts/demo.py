@@ -1,0 +1,38 @@
+"""Convert a real model with one command, run it in llama.cpp, and print what it cost.
+
+    python -m scripts.demo [DIRECTORY]
+
+The model is SmolLM2-135M-Instruct, rebuilt as a Hugging Face directory. Nothing is downloaded.
+"""
+
+from pathlib import Path
+
+import click
+
+from converter.cli import main as convert
+from scripts.llama_cpp import LlamaCpp
+from scripts.smollm2 import build
+
+PROMPT = "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n"
+N_TOKENS = 40
+
+
+def generate(artifact: Path) -> str:
+    """The artifact's answer to the prompt, from llama.cpp."""
+    with LlamaCpp(artifact) as model:
+        return model.detokenize(model.generate(model.tokenize(PROMPT), N_TOKENS))
+
+
+@click.command(help=__doc__)
+@click.argument("directory", default="demo", type=click.Path(path_type=Path))
+def main(directory: Path) -> None:
+    model = build(directory / "SmolLM2-135M-Instruct")
+    arguments = ["--profile", "mlp-low-precision", "--samples", "128", "--output", str(directory), str(model)]
+    click.echo(f"$ convert {' '.join(arguments)}")
+    convert(arguments, standalone_mode=False)
+    (artifact,) = directory.glob("*.gguf")
+    click.echo(f"\nllama.cpp, {N_TOKENS} tokens of {artifact.name}:\n{PROMPT}{generate(artifact)}")
+
+
+if __name__ == "__main__":
+    main()
