@@ -1,7 +1,7 @@
 """One data file per architecture: what its checkpoints are made of, and what llama.cpp calls it.
 
-Every file in `architectures/` is one table of facts (docs/add-an-architecture.md explains each key). This module reads
-them, finds the one of a configuration, and computes the dimensions that their shapes are written in.
+Every file in `architectures/` is one table of facts; docs/add-an-architecture.md explains each key. This module reads
+them and finds the one of a configuration.
 """
 
 import re
@@ -22,7 +22,7 @@ class TensorRule:
     """One kind of tensor of the checkpoint.
 
     pattern: its name, with {layer} and {expert} in the place of the indices.
-    shape: names of dimensions, see `dimensions`; of one expert's matrix where the tensors are stacked.
+    shape: names of dimensions, see configuration.py; of one expert's matrix where the tensors are stacked.
     rotary: dimension that counts the heads, where llama.cpp wants their rows in another order, see `Transform`.
     optional: may be absent (biases).
     """
@@ -64,21 +64,6 @@ class Architecture:
     uint32: dict[str, str] = field(default_factory=dict)
     float32: dict[str, str] = field(default_factory=dict)
 
-    def complete(self, config: dict[str, Any], where: str) -> dict[str, Any]:
-        """The configuration with the defaults filled in; refuses values that llama.cpp does not implement."""
-        completed = {**self.defaults, **{key: value for key, value in config.items() if value is not None}}
-        if (pattern := _sliding_window_pattern(completed.get("layer_types", []))) is not None:
-            completed["sliding_window_pattern"] = pattern
-        for key, value in self.requires.items():
-            if completed.get(key, value) != value:
-                raise ConvertError(
-                    f"llama.cpp implements {self.name} models with {key} = {value!r} only, this one has "
-                    f"{completed[key]!r}",
-                    f"{where}: {key}",
-                    "there is no GGUF of this model that llama.cpp would run correctly",
-                )
-        return completed
-
     def canonical_name(self, name: str) -> str | None:
         """The name as the rules spell it; None for a tensor to ignore."""
         if any(re.search(pattern, name) for pattern in self.ignored):
@@ -87,57 +72,6 @@ class Architecture:
             if name.startswith(prefix):
                 return replacement + name.removeprefix(prefix)
         return name
-
-
-def _sliding_window_pattern(layer_types: list[str]) -> int | None:
-    """n where every n-th layer attends to everything and the others to a window; 0 for any other order, None where the
-    kinds of the layers do not tell."""
-    if "full_attention" not in layer_types:
-        return None
-    n = layer_types.index("full_attention") + 1
-    expected = ["sliding_attention" if (i + 1) % n else "full_attention" for i in range(len(layer_types))]
-    return n if layer_types == expected else 0
-
-
-def dimensions(config: dict[str, Any], where: str) -> dict[str, int]:
-    """The dimensions that shapes are written in, from a completed configuration."""
-    try:
-        heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        key_value_heads = config.get("num_key_value_heads", heads)
-        head = config.get("head_dim", hidden // heads)
-        rotary = int(head * rotary_fraction(config))
-        dims = {
-            "vocab": config["vocab_size"],
-            "hidden": hidden,
-            "mlp": config["intermediate_size"],
-            "heads": heads,
-            "key_value_heads": key_value_heads,
-            "head": head,
-            "rotary": rotary,
-            "query": heads * head,
-            "key_value": key_value_heads * head,
-            "qkv": (heads + 2 * key_value_heads) * head,
-            "gate_up": 2 * config["intermediate_size"],
-            "experts": config.get("num_local_experts", config.get("num_experts", 0)),
-            "expert_mlp": config.get("moe_intermediate_size", config["intermediate_size"]),
-            "layers": config["num_hidden_layers"],
-        }
-    except KeyError as error:
-        raise ConvertError(
-            f"the configuration lacks {error.args[0]}", where, "fetch config.json of the same revision again"
-        ) from None
-    bad = [name for name, value in dims.items() if not isinstance(value, int) or value < (name != "experts")]
-    if bad:
-        raise ConvertError(
-            f"the configuration gives {bad[0]} = {dims[bad[0]]!r}, which is no size", where, "fetch config.json again"
-        )
-    return dims
-
-
-def rotary_fraction(config: dict[str, Any]) -> float:
-    """The part of every head that the rotary embedding turns."""
-    rope = config.get("rope_parameters") or {}
-    return rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
 
 
 @cache

@@ -43,6 +43,10 @@ class StoredTensor:
             n_rows *= dimension
         return n_rows
 
+    @property
+    def n_bytes(self) -> int:
+        return self.n_rows * self.n_columns * DTYPE_BYTES[self.dtype]
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -103,19 +107,23 @@ class Checkpoint:
     def files(self) -> list[tuple[str, int, str]]:
         """(relative name, bytes, identity) of every file that the conversion reads, sorted by name.
 
-        The identity is "sha256:..." of the content of small files, "blob:..." of the Hub cache's content-addressed
-        files, and for other weights a hash of the header, plus the modification time: hashing terabytes is no option.
+        The identity is "sha256:..." of the content of small files. Of weights it is the commit on the Hub, the same
+        before and after their download, with the bytes of the tensors; elsewhere a hash of the file's beginning, where
+        the header is, and the modification time: hashing terabytes is no option.
         """
         if self.location.is_file():
             return [(self.location.name, self.location.stat().st_size, _weights_identity(self.location))]
-        names = {path.name for path in self.location.iterdir() if is_metadata_file(path.name)}
-        weights = {tensor.file for tensor in self.tensors.values()}
-        entries = [(self.location / name, _content_identity) for name in names]
-        entries += [(path, _weights_identity) for path in weights]
-        return sorted(
-            (path.relative_to(self.location).as_posix(), path.stat().st_size, identity(path))
-            for path, identity in entries
-        )
+        small = (path for path in self.location.iterdir() if is_metadata_file(path.name))
+        entries = [(path.name, path.stat().st_size, _content_identity(path)) for path in small]
+        weights: dict[Path, int] = {}
+        for tensor in self.tensors.values():
+            weights[tensor.file] = weights.get(tensor.file, 0) + tensor.n_bytes
+        for path, n_bytes in weights.items():
+            if self.revision is not None:
+                entries.append((path.name, n_bytes, f"commit:{self.revision}"))
+            else:
+                entries.append((path.name, path.stat().st_size, _weights_identity(path)))
+        return sorted(entries)
 
 
 def is_metadata_file(name: str) -> bool:
@@ -154,9 +162,6 @@ def _content_identity(path: Path) -> str:
 
 
 def _weights_identity(path: Path) -> str:
-    target = path.resolve()
-    if target.parent.name == "blobs":  # the Hub cache names a blob by its content's hash
-        return f"blob:{target.name}"
     with path.open("rb") as file:
         head = file.read(1 << 20)
     return f"head-sha256:{hashlib.sha256(head).hexdigest()} mtime_ns:{path.stat().st_mtime_ns}"

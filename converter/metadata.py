@@ -4,41 +4,33 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 from gguf import GGUFType, GGUFValueType, GGUFWriter, Metadata, size_label
 from gguf.gguf_writer import GGUFValue
 
-from converter.architecture import Architecture
 from converter.checkpoint import Checkpoint
+from converter.configuration import Configuration
 from converter.rope import rope_metadata
 from profiles.vocabulary import TensorSpec
 
 
 def model_metadata(
-    checkpoint: Checkpoint,
-    *,
-    architecture: Architecture,
-    config: dict[str, Any],
-    dims: dict[str, int],
-    rope: dict[str, Any],
-    tensors: Iterable[TensorSpec],
+    checkpoint: Checkpoint, configuration: Configuration, tensors: Iterable[TensorSpec]
 ) -> dict[str, GGUFValue]:
-    """general.* and the architecture's own keys; config is completed, rope as `rope_parameters` gives it.
+    """general.* and the architecture's own keys.
     The writer adds what it alone knows: general.file_type and general.quantization_version."""
-    values = _general(checkpoint, architecture.gguf_name, tensors)
+    architecture = configuration.architecture
     own: dict[str, GGUFValue] = {}
-    for keys, value_type, convert in (
-        (architecture.uint32, GGUFValueType.UINT32, int),
-        (architecture.float32, GGUFValueType.FLOAT32, float),
-    ):
-        for key, source in keys.items():
-            value = dims.get(source, config.get(source))
-            if value is not None:
-                own[key] = GGUFValue(convert(value), value_type)
-    own |= rope_metadata(rope)
-    return values | {f"{architecture.gguf_name}.{key}": value for key, value in own.items()}
+    for key, name in architecture.uint32.items():
+        if (value := configuration.get(name)) is not None:
+            own[key] = GGUFValue(int(value), GGUFValueType.UINT32)
+    for key, name in architecture.float32.items():
+        if (value := configuration.get(name)) is not None:
+            own[key] = GGUFValue(float(value), GGUFValueType.FLOAT32)
+    own |= rope_metadata(configuration.rope)
+    general = _general(checkpoint, architecture.gguf_name, tensors)
+    return general | {f"{architecture.gguf_name}.{key}": value for key, value in own.items()}
 
 
 def _general(checkpoint: Checkpoint, gguf_name: str, tensors: Iterable[TensorSpec]) -> dict[str, GGUFValue]:

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from converter import gguf_source
-from converter.architecture import Architecture, TensorRule, dimensions, find_architecture, gguf_name, gguf_name_map
+from converter.architecture import TensorRule, gguf_name, gguf_name_map
 from converter.checkpoint import Checkpoint
+from converter.configuration import Configuration, configure
 from converter.metadata import model_metadata
-from converter.rope import check_rope, rope_factors, rope_parameters
+from converter.rope import rope_factors
 from converter.tokenizer import tokenizer_metadata
 from formats.errors import ConvertError
 from profiles.vocabulary import ModelMap, Role, TensorSpec
@@ -23,18 +24,11 @@ def describe(checkpoint: Checkpoint, pre_tokenizer: str | None = None) -> ModelM
     """
     if checkpoint.metadata is not None:
         return gguf_source.describe_gguf(checkpoint)
-    where = str(checkpoint.location / "config.json")
-    architecture = find_architecture(checkpoint.config, where)
-    config = architecture.complete(checkpoint.config, where)
-    dims = dimensions(config, where)
-    rope = rope_parameters(config)
-    check_rope(rope, architecture.rope_types, dims["rotary"], where)
-    tensors = tuple(_Describer(checkpoint, architecture, config, dims, rope).tensors())
-    metadata = model_metadata(
-        checkpoint, architecture=architecture, config=config, dims=dims, rope=rope, tensors=tensors
-    )
-    metadata |= tokenizer_metadata(checkpoint.location, dims["vocab"], pre_tokenizer)
-    return ModelMap(architecture.gguf_name, dims["layers"], tensors, metadata)
+    configuration = configure(checkpoint.config, str(checkpoint.location / "config.json"))
+    tensors = tuple(_Describer(checkpoint, configuration).tensors())
+    metadata = model_metadata(checkpoint, configuration, tensors)
+    metadata |= tokenizer_metadata(checkpoint.location, configuration.dimensions["vocab"], pre_tokenizer)
+    return ModelMap(configuration.architecture.gguf_name, configuration.dimensions["layers"], tensors, metadata)
 
 
 def read_rows(checkpoint: Checkpoint, spec: TensorSpec, start: int, stop: int) -> np.ndarray:
@@ -61,8 +55,7 @@ def restore(spec: TensorSpec, rows: np.ndarray) -> dict[str, np.ndarray]:
     if spec.transform == "plus_one":
         rows = rows - np.float32(1)
     if spec.transform == "rotary":
-        by_head = rows.reshape(spec.n_heads, -1, 2, 1 if len(spec.shape) == 1 else spec.n_columns)
-        rows = by_head.swapaxes(1, 2)
+        rows = rows.reshape(spec.n_heads, -1, 2, 1 if len(spec.shape) == 1 else spec.n_columns).swapaxes(1, 2)
     if len(spec.sources) == 1:
         return {spec.sources[0]: rows.reshape(spec.shape)}
     return dict(zip(spec.sources, rows.reshape(spec.shape), strict=True))
@@ -92,18 +85,19 @@ def _read_rotary(checkpoint: Checkpoint, spec: TensorSpec, source: str, start: i
 class _Describer:
     """Matches the checkpoint's tensors with the architecture's rules."""
 
-    def __init__(self, checkpoint: Checkpoint, architecture: Architecture, config: dict, dims: dict, rope: dict):
-        self.checkpoint, self.architecture, self.config = checkpoint, architecture, config
-        self.dims, self.rope = dims, rope
-        self.names = gguf_name_map(architecture.gguf_name, dims["layers"])
-        canonical = ((architecture.canonical_name(name), name) for name in checkpoint.tensors)
+    def __init__(self, checkpoint: Checkpoint, configuration: Configuration):
+        self.checkpoint, self.configuration = checkpoint, configuration
+        self.architecture, self.dims = configuration.architecture, configuration.dimensions
+        self.names = gguf_name_map(self.architecture.gguf_name, self.dims["layers"])
+        canonical = ((self.architecture.canonical_name(name), name) for name in checkpoint.tensors)
         self.stored = {canonical_name: name for canonical_name, name in canonical if canonical_name is not None}
         self.used: set[str] = set()
 
     def tensors(self) -> Iterator[TensorSpec]:
         for rule in self.architecture.before:
             yield from self._match(rule, None)
-        yield from self._rope_constants()
+        for name, factors in rope_factors(self.configuration.rope, self.dims["rotary"]).items():
+            yield TensorSpec(name, (len(factors),), Role.ROPE, transform="constant", constant=factors)
         for layer in range(self.dims["layers"]):
             for rule in self.architecture.layer:
                 yield from self._match(rule, layer)
@@ -115,7 +109,7 @@ class _Describer:
         n_experts = self.dims["experts"] if rule.stacked else 1
         wanted = [rule.pattern.format(layer=layer, expert=expert) for expert in range(n_experts)]
         self.used.update(wanted)
-        if rule.role is Role.OUTPUT and self.config["tie_word_embeddings"]:
+        if rule.role is Role.OUTPUT and self.configuration.values["tie_word_embeddings"]:
             return  # transformers ignores a stored output too when it is tied to the embedding
         missing = [name for name in wanted if name not in self.stored]
         if missing and rule.optional and len(missing) == n_experts:
@@ -146,10 +140,6 @@ class _Describer:
                 str(stored.file),
                 "fetch config.json and the weights again, from the same revision",
             )
-
-    def _rope_constants(self) -> Iterator[TensorSpec]:
-        for name, factors in rope_factors(self.rope, self.dims["rotary"]).items():
-            yield TensorSpec(name, (len(factors),), Role.ROPE, transform="constant", constant=factors)
 
     def _refuse_unknown(self) -> None:
         unknown = sorted(set(self.stored) - self.used)

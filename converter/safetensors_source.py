@@ -130,9 +130,10 @@ def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> tuple[St
     if dtype not in DTYPE_BYTES:
         raise unknown_dtype(name, dtype, str(path))
     tensor = StoredTensor(dtype, tuple(shape), path, data_start + begin)
-    n_bytes = tensor.n_rows * tensor.n_columns * DTYPE_BYTES[dtype]
-    if end - begin != n_bytes:
-        raise _broken(path, f"{name!r} of shape {shape} in {dtype} takes {n_bytes} bytes, its entry says {end - begin}")
+    if end - begin != tensor.n_bytes:
+        raise _broken(
+            path, f"{name!r} of shape {shape} in {dtype} takes {tensor.n_bytes} bytes, its entry says {end - begin}"
+        )
     return tensor, (begin, end)
 
 
