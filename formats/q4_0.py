@@ -21,16 +21,16 @@ Q4_0_TYPE_SIZE, Q5_0_TYPE_SIZE = 18, 22
 
 
 def _peak_codes(offset: int, n: int, widest: float, narrowest: float) -> np.ndarray:
-    """Trial codes of a block's largest weight: n on the negative side, n on the positive one, in reach of either end."""
+    """Trial codes of a block's largest weight: n about the negative end, n about the positive one."""
     beyond = np.linspace(widest, narrowest, n, dtype=np.float32)
     return np.concatenate([-offset - beyond, offset - 1 + beyond])
 
 
-# Effort: trial codes of the largest weight, refits of each, scales tried once rounded to float16.
-def _effort(offset: int, effort: Effort) -> tuple[np.ndarray, int, np.ndarray]:
+# Effort: trial codes of the largest weight, refits of each.
+def _effort(offset: int, effort: Effort) -> tuple[np.ndarray, int]:
     if effort == "fast":
-        return _peak_codes(offset, 16, -0.4, 2.5), 1, np.ones(1, np.float32)
-    return _peak_codes(offset, 32, -0.4, 4.0), 2, np.ones(1, np.float32)
+        return _peak_codes(offset, 16, -0.4, 2.5), 1
+    return _peak_codes(offset, 32, -0.4, 4.0), 2
 
 
 def encode_q4_0(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:

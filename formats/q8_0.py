@@ -13,17 +13,17 @@ from formats.scale_search import search_blocks
 BLOCK_SIZE, TYPE_SIZE = 32, 34
 BOTTOM, TOP = np.float32(-127), np.float32(127)
 
-# Effort: the codes that a block's largest weight is tried on, refits of each, scales tried once rounded to float16.
-_EFFORTS = {
-    "best": (np.linspace(126, 134, 32, dtype=np.float32), 1, np.array([1], np.float32)),
-    "fast": (np.linspace(126.5, 128.4, 8, dtype=np.float32), 1, np.array([1], np.float32)),
+# The codes that a block's largest weight is tried on: at the end of the range, and a little beyond it.
+_TRIALS = {
+    "best": np.concatenate([[127], np.linspace(126.6, 131, 15)]).astype(np.float32),
+    "fast": np.linspace(127, 128.4, 8, dtype=np.float32),
 }
 
 
 def encode(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
     blocks, weights = to_blocks(rows, importance, BLOCK_SIZE)
     scales, codes = np.empty(len(blocks), np.float32), np.empty(blocks.shape, np.int8)
-    search_blocks(blocks, weights, BOTTOM, TOP, *_EFFORTS[effort], (scales, codes))
+    search_blocks(blocks, weights, BOTTOM, TOP, _TRIALS[effort], 0, (scales, codes))
     d = scales.astype("<f2").view(np.uint8).reshape(-1, 2)
     return np.concatenate([d, codes.view(np.uint8)], axis=1).reshape(len(rows), -1)
 

@@ -103,11 +103,16 @@ def refit(sums, sum_w, ceiling, inverse, low, error):
 
 @_jit
 def lowest(error):
-    best = 0
+    """The first lane with the least error. The least comes first, over four chains, for the index stalls the search."""
+    e0, e1, e2, e3 = error[0], error[1], error[2], error[3]
+    for t in range(4, error.size, 4):
+        e0, e1 = min(e0, error[t]), min(e1, error[t + 1])
+        e2, e3 = min(e2, error[t + 2]), min(e3, error[t + 3])
+    least = min(min(e0, e1), min(e2, e3))
     for t in range(error.size):
-        if error[t] < error[best]:
-            best = t
-    return best
+        if error[t] == least:
+            return t
+    return 0
 
 
 @_jit

@@ -5,8 +5,8 @@ Nothing is summed across lanes, so strict floating point does not stop the compi
 
 A trial is followed by the least-squares scale of its codes in closed form. With u = x / scale = q + r (q the code, r
 what rounding left) the best change of the scale is by the factor 1 + Srq / Sqq, and it leaves the error
-scale^2 (Srr - Srq^2 / Sqq), S being sums weighted by importance. Sums of r, rather than of x, keep their digits when the
-error is small.
+scale^2 (Srr - Srq^2 / Sqq), S being sums weighted by importance. Sums of r, rather than of x, keep their digits when
+the error is small.
 
 Scales may be negative: the codes reach one further below zero than above, and the longer side can serve either sign.
 
@@ -22,6 +22,10 @@ from numba import njit
 ZERO, ONE, HALF = np.float32(0), np.float32(1), np.float32(0.5)
 INFINITY = np.float32(np.inf)
 F16_MAX, F16_MIN_NORMAL = np.float32(65504), np.float32(2**-14)
+# A block without a weight beyond this is zero in every format: less than 1e-20 of the least float16.
+NEGLIGIBLE = np.float32(1e-30)
+# Subnormal float16 of at most 128 spacings.
+COARSE_STEP = np.float32(2**-17)
 # Trials of a sub-block's stored scale: the integers around the unrounded optimum.
 N_NEIGHBOURS = 8
 
@@ -50,27 +54,27 @@ def power_of_two(largest):
 @_jit
 def peak(x):
     """The weight of the largest magnitude, with its sign."""
-    largest = x[0]
-    for j in range(x.size):
-        if abs(x[j]) > abs(largest):
-            largest = x[j]
-    return largest
+    low0, low1, high0, high1 = ZERO, ZERO, ZERO, ZERO
+    for j in range(0, x.size, 2):
+        low0, low1 = min(low0, x[j]), min(low1, x[j + 1])
+        high0, high1 = max(high0, x[j]), max(high1, x[j + 1])
+    low, high = min(low0, low1), max(high0, high1)
+    return high if high > -low else low
 
 
 @_jit
 def sum_residuals(x, w, inverse, bottom, top, sums):
-    """sums[0..2, lane] = Sqq, Srq, Srr of each trial."""
+    """sums[0..2, lane] = Sqq, Srq, Srr of each trial. Two weights at a time, for every sum waits for its last store."""
     sums[:, :] = ZERO
-    for j in range(x.size):
-        xj, wj = x[j], w[j]
+    for j in range(0, x.size, 2):
+        x0, x1, w0, w1 = x[j], x[j + 1], w[j], w[j + 1]
         for t in range(inverse.size):
-            u = xj * inverse[t]
-            q = np.rint(min(max(u, bottom), top))
-            r = u - q
-            wq = wj * q
-            sums[0, t] += wq * q
-            sums[1, t] += wq * r
-            sums[2, t] += wj * r * r
+            u0, u1 = x0 * inverse[t], x1 * inverse[t]
+            q0, q1 = np.rint(min(max(u0, bottom), top)), np.rint(min(max(u1, bottom), top))
+            wq0, wq1, r0, r1 = w0 * q0, w1 * q1, u0 - q0, u1 - q1
+            sums[0, t] += wq0 * q0 + wq1 * q1
+            sums[1, t] += wq0 * r0 + wq1 * r1
+            sums[2, t] += w0 * r0 * r0 + w1 * r1 * r1
 
 
 @_jit
@@ -86,11 +90,16 @@ def refit(sums, inverse, error):
 
 @_jit
 def lowest(error):
-    best = 0
+    """The first lane with the least error. The least comes first, over four chains, for the index stalls the search."""
+    e0, e1, e2, e3 = error[0], error[1], error[2], error[3]
+    for t in range(4, error.size, 4):
+        e0, e1 = min(e0, error[t]), min(e1, error[t + 1])
+        e2, e3 = min(e2, error[t + 2]), min(e3, error[t + 3])
+    least = min(min(e0, e1), min(e2, e3))
     for t in range(error.size):
-        if error[t] < error[best]:
-            best = t
-    return best
+        if error[t] == least:
+            return t
+    return 0
 
 
 @_jit
@@ -113,55 +122,61 @@ def fit_scale(x, w, bottom, top, trials, n_passes, lanes, sums):
 
 
 @_jit
-def sum_errors(x, w, scale, bottom, top, sums):
-    """sums[0..2, lane] = error, Sqq, Sxq of each trial exactly as it will be decoded."""
-    sums[:, :] = ZERO
-    for j in range(x.size):
-        xj, wj = x[j], w[j]
-        for t in range(scale.size):
-            inverse = ONE / scale[t] if scale[t] != ZERO else ZERO
-            q = np.rint(min(max(xj * inverse, bottom), top))
-            left = xj - scale[t] * q
-            wq = wj * q
-            sums[0, t] += wj * left * left
-            sums[1, t] += wq * q
-            sums[2, t] += wq * xj
+def sum_squares(x, w, inverse, bottom, top, error):
+    """error[lane] = Srr of each trial. Four weights at a time, as every lane's sum has to wait for its last store."""
+    error[:] = ZERO
+    for j in range(0, x.size, 4):
+        x0, x1, x2, x3 = x[j], x[j + 1], x[j + 2], x[j + 3]
+        w0, w1, w2, w3 = w[j], w[j + 1], w[j + 2], w[j + 3]
+        for t in range(inverse.size):
+            u0, u1, u2, u3 = x0 * inverse[t], x1 * inverse[t], x2 * inverse[t], x3 * inverse[t]
+            u0 -= np.rint(min(max(u0, bottom), top))
+            u1 -= np.rint(min(max(u1, bottom), top))
+            u2 -= np.rint(min(max(u2, bottom), top))
+            u3 -= np.rint(min(max(u3, bottom), top))
+            error[t] += (w0 * u0 * u0 + w1 * u1 * u1) + (w2 * u2 * u2 + w3 * u3 * u3)
 
 
 @_jit
-def write_codes(x, scale, bottom, top, codes):
-    inverse = ONE / scale if scale != ZERO else ZERO
+def write_codes(x, inverse, bottom, top, codes):
     for j in range(x.size):
         codes[j] = np.int8(np.rint(min(max(x[j] * inverse, bottom), top)))
 
 
 @_jit
-def search_blocks(blocks, weights, bottom, top, trials, n_passes, ulps, out):
+def search_blocks(blocks, weights, bottom, top, trials, n_passes, out):
     """Scale and codes of blocks with one float16 scale, decoded as scale * code.
 
     blocks float32 [n_blocks, block_size], weights float32 [blocks_per_row, block_size].
     trials float32 [n_trials]: the codes that the largest weight of a block may land on.
-    ulps float32 [n]: neighbours of the least-squares scale, as factors, that are tried once rounded to float16.
     out: (scales float32 [n_blocks], codes int8 like blocks).
     """
     scales, codes = out
-    block_size = blocks.shape[1]
-    x = np.empty(block_size, np.float32)
-    lanes, sums = np.empty((2, trials.size), np.float32), np.empty((3, trials.size), np.float32)
-    rounded, rounded_sums = np.empty(ulps.size, np.float32), np.empty((3, ulps.size), np.float32)
+    lanes, sums = np.empty((3, trials.size), np.float32), np.empty((3, trials.size), np.float32)
+    inverse, error, rounded = lanes[0], lanes[1], lanes[2]
     for b in range(blocks.shape[0]):
-        block, w = blocks[b], weights[b % weights.shape[0]]
-        exponent = power_of_two(abs(peak(block)))
-        up, down = np.float32(2.0**exponent), np.float32(2.0**-exponent)
-        for j in range(block_size):
-            x[j] = block[j] * down
-        scale, _ = fit_scale(x, w, bottom, top, trials, n_passes, lanes, sums)
-        for t in range(ulps.size):
-            rounded[t] = round_f16(scale * ulps[t] * up) * down
-        sum_errors(x, w, rounded, bottom, top, rounded_sums)
-        scale = rounded[lowest(rounded_sums[0])]
-        scales[b] = scale * up
-        write_codes(x, scale, bottom, top, codes[b])
+        x, w = blocks[b], weights[b % weights.shape[0]]
+        largest = peak(x)
+        if abs(largest) < NEGLIGIBLE:
+            scales[b] = ZERO
+            codes[b, :] = 0
+            continue
+        for t in range(trials.size):
+            inverse[t] = trials[t] / largest
+        for _ in range(n_passes):
+            sum_residuals(x, w, inverse, bottom, top, sums)
+            refit(sums, inverse, error)
+        for t in range(trials.size):
+            rounded[t] = round_f16(ONE / inverse[t])
+            inverse[t] = ONE / rounded[t] if rounded[t] != ZERO else ZERO
+        sum_squares(x, w, inverse, bottom, top, error)
+        for t in range(trials.size):
+            # In units of the largest weight, whose own square may be outside of float32.
+            unit = rounded[t] / largest
+            error[t] = error[t] * (unit * unit) if rounded[t] != ZERO else INFINITY
+        best = lowest(error)
+        scales[b] = rounded[best]
+        write_codes(x, inverse[best], bottom, top, codes[b])
 
 
 @_jit
@@ -187,28 +202,42 @@ def common_step(values, curvature, bottom, top, trials, lanes, sums):
 
 
 @_jit
-def store_sub_blocks(x, w, fits, d, bottom, top, bottom_scale, top_scale, lanes, sums, stored):
+def store_sub_blocks(x, w, fits, sum_xx, d, bottom, top, bottom_scale, top_scale, lanes, sums, stored):
     """Gives every sub-block the best stored scale near its fit: stored[i], as a code.
 
     Returns the weighted error and the least-squares d of these codes.
     """
     n_sub, size = fits.size, x.size // fits.size
-    scale, scale_codes = lanes[0], lanes[1]
+    inverse, scale_codes, error = lanes[0], lanes[1], lanes[2]
     total, sum_xq, sum_qq = ZERO, ZERO, ZERO
     for i in range(n_sub):
         nearest = np.floor(fits[i] / d) if d != ZERO else ZERO
         for t in range(N_NEIGHBOURS):
             scale_codes[t] = min(max(nearest + np.float32(t - (N_NEIGHBOURS // 2 - 1)), bottom_scale), top_scale)
-            scale[t] = d * scale_codes[t]
-        first = i * size
-        sum_errors(x[first : first + size], w[first : first + size], scale, bottom, top, sums)
-        best = lowest(sums[0])
+            scale = d * scale_codes[t]
+            inverse[t] = ONE / scale if scale != ZERO else ZERO
+        part = slice(i * size, (i + 1) * size)
+        sum_residuals(x[part], w[part], inverse, bottom, top, sums)
+        for t in range(N_NEIGHBOURS):
+            scale = d * scale_codes[t]
+            error[t] = sums[2, t] * (scale * scale) if scale != ZERO else sum_xx[i]
+        best = lowest(error)
         code = scale_codes[best]
         stored[i] = code
-        total += sums[0, best]
-        sum_qq += code * code * sums[1, best]
-        sum_xq += code * sums[2, best]
-    return total, (sum_xq / sum_qq if sum_qq > ZERO else d)
+        total += error[best]
+        sum_qq += code * code * sums[0, best]
+        # Sxq = scale (Sqq + Srq); one factor of the code goes with the d that is sought
+        sum_xq += code * code * (sums[0, best] + sums[1, best])
+    return total, (d * (sum_xq / sum_qq) if sum_qq > ZERO else d)
+
+
+@_jit
+def next_f16(value, away):
+    """The float16 next to a float16 value: further from zero, or nearer to it."""
+    # Between half of the spacing and one and a half, whatever the fraction.
+    step = max(abs(value) * np.float32(1.3 * 2**-11), np.float32(2**-24))
+    step = step if away else -step
+    return round_f16(value + step if value > ZERO else value - step)
 
 
 @_jit
@@ -219,6 +248,8 @@ def search_super_blocks(
 
     blocks float32 [n_blocks, block_size], weights float32 [blocks_per_row, block_size].
     trials, step_trials float32 [n]: the codes that a sub-block's largest weight, and the largest scale, may land on.
+    Every round stores the scales in units of d and then refits d. Where float16 is coarse, two more try the best d's
+    neighbours.
     out: (d float32 [n_blocks], scales int8 [n_blocks, n_sub], codes int8 like blocks).
     """
     steps, scales, codes = out
@@ -227,30 +258,38 @@ def search_super_blocks(
     x = np.empty(block_size, np.float32)
     trial_lanes, trial_sums = np.empty((2, trials.size), np.float32), np.empty((3, trials.size), np.float32)
     step_lanes, step_sums = np.empty((1, step_trials.size), np.float32), np.empty((2, step_trials.size), np.float32)
-    lanes, sums = np.empty((2, N_NEIGHBOURS), np.float32), np.empty((3, N_NEIGHBOURS), np.float32)
+    lanes, sums = np.empty((3, N_NEIGHBOURS), np.float32), np.empty((3, N_NEIGHBOURS), np.float32)
     fits, curvature = np.empty(n_sub, np.float32), np.empty(n_sub, np.float32)
-    stored, best_stored = np.empty(n_sub, np.float32), np.empty(n_sub, np.float32)
+    stored, best_stored, sum_xx = np.empty(n_sub, np.float32), np.empty(n_sub, np.float32), np.empty(n_sub, np.float32)
     for b in range(blocks.shape[0]):
         block, w = blocks[b], weights[b % weights.shape[0]]
         exponent = power_of_two(abs(peak(block)))
-        up, down = np.float32(2.0**exponent), np.float32(2.0**-exponent)
+        up, down = np.float32(math.ldexp(1.0, exponent)), np.float32(math.ldexp(1.0, -exponent))
         for j in range(block_size):
             x[j] = block[j] * down
         for i in range(n_sub):
             part = slice(i * size, (i + 1) * size)
             fits[i], curvature[i] = fit_scale(x[part], w[part], bottom, top, trials, n_passes, trial_lanes, trial_sums)
+            sum_xx[i] = ZERO
+            for j in range(i * size, (i + 1) * size):
+                sum_xx[i] += w[j] * x[j] * x[j]
         d = common_step(fits, curvature, bottom_scale, top_scale, step_trials, step_lanes, step_sums)
         best_error, best_d = INFINITY, ZERO
         best_stored[:] = ZERO
-        for _ in range(n_rounds):
-            d = round_f16(d * up) * down
-            error, refitted = store_sub_blocks(x, w, fits, d, bottom, top, bottom_scale, top_scale, lanes, sums, stored)
+        d = round_f16(d * up)
+        n = 0
+        while n < n_rounds or (n < n_rounds + 2 and abs(best_d) < COARSE_STEP):
+            error, refitted = store_sub_blocks(
+                x, w, fits, sum_xx, d * down, bottom, top, bottom_scale, top_scale, lanes, sums, stored
+            )
             if error < best_error:
                 best_error, best_d = error, d
                 best_stored[:] = stored
-            d = refitted
-        steps[b] = best_d * up
+            n += 1
+            d = round_f16(refitted * up) if n < n_rounds else next_f16(best_d, n == n_rounds)
+        steps[b] = best_d
         for i in range(n_sub):
             part = slice(i * size, (i + 1) * size)
             scales[b, i] = np.int8(best_stored[i])
-            write_codes(x[part], best_d * best_stored[i], bottom, top, codes[b, part])
+            scale = best_d * down * best_stored[i]
+            write_codes(x[part], ONE / scale if scale != ZERO else ZERO, bottom, top, codes[b, part])
