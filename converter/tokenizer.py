@@ -60,12 +60,14 @@ def _vocabulary(
     program's; any other tokenizer.json only repeats the tokenizer.model beside it, and has lost the scores."""
     json_file, model_file = directory / "tokenizer.json", directory / "tokenizer.model"
     if tokens.is_byte_level(definition):
+        tokens.check_parts(definition, str(json_file))
         name = pre_tokenizer or find_name(definition, str(json_file))
         return tokens.byte_level(definition, settings, vocab_size, name, str(json_file))
     if model_file.is_file():
         added = _read_json(directory / "added_tokens.json")
         return tokens.sentencepiece(model_file, definition, settings, added, vocab_size)
     if tokens.has_byte_fallback(definition):
+        tokens.check_parts(definition, str(json_file))
         return tokens.byte_fallback(definition, settings, vocab_size, str(json_file))
     raise _unknown_kind(directory, definition)
 

@@ -46,6 +46,13 @@ def _model(definition: dict) -> dict:
     return definition.get("model") or {}
 
 
+def check_parts(definition: dict, where: str) -> None:
+    """Raise ConvertError unless the BPE of a parsed tokenizer.json has a vocabulary and merges."""
+    for part, kind in (("vocab", dict), ("merges", list)):
+        if not isinstance(_model(definition).get(part), kind) or not _model(definition)[part]:
+            raise ConvertError(f"the BPE has no {part!r} of the usual form", where, "fetch the file again")
+
+
 def byte_level(definition: dict, settings: dict, vocab_size: int, pre: str, where: str) -> Vocabulary:
     """A BPE over bytes: letters stand for bytes, but an added token is text as it is."""
     added = _added_tokens(definition, settings)
@@ -61,7 +68,7 @@ def byte_level(definition: dict, settings: dict, vocab_size: int, pre: str, wher
         tokens[index], types[index] = text, TokenType.NORMAL
     for index, token in added.items():
         text = token["content"] if token.get("normalized") else _decode_bytes(token["content"])
-        tokens[index], types[index] = _added_token(text, token)
+        tokens[index], types[index] = text, _added_type(text, token)
     _check_unique(tokens, where)
     space = chr(256 + ord(" "))  # the letter of that byte, because a plain space parts the two sides of a merge
     merges = [f"{left.replace(' ', space)} {right.replace(' ', space)}" for left, right in merge_pairs(definition)]
@@ -120,24 +127,28 @@ def byte_fallback(definition: dict, settings: dict, vocab_size: int, where: str)
 
 def _adds_space_prefix(definition: dict, where: str) -> bool:
     """Whether the text gets a space in front. Raises ConvertError for steps that llama.cpp does not take."""
-    adds = False
+    adds_prefix = escapes_spaces = False
     for step in [*flatten(definition.get("normalizer")), *flatten(definition.get("pre_tokenizer"))]:
         match step:
             case {"type": "Prepend", "prepend": "▁"}:
-                adds = True
+                adds_prefix = True
             case {"type": "Metaspace", "replacement": "▁"} if not _splits_words(step, definition):
-                adds |= step.get("prepend_scheme", "always") != "never"
+                escapes_spaces = True
+                default = "always" if step.get("add_prefix_space", True) else "never"
+                adds_prefix |= step.get("prepend_scheme", default) != "never"
             case {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
-                pass
-            case {"type": "Split", "pattern": {"String": " "}}:
-                pass  # the normalizer has left no space to split at
+                escapes_spaces = True
+            case {"type": "Split", "pattern": {"String": " "} | {"Regex": " "}} if escapes_spaces:
+                pass  # no space is left to split at
             case _:
-                raise ConvertError(
-                    f"llama.cpp cannot do this step of the tokenizer: {step}",
-                    where,
-                    "add the tokenizer.model that the tokenizer was made from",
-                )
-    return adds
+                raise _foreign(f"llama.cpp cannot do this step of the tokenizer: {step}", where)
+    if not escapes_spaces:
+        raise _foreign("the tokenizer does not write spaces as ▁, as llama.cpp does", where)
+    return adds_prefix
+
+
+def _foreign(what: str, where: str) -> ConvertError:
+    return ConvertError(what, where, "add the tokenizer.model that the tokenizer was made from, if there is one")
 
 
 def _splits_words(metaspace: dict, definition: dict) -> bool:
@@ -154,15 +165,15 @@ def _added_tokens(definition: dict, settings: dict) -> dict[int, dict]:
 def _put_added(added: dict[int, dict], tokens: list[str], types: list[TokenType], scores: list[float]) -> None:
     for index, token in added.items():
         if index < len(tokens):
-            tokens[index], types[index] = _added_token(token["content"], token)
-            scores[index] = _ADDED_SCORE
+            text = token["content"]
+            types[index], scores[index] = _added_type(text, token), _ADDED_SCORE
+            # llama.cpp looks for these in the text as it was before spaces became ▁.
+            tokens[index] = text.replace("▁", " ") if types[index] == TokenType.USER_DEFINED else text
 
 
-def _added_token(text: str, token: dict) -> tuple[str, TokenType]:
-    """Text and type of an added token; llama.cpp finds CONTROL in a text only when asked to, USER_DEFINED always."""
-    if token.get("special") or _looks_special(text):
-        return text, TokenType.CONTROL
-    return text.replace("▁", " "), TokenType.USER_DEFINED
+def _added_type(text: str, token: dict) -> TokenType:
+    """llama.cpp finds CONTROL tokens in a text only when it is asked to, USER_DEFINED ones always."""
+    return TokenType.CONTROL if token.get("special") or _looks_special(text) else TokenType.USER_DEFINED
 
 
 def _looks_special(text: str) -> bool:
@@ -186,10 +197,11 @@ _BYTES = _byte_letters()
 
 
 def _decode_bytes(text: str) -> str:
-    """What the byte-level decoder makes of a token: its bytes if all its letters stand for bytes, else the token."""
-    if all(letter in _BYTES for letter in text):
-        return bytes(_BYTES[letter] for letter in text).decode("utf-8", errors="replace")
-    return text
+    """What the byte-level decoder makes of an added token: text, if all its letters stand for bytes of text."""
+    try:
+        return bytes(_BYTES[letter] for letter in text).decode("utf-8")
+    except (KeyError, UnicodeDecodeError):
+        return text
 
 
 def _no_tokens(vocab_size: int) -> tuple[list[str], list[TokenType]]:
