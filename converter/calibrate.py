@@ -6,7 +6,6 @@ from calibration.control import ShouldStop
 from calibration.corpus import Corpus, load_corpus, resolve_corpus
 from calibration.imatrix_file import load_imatrix, save_imatrix
 from calibration.importance import ImportanceMatrix
-from calibration.stream import compute_importance
 from converter.checkpoint import Checkpoint, open_checkpoint
 from converter.job import Job
 from converter.model_map import describe
@@ -18,7 +17,7 @@ from profiles.vocabulary import UNQUANTIZED_ROLES, ModelMap
 
 
 def observed_names(model_map: ModelMap) -> dict[str, tuple[str, int]]:
-    """Checkpoint tensor -> (GGUF tensor, matrix index), for every matrix of the decoder layers that may be quantized."""
+    """Checkpoint tensor -> (GGUF tensor, matrix index), for every matrix of the layers that may be quantized."""
     return {
         source: (tensor.name, matrix)
         for tensor in model_map.tensors
@@ -83,6 +82,8 @@ def calibrate(
         return load_imatrix(job.imatrix)
     result = work_dir / "importance.gguf"
     if not result.exists():
+        from calibration.stream import compute_importance  # brings torch
+
         checkpoint, model_map = runnable(checkpoint, model_map, work_dir)
         corpus = calibration_corpus(job, checkpoint)
         if corpus.note:

@@ -62,9 +62,7 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
     options = [
         click.argument("model"),
         click.option("--profile", default="balanced-4bit", show_default=True, help="A preset, or a TOML file."),
-        click.option(
-            "--output", type=PATH, help="The artifact's file or directory. [default: by the naming convention]"
-        ),
+        click.option("--output", type=PATH, help="The artifact's file or directory. [default: by GGUF naming]"),
         click.option("--set", "overrides", multiple=True, metavar="PATTERN=FORMAT", help="Override a role or tensor."),
         click.option(
             "--imatrix", type=PATH, help="Use this importance matrix (GGUF or .dat) instead of computing one."
@@ -121,8 +119,8 @@ def parse_size(text: str) -> int:
 def main() -> None:
     """Turn a Hugging Face checkpoint into the smallest GGUF that still behaves.
 
-    MODEL is a Hub id (org/name[@revision]), a directory with safetensors, or a GGUF in F32, F16 or BF16. Running the same
-    command again continues where the last run stopped.
+    MODEL is a Hub id (org/name[@revision]), a directory with safetensors, or a GGUF in F32, F16 or BF16. Running the
+    same command again continues where the last run stopped.
     """
 
 

@@ -117,20 +117,15 @@ def quality_warning(quality: dict | None) -> str | None:
 
 def report_text(report: dict, plan: Plan, work_dir: Path) -> str:
     """The report for people."""
-    lines = [plan_text(plan, report["artifact"]["bytes"]), ""]
-    ratio = report["source"]["bytes"] / report["artifact"]["bytes"]
-    lines.append(
-        f"size         {size_text(report['source']['bytes'])} -> {size_text(report['artifact']['bytes'])}, {ratio:.2f}x smaller"
-    )
-    if quality := report["quality"]:
-        lines += [
-            f"perplexity   {quality['source_perplexity']:.3f} -> {quality['perplexity']:.3f}",
-            f"divergence   mean KLD {quality['mean_kld']:.4f}, 99.9 % {quality['kld_99_9']:.3f}, "
-            f"same top token {quality['top1_agreement']:.1%}  ({quality['tokens']} tokens of {quality['corpus']})",
-        ]
+    source, artifact = report["source"]["bytes"], report["artifact"]["bytes"]
+    lines = [plan_text(plan, artifact), ""]
+    lines.append(f"size         {size_text(source)} -> {size_text(artifact)}, {source / artifact:.2f}x smaller")
+    if report["quality"]:
+        lines += quality_lines(report["quality"])
     worst = max(report["errors"], key=lambda error: error["weighted_error"])
     lines.append(
-        f"verified     {len(report['errors'])} tensors decoded by gguf; largest weighted error {worst['weighted_error']:.4f} ({worst['tensor']}, {worst['format']})"
+        f"verified     {len(report['errors'])} tensors decoded by gguf; largest weighted error"
+        f" {worst['weighted_error']:.4f} ({worst['tensor']}, {worst['format']})"
     )
     lines.append(
         "time         " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report["seconds"].items())
@@ -138,3 +133,12 @@ def report_text(report: dict, plan: Plan, work_dir: Path) -> str:
     lines += [f"written      {file['path']}  sha256 {file['sha256']}" for file in report["artifact"]["files"]]
     lines.append(f"report       {work_dir / 'report.json'}")
     return "\n".join(lines)
+
+
+def quality_lines(quality: dict) -> list[str]:
+    """Perplexity and divergence for people."""
+    return [
+        f"perplexity   {quality['source_perplexity']:.3f} -> {quality['perplexity']:.3f}",
+        f"divergence   mean KLD {quality['mean_kld']:.4f}, 99.9 % {quality['kld_99_9']:.3f}, same top token"
+        f" {quality['top1_agreement']:.1%}  ({quality['tokens']} tokens of {quality['corpus']})",
+    ]

@@ -37,7 +37,7 @@ class TensorError:
 
 
 def artifact_tensors(paths: list[Path]) -> dict[str, ReaderTensor]:
-    """The tensors of all files of an artifact by name; raises ConvertError for a damaged file or a tensor held twice."""
+    """The tensors of an artifact's files by name; raises ConvertError for a damaged file or a tensor held twice."""
     tensors: dict[str, ReaderTensor] = {}
     for path in paths:
         for tensor in read_gguf(path).tensors:

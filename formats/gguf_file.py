@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFReader, GGUFWriter, Keys, ReaderTensor
-from gguf.constants import SHARD_NAME_FORMAT, GGUFValueType
-from gguf.gguf_writer import GGUFValue
+from gguf.constants import GGUFValueType
+from gguf.gguf_writer import SHARD_NAME_FORMAT, GGUFValue
 
 from formats.errors import ConvertError
 

@@ -103,7 +103,9 @@ def parse_rule(table: dict, where: str) -> LayerQuantizationConfig:
     roles = _strings(table["roles"], f"{where}, key roles") if "roles" in table else ()
     for pattern in roles:
         if not any(fnmatchcase(role, pattern) for role in Role):
-            raise ConvertError(f"no role matches {pattern!r}", f"{where}, key roles", nearest(pattern, list(Role)))
+            raise ConvertError(
+                f"no role matches {pattern!r}", f"{where}, key roles", nearest(pattern, [role.value for role in Role])
+            )
     layers = _strings(table.get("layers", "all"), f"{where}, key layers")
     for text in layers:
         try:

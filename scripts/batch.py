@@ -4,7 +4,7 @@
     --profile balanced-4bit --output out/ org/model-a
     --profile mlp-low-precision --output out/ org/model-b
 
-A failure does not stop the others. Run the same file again and finished lines are recognised, interrupted ones continue.
+A failure does not stop the others. Run the same file again: finished lines are recognised, interrupted ones continue.
 """
 
 import shlex

@@ -1,0 +1,120 @@
+"""From profile and model map to plan: rules, ranges, overrides, fallbacks, exact bytes."""
+
+import pytest
+
+from formats.errors import ConvertError
+from formats.registry import FORMATS, get_format
+from profiles.assign import assign, fitting_format
+from profiles.schema import load_profile, parse_override, parse_profile, preset_names
+from profiles.vocabulary import ModelMap, Role, TensorSpec
+
+N_LAYERS = 8
+
+
+def model_map(width: int = 512, tied: bool = False) -> ModelMap:
+    tensors = [TensorSpec("token_embd.weight", (1000, width), Role.EMBEDDING)]
+    for layer in range(N_LAYERS):
+        for name, role, shape in (
+            ("attn_norm", Role.NORM, (width,)),
+            ("attn_q", Role.ATTENTION_QUERY, (width, width)),
+            ("attn_v", Role.ATTENTION_VALUE, (width // 4, width)),
+            ("ffn_gate_inp", Role.ROUTER, (4, width)),
+            ("ffn_up_exps", Role.EXPERT_UP, (4, width, width)),
+            ("ffn_down", Role.MLP_DOWN, (width, 2048)),
+        ):
+            tensors.append(TensorSpec(f"blk.{layer}.{name}.weight", shape, role, layer))
+    if not tied:
+        tensors.append(TensorSpec("output.weight", (1000, width), Role.OUTPUT))
+    return ModelMap("llama", N_LAYERS, tuple(tensors))
+
+
+def profile(rules: str = "", base: str = "Q4_K"):
+    return parse_profile(f'description = "d"\ngood_for = "g"\nbase = "{base}"\n{rules}', "mine", "mine.toml")
+
+
+def formats(plan) -> dict[str, str]:
+    return {planned.tensor.name: planned.format for planned in plan.tensors}
+
+
+def test_the_last_matching_rule_decides():
+    rules = (
+        '[[rule]]\nroles = "mlp_*"\nformat = "Q3_K"\n[[rule]]\nroles = "mlp_down"\nlayers = "first:1"\nformat = "Q6_K"'
+    )
+    chosen = formats(assign(profile(rules), model_map()))
+    assert chosen["blk.0.ffn_down.weight"] == "Q6_K"
+    assert chosen["blk.1.ffn_down.weight"] == "Q3_K"
+    assert chosen["blk.1.attn_q.weight"] == "Q4_K"
+
+
+def test_norms_and_routers_stay_in_f32_whatever_the_rules_say():
+    chosen = formats(assign(profile('[[rule]]\ntensors = "*"\nformat = "Q2_K"'), model_map()))
+    assert chosen["blk.0.attn_norm.weight"] == "F32"
+    assert chosen["blk.0.ffn_gate_inp.weight"] == "F32"
+
+
+def test_overrides_come_last_and_are_the_reason():
+    plan = assign(profile(), model_map(), [parse_override("blk.3.*=Q8_0"), parse_override("mlp_down=Q5_K")])
+    chosen = formats(plan)
+    assert chosen["blk.3.attn_q.weight"] == "Q8_0"
+    assert chosen["blk.3.ffn_down.weight"] == "Q5_K"
+    reasons = {planned.tensor.name: planned.reason for planned in plan.tensors}
+    assert reasons["blk.3.attn_q.weight"] == "--set 'blk.3.*=Q8_0'"
+
+
+@pytest.mark.parametrize("text", ["mlp_up=Q4_K", "blk.99.*=Q4_K", "norm=Q4_K", "blk.0.attn_norm.weight=Q8_0"])
+def test_an_override_that_matches_nothing_is_an_error(text):
+    with pytest.raises(ConvertError, match="matches no tensor"):
+        assign(profile(), model_map(), [parse_override(text)])
+
+
+def test_tied_embeddings_take_the_finer_of_the_embedding_and_output_rules():
+    rules = '[[rule]]\nroles = "embedding"\nformat = "Q3_K"\n[[rule]]\nroles = "output"\nformat = "Q6_K"'
+    assert formats(assign(profile(rules), model_map(tied=False)))["token_embd.weight"] == "Q3_K"
+    assert formats(assign(profile(rules), model_map(tied=True)))["token_embd.weight"] == "Q6_K"
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_a_fallback_fits_and_is_no_coarser_than_what_was_asked_for(name):
+    wanted = get_format(name)
+    for n_columns in (576, 32, 33, 96):
+        fitting = fitting_format(wanted, n_columns)
+        assert fitting.fits(n_columns)
+        assert fitting.bits_per_weight >= wanted.bits_per_weight
+    assert fitting_format(wanted, 512) is wanted
+
+
+def test_a_fallback_states_its_cost():
+    plan = assign(profile(), model_map(width=576))
+    planned = next(p for p in plan.tensors if p.tensor.name == "blk.0.attn_q.weight")
+    assert planned.wanted == "Q4_K" and get_format(planned.format).block_size == 32
+    assert "rows of 576 are no multiple of Q4_K's 256" in planned.reason
+    assert planned.extra_bytes == planned.n_bytes - 576 * 576 * 144 // 256
+
+
+def test_bytes_are_those_of_the_blocks():
+    plan = assign(profile(), model_map())
+    by_name = {p.tensor.name: p for p in plan.tensors}
+    assert by_name["blk.0.ffn_up_exps.weight"].n_bytes == 4 * 512 * 512 // 256 * 144
+    assert by_name["blk.0.attn_norm.weight"].n_bytes == 512 * 4
+    assert plan.n_bytes == sum(row["bytes"] for row in plan.rows())
+
+
+def test_the_digest_follows_formats_and_effort_only():
+    one, two = assign(profile(), model_map()), assign(profile(base="Q5_K"), model_map())
+    renamed = assign(parse_profile(profile().text, "other", "other.toml"), model_map())
+    assert one.digest() == renamed.digest()
+    assert one.digest() != two.digest()
+    assert one.digest() != assign(profile(), model_map(), effort="fast").digest()
+
+
+def test_only_coarse_formats_ask_for_importance():
+    assert not assign(load_profile("uniform-8bit"), model_map()).uses_importance
+    assert assign(load_profile("balanced-4bit"), model_map()).uses_importance
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_no_preset_lets_attention_or_routers_fall_below_4_bits(name):
+    for planned in assign(load_profile(name), model_map()).tensors:
+        role = planned.tensor.role
+        if role.startswith("attention_") or role in (Role.ROUTER, Role.NORM, Role.OUTPUT):
+            assert get_format(planned.format).bits_per_weight >= 4, planned
