@@ -60,7 +60,7 @@ def find_name(definition: dict, where: str) -> str:
     if found in known:
         return known[found]
     otherwise = PreTokenizer(found.steps, not found.ignore_merges)
-    if otherwise in known and _merges_reach_all_tokens(definition):
+    if otherwise in known and _merges_reach_all_tokens(definition, where):
         return known[otherwise]
     closest = max(known, key=lambda candidate: difflib.SequenceMatcher(None, str(found), str(candidate)).ratio())
     raise ConvertError(
@@ -90,16 +90,19 @@ def flatten(component: dict | None) -> list[dict]:
     """The steps of a normalizer or pre-tokenizer: of a Sequence, of Sequences in it, of a single step, or of none."""
     if component is None:
         return []
-    if component["type"] != "Sequence":
+    if component.get("type") != "Sequence":
         return [component]
     parts = component.get("pretokenizers", component.get("normalizers", []))
     return [step for part in parts for step in flatten(part)]
 
 
-def merge_pairs(definition: dict) -> list[tuple[str, str]]:
+def merge_pairs(definition: dict, where: str) -> list[tuple[str, str]]:
     """The merges of a parsed tokenizer.json by rank: "left right" in older files, ["left", "right"] in newer ones."""
     pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in definition["model"]["merges"])
-    return [(left, right) for left, right in pairs]
+    try:
+        return [(left, right) for left, right in pairs]
+    except (TypeError, ValueError):
+        raise ConvertError("a merge has not two parts", where, "fetch the file again") from None
 
 
 def _split(step: dict) -> str:
@@ -129,11 +132,11 @@ def _printable(regex: str) -> str:
     return regex.replace("\r", r"\r").replace("\n", r"\n").replace("\t", r"\t")
 
 
-def _merges_reach_all_tokens(definition: dict) -> bool:
+def _merges_reach_all_tokens(definition: dict, where: str) -> bool:
     """Whether `ignore_merges` makes no difference: every token comes out of the merges of its own letters."""
     from tokenizers.models import BPE
 
     vocabulary = definition["model"]["vocab"]
-    merged = BPE(vocab=vocabulary, merges=merge_pairs(definition))
+    merged = BPE(vocab=vocabulary, merges=merge_pairs(definition, where))
     added = {token["content"] for token in definition.get("added_tokens", [])}
     return all(len(merged.tokenize(token)) == 1 for token in vocabulary if token not in added)

@@ -47,15 +47,22 @@ def _model(definition: dict) -> dict:
 
 
 def check_parts(definition: dict, where: str) -> None:
-    """Raise ConvertError unless the BPE of a parsed tokenizer.json has a vocabulary and merges."""
+    """Raise ConvertError unless the BPE of a parsed tokenizer.json has merges and a vocabulary of ids."""
     for part, kind in (("vocab", dict), ("merges", list)):
         if not isinstance(_model(definition).get(part), kind) or not _model(definition)[part]:
             raise ConvertError(f"the BPE has no {part!r} of the usual form", where, "fetch the file again")
+    for text, index in _model(definition)["vocab"].items():
+        _check_id(text, index, where)
+
+
+def _check_id(text: object, index: object, where: str) -> None:
+    if not isinstance(text, str) or not isinstance(index, int) or index < 0:
+        raise ConvertError(f"{text!r} with the id {index!r} is no token", where, "fetch the file again")
 
 
 def byte_level(definition: dict, settings: dict, vocab_size: int, pre: str, where: str) -> Vocabulary:
     """A BPE over bytes: letters stand for bytes, but an added token is text as it is."""
-    added = _added_tokens(definition, settings)
+    added = _added_tokens(definition, settings, where)
     indices = definition["model"]["vocab"]
     if (largest := max([*indices.values(), *added])) >= vocab_size:
         raise ConvertError(
@@ -71,7 +78,9 @@ def byte_level(definition: dict, settings: dict, vocab_size: int, pre: str, wher
         tokens[index], types[index] = text, _added_type(text, token)
     _check_unique(tokens, where)
     space = chr(256 + ord(" "))  # the letter of that byte, because a plain space parts the two sides of a merge
-    merges = [f"{left.replace(' ', space)} {right.replace(' ', space)}" for left, right in merge_pairs(definition)]
+    merges = [
+        f"{left.replace(' ', space)} {right.replace(' ', space)}" for left, right in merge_pairs(definition, where)
+    ]
     return Vocabulary("gpt2", pre, tokens, types, merges=merges, add_space_prefix=settings.get("add_prefix_space"))
 
 
@@ -83,6 +92,7 @@ def sentencepiece(
     added_texts: the content of added_tokens.json; the two other JSON files are newer and override it.
     """
     model = sentencepiece_model.read(model_file)
+    where = str(model_file.parent)
     tokens, types = _no_tokens(vocab_size)
     scores = [_NO_TOKEN_SCORE] * vocab_size
     n_pieces = min(len(model.pieces), vocab_size)
@@ -90,10 +100,11 @@ def sentencepiece(
     types[:n_pieces] = model.types[:n_pieces]
     scores[:n_pieces] = model.scores[:n_pieces]
     for text, index in added_texts.items():
+        _check_id(text, index, where)
         if index < vocab_size:
             tokens[index], types[index], scores[index] = text, TokenType.USER_DEFINED, _ADDED_SCORE
-    _put_added(_added_tokens(definition, settings), tokens, types, scores)
-    _check_unique(tokens, str(model_file))
+    _put_added(_added_tokens(definition, settings, where), tokens, types, scores)
+    _check_unique(tokens, where)
     prefix = settings.get("add_prefix_space")
     if prefix is None and not model.add_dummy_prefix:
         prefix = False
@@ -106,7 +117,7 @@ def byte_fallback(definition: dict, settings: dict, vocab_size: int, where: str)
     llama.cpp merges the two neighbours that make the token of the best score. So that this is the pair of the first
     merge, a token's score is minus the rank of the first merge that makes it.
     """
-    merges = merge_pairs(definition)
+    merges = merge_pairs(definition, where)
     rank: dict[str, int] = {}
     for order, (left, right) in enumerate(merges):
         rank.setdefault(left + right, order)
@@ -117,7 +128,7 @@ def byte_fallback(definition: dict, settings: dict, vocab_size: int, where: str)
             tokens[index] = text
             types[index] = TokenType.BYTE if _BYTE_TOKEN.fullmatch(text) else TokenType.NORMAL
             scores[index] = -float(rank.get(text, len(merges)))
-    _put_added(_added_tokens(definition, settings), tokens, types, scores)
+    _put_added(_added_tokens(definition, settings, where), tokens, types, scores)
     _check_unique(tokens, where)
     prefix = settings.get("add_prefix_space")
     if not _adds_space_prefix(definition, where) and prefix is None:
@@ -156,10 +167,13 @@ def _splits_words(metaspace: dict, definition: dict) -> bool:
     return metaspace.get("split", True) and any("▁" in text[1:] for text in definition["model"]["vocab"])
 
 
-def _added_tokens(definition: dict, settings: dict) -> dict[int, dict]:
+def _added_tokens(definition: dict, settings: dict, where: str) -> dict[int, dict]:
     """Added tokens by id: those of tokenizer_config.json, and of tokenizer.json, which is the one that runs."""
-    added = {int(index): token for index, token in settings.get("added_tokens_decoder", {}).items()}
-    return added | {token["id"]: token for token in definition.get("added_tokens", [])}
+    listed = [{**token, "id": int(index)} for index, token in (settings.get("added_tokens_decoder") or {}).items()]
+    added = [*listed, *(definition.get("added_tokens") or [])]
+    for token in added:
+        _check_id(token.get("content"), token.get("id"), where)
+    return {token["id"]: token for token in added}
 
 
 def _put_added(added: dict[int, dict], tokens: list[str], types: list[TokenType], scores: list[float]) -> None:

@@ -381,6 +381,23 @@ def test_a_model_without_its_parts(content, tmp_path):
         tokenizer_metadata(tmp_path, 100)
 
 
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda content: content["model"]["vocab"].update(x=-1), "'x' with the id -1 is no token"),
+        (lambda content: content["model"]["vocab"].update(x="7"), "'x' with the id '7' is no token"),
+        (lambda content: content["added_tokens"].append({"id": 5}), "None with the id 5 is no token"),
+        (lambda content: content["model"]["merges"].append("alone"), "a merge has not two parts"),
+        (lambda content: content["model"]["merges"].append(["a", "b", "c"]), "a merge has not two parts"),
+    ],
+)
+def test_damaged_tokens(damage, what, tmp_path):
+    build(tmp_path, EXACT[0])
+    change_json(tmp_path / "tokenizer.json", damage)
+    with pytest.raises(ConvertError, match=what):
+        tokenizer_metadata(tmp_path, 3100)
+
+
 @pytest.mark.parametrize("kind", ["WordPiece", "Unigram", "WordLevel"])
 def test_other_kinds_are_named(kind, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": kind, "vocab": {}}}))
