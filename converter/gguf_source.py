@@ -9,6 +9,7 @@ from converter.architecture import Architecture, architectures, gguf_name, gguf_
 from converter.checkpoint import DTYPE_BYTES, Checkpoint, StoredTensor
 from converter.rope import FREQUENCIES, LONG_FACTORS, SHORT_FACTORS
 from formats.errors import ConvertError, nearest
+from formats.gguf_file import read_gguf
 from profiles.vocabulary import ModelMap, Role, TensorSpec
 
 # What the writer states about the new file itself.
@@ -18,8 +19,6 @@ _WRITERS_KEYS = (Keys.General.FILE_TYPE, Keys.General.QUANTIZATION_VERSION, Keys
 def open_gguf(path: Path) -> Checkpoint:
     """The GGUF file as a checkpoint. Raises ConvertError for a file that is no GGUF, is cut short or malformed, for one
     of several splits, and for quantized tensors."""
-    from formats.gguf_file import read_gguf
-
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ConvertError("this file is no GGUF", str(path), "give a GGUF file or the directory of a checkpoint")

@@ -48,7 +48,8 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{path}: quantization_config",
             "convert the original checkpoint in F32, F16 or BF16 instead",
         )
-    return {**config, **config.get("text_config", {})}
+    text_config = config.get("text_config")
+    return {**config, **text_config} if isinstance(text_config, dict) else config
 
 
 def shard_names(weight_map: dict[str, str] | None) -> list[str]:
@@ -107,7 +108,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raw = file.read(length)
     try:
         header = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _broken(path, f"its header is no JSON ({error})") from None
     if not isinstance(header, dict):
         raise _broken(path, "its header is no JSON object")
@@ -127,7 +128,7 @@ def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> tuple[St
         raise _broken(path, f"its entry for {name!r} lacks dtype, shape or data_offsets") from None
     if not isinstance(shape, list) or not all(_is_count(n) for n in [*shape, begin, end]):
         raise _broken(path, f"its entry for {name!r} has sizes that are no whole numbers")
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise unknown_dtype(name, dtype, str(path))
     tensor = StoredTensor(dtype, tuple(shape), path, data_start + begin)
     if end - begin != tensor.n_bytes:
@@ -163,7 +164,7 @@ def _is_count(n: Any) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConvertError(f"{path.name} is no JSON: {error}", str(path), "fetch this file again") from None
     if not isinstance(content, dict):
         raise ConvertError(f"{path.name} is no JSON object", str(path), "fetch this file again")

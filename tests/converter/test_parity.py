@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFReader
 
-from converter.checkpoint import open_checkpoint
-from converter.model_map import describe, read_rows
 from scripts.llama_cpp import LlamaCpp
 from tests import tiny_models
+from tests.converter.f32_file import write_f32
 from tests.tiny_models import TINY_MODELS
 
 ROOT = Path(__file__).parents[2]
@@ -42,22 +41,6 @@ EXCEPTIONS["llama-yarn-attention-factor"] |= {
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-
-
-def write_f32(directory: Path, path: Path) -> None:
-    """All of the model map in F32, through gguf's own writer."""
-    checkpoint = open_checkpoint(str(directory))
-    model_map = describe(checkpoint)
-    writer = GGUFWriter(path, model_map.architecture)
-    for key, value in model_map.metadata.items():
-        if key != "general.architecture":
-            writer.add_key_value(key, value.value, value.type, value.sub_type)
-    for spec in model_map.tensors:
-        writer.add_tensor(spec.name, read_rows(checkpoint, spec, 0, spec.n_rows).reshape(spec.shape))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.fixture(scope="module")

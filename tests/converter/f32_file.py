@@ -1,0 +1,24 @@
+"""A checkpoint as a GGUF file in F32, written by gguf's own writer."""
+
+from pathlib import Path
+
+from gguf import GGUFWriter
+
+from converter.checkpoint import open_checkpoint
+from converter.model_map import describe, read_rows
+
+
+def write_f32(directory: Path, path: Path) -> None:
+    """All of the model map in F32, through gguf's own writer."""
+    checkpoint = open_checkpoint(str(directory))
+    model_map = describe(checkpoint)
+    writer = GGUFWriter(path, model_map.architecture)
+    for key, value in model_map.metadata.items():
+        if key != "general.architecture":
+            writer.add_key_value(key, value.value, value.type, value.sub_type)
+    for spec in model_map.tensors:
+        writer.add_tensor(spec.name, read_rows(checkpoint, spec, 0, spec.n_rows).reshape(spec.shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

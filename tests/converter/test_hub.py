@@ -1,0 +1,119 @@
+"""Hub models, served by a small Hub on this machine, in processes of their own: the endpoint is read at import."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import tiny_models
+from tests.converter.hub_server import COMMIT, REPOSITORY, HubServer, serve
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import json, sys
+from converter.checkpoint import open_checkpoint
+from converter.model_map import describe, read_rows
+from formats.errors import ConvertError
+
+model, metadata_only = sys.argv[1], sys.argv[2] == "metadata"
+try:
+    checkpoint = open_checkpoint(model, metadata_only=metadata_only)
+    model_map = describe(checkpoint)
+    answer = {
+        "model_id": checkpoint.model_id,
+        "revision": checkpoint.revision,
+        "name": model_map.metadata["general.name"].value,
+        "organization": model_map.metadata["general.organization"].value,
+        "tensors": [[spec.name, spec.shape] for spec in model_map.tensors],
+        "files": checkpoint.files(),
+        "weights": sorted(path.name for path in checkpoint.location.glob("*.safetensors")),
+    }
+    checkpoint = checkpoint.with_weights()
+    spec = model_map.tensor("output_norm.weight")
+    answer["files_with_weights"] = checkpoint.files()
+    answer["norm"] = read_rows(checkpoint, spec, 0, 1).tolist()
+except ConvertError as error:
+    answer = {"what": error.what, "remedy": error.remedy}
+print(json.dumps(answer))
+"""
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A sharded checkpoint with files that no conversion needs."""
+    directory = tmp_path / "repository"
+    tiny_models.build("llama", directory)
+    for unneeded in ("pytorch_model.bin", "consolidated.safetensors", "model.onnx"):
+        (directory / unneeded).write_bytes(b"unneeded")
+    return directory
+
+
+def open_in_process(server: HubServer, home: Path, model: str, mode: str, **environment: str) -> dict[str, Any]:
+    finished = subprocess.run(
+        [sys.executable, "-c", PROGRAM, model, mode],
+        cwd=ROOT,
+        env={**os.environ, "HF_ENDPOINT": server.endpoint, "HF_HOME": str(home), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout)
+
+
+def test_metadata_first_then_the_weights(repository: Path, tmp_path: Path) -> None:
+    with serve(repository) as server:
+        answer = open_in_process(server, tmp_path / "home", REPOSITORY, "metadata")
+        ranges = {span for _, name, span in server.requests if name.startswith("model-")}
+    assert (answer["model_id"], answer["revision"]) == (REPOSITORY, COMMIT)
+    assert (answer["name"], answer["organization"]) == ("Tiny", "Org")
+    assert answer["weights"] == []  # described from headers alone
+    assert "bytes=0-100000" in ranges
+    assert ["token_embd.weight", [400, 64]] in answer["tensors"]
+    assert len(answer["norm"][0]) == 64
+    assert answer["files_with_weights"] == answer["files"]
+    assert server.downloaded() == {
+        path.name for path in repository.iterdir() if path.suffix == ".json" or path.name.startswith("model-")
+    }
+
+
+def test_finished_files_are_kept_and_serve_offline(repository: Path, tmp_path: Path) -> None:
+    with serve(repository) as server:
+        first = open_in_process(server, tmp_path / "home", f"{REPOSITORY}@main", "all")
+        server.requests.clear()
+        second = open_in_process(server, tmp_path / "home", f"{REPOSITORY}@{COMMIT}", "metadata")
+        assert server.requests == []
+    offline = open_in_process(server, tmp_path / "home", REPOSITORY, "all", HF_HUB_OFFLINE="1")
+    assert first == second == offline
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        ("org/absent", "the Hub has no such repository, or it is private"),
+        (f"{REPOSITORY}@absent", "the repository has no such revision"),
+    ],
+)
+def test_errors_of_the_hub(repository: Path, tmp_path: Path, model: str, what: str) -> None:
+    with serve(repository) as server:
+        assert open_in_process(server, tmp_path / "home", model, "metadata")["what"] == what
+
+
+def test_a_repository_of_pickles(repository: Path, tmp_path: Path) -> None:
+    for path in repository.glob("model*.safetensors*"):
+        path.unlink()
+    with serve(repository) as server:
+        answer = open_in_process(server, tmp_path / "home", REPOSITORY, "metadata")
+    assert "lacks a file" in answer["what"]
+    assert "converted to safetensors" in answer["remedy"]
+
+
+def test_no_network(tmp_path: Path) -> None:
+    with serve(tmp_path) as server:
+        pass
+    answer = open_in_process(server, tmp_path / "home", REPOSITORY, "metadata")
+    assert "network" in answer["remedy"]
