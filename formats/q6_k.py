@@ -32,14 +32,18 @@ def _reach(offset: int, n: int, widest: float, narrowest: float) -> np.ndarray:
     return np.concatenate([-offset - beyond, offset - 1 + beyond])
 
 
-# Effort: trial codes of a sub-block's largest weight, trial codes of the largest scale, refits, rounds of storing.
+def _codes(*codes: int) -> np.ndarray:
+    return np.array(codes, np.float32)
+
+
+# Effort: trial codes of a sub-block's largest weight, trial codes of the largest scale, refits of the best d.
 _Q6_K_EFFORTS = {
-    "best": (_reach(32, 16, -0.4, 1.5), _reach(128, 8, 0, 0), 2, 3),
-    "fast": (_reach(32, 8, -0.4, 1.1), _reach(128, 4, 0, 0), 1, 1),
+    "best": (_reach(32, 16, -0.4, 1.5), _codes(-128, -121, -115, -109, -103, -97), 1),
+    "fast": (_reach(32, 8, -0.4, 1.1), _codes(-121), 1),
 }
 _Q3_K_EFFORTS = {
-    "best": (_reach(4, 32, -0.4, 2.5), _reach(32, 16, 0, 3), 2, 4),
-    "fast": (_reach(4, 16, -0.4, 2.0), _reach(32, 8, 0, 2), 1, 1),
+    "best": (_reach(4, 32, -0.4, 2.5), _codes(-32, -30, -27, -24, -21, -18), 1),
+    "fast": (_reach(4, 16, -0.4, 2.0), _codes(-28), 1),
 }
 
 
@@ -84,8 +88,9 @@ def _search(
     blocks, weights = to_blocks(rows, importance, BLOCK_SIZE)
     d, codes = np.empty(len(blocks), np.float32), np.empty(blocks.shape, np.int8)
     scales = np.empty((len(blocks), N_SUB_BLOCKS), np.int8)
-    bottom, top, bottom_scale, top_scale = np.array([-offset, offset - 1, -scale_offset, scale_offset - 1], np.float32)
-    search_super_blocks(blocks, weights, bottom, top, bottom_scale, top_scale, *effort, (d, scales, codes))
+    code_range = np.float32(-offset), np.float32(offset - 1)
+    scale_range = np.float32(-scale_offset), np.float32(scale_offset - 1)
+    search_super_blocks(blocks, weights, code_range, scale_range, *effort, (d, scales, codes))
     return d.astype("<f2").view(np.uint8).reshape(-1, 2), scales, (codes + np.int8(offset)).view(np.uint8)
 
 

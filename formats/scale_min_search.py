@@ -11,7 +11,6 @@ keep their digits when the error is small.
 
 The kernels return codes; the modules of the formats pack them into bytes.
 """
-# ruff: noqa: PLR0917  (compiled functions take their arguments by position)
 
 import math
 
@@ -108,7 +107,7 @@ def lowest(error):
     for t in range(4, error.size, 4):
         e0, e1 = min(e0, error[t]), min(e1, error[t + 1])
         e2, e3 = min(e2, error[t + 2]), min(e3, error[t + 3])
-    least = min(min(e0, e1), min(e2, e3))
+    least = min(e0, e1, e2, e3)
     for t in range(error.size):
         if error[t] == least:
             return t

@@ -12,7 +12,6 @@ Scales may be negative: the codes reach one further below zero than above, and t
 
 The kernels return codes; the modules of the formats pack them into bytes.
 """
-# ruff: noqa: PLR0917  (compiled functions take their arguments by position)
 
 import math
 
@@ -24,6 +23,8 @@ INFINITY = np.float32(np.inf)
 F16_MAX, F16_MIN_NORMAL = np.float32(65504), np.float32(2**-14)
 # A block without a weight beyond this is zero in every format: less than 1e-20 of the least float16.
 NEGLIGIBLE = np.float32(1e-30)
+# Of two scales with the same error, as round an outlier, the larger would spoil the unit of all scales.
+COARSE_SCALE = np.float32(1e-5)
 # Subnormal float16 of at most 128 spacings.
 COARSE_STEP = np.float32(2**-17)
 # Trials of a sub-block's stored scale: the integers around the unrounded optimum.
@@ -64,27 +65,33 @@ def peak(x):
 
 @_jit
 def sum_residuals(x, w, inverse, bottom, top, sums):
-    """sums[0..2, lane] = Sqq, Srq, Srr of each trial. Two weights at a time, for every sum waits for its last store."""
+    """sums[0..2, lane] = Sqq, Srq, Srr of each trial. Four weights at a time: each sum waits for its last store."""
     sums[:, :] = ZERO
-    for j in range(0, x.size, 2):
-        x0, x1, w0, w1 = x[j], x[j + 1], w[j], w[j + 1]
+    for j in range(0, x.size, 4):
+        x0, x1, x2, x3 = x[j], x[j + 1], x[j + 2], x[j + 3]
+        w0, w1, w2, w3 = w[j], w[j + 1], w[j + 2], w[j + 3]
         for t in range(inverse.size):
-            u0, u1 = x0 * inverse[t], x1 * inverse[t]
+            u0, u1, u2, u3 = x0 * inverse[t], x1 * inverse[t], x2 * inverse[t], x3 * inverse[t]
             q0, q1 = np.rint(min(max(u0, bottom), top)), np.rint(min(max(u1, bottom), top))
-            wq0, wq1, r0, r1 = w0 * q0, w1 * q1, u0 - q0, u1 - q1
-            sums[0, t] += wq0 * q0 + wq1 * q1
-            sums[1, t] += wq0 * r0 + wq1 * r1
-            sums[2, t] += w0 * r0 * r0 + w1 * r1 * r1
+            q2, q3 = np.rint(min(max(u2, bottom), top)), np.rint(min(max(u3, bottom), top))
+            wq0, wq1, wq2, wq3 = w0 * q0, w1 * q1, w2 * q2, w3 * q3
+            r0, r1, r2, r3 = u0 - q0, u1 - q1, u2 - q2, u3 - q3
+            sums[0, t] += (wq0 * q0 + wq1 * q1) + (wq2 * q2 + wq3 * q3)
+            sums[1, t] += (wq0 * r0 + wq1 * r1) + (wq2 * r2 + wq3 * r3)
+            sums[2, t] += (w0 * r0 * r0 + w1 * r1 * r1) + (w2 * r2 * r2 + w3 * r3 * r3)
 
 
 @_jit
-def refit(sums, inverse, error):
-    """Moves every trial to the least-squares scale of its codes; error[lane] is what it leaves."""
+def refit(sums, coarse, inverse, error):
+    """Moves every trial to the least-squares scale of its codes.
+
+    error[lane] is what it leaves, and `coarse` times the square of the scale: between equals the finer one wins.
+    """
     for t in range(inverse.size):
         sqq, srq, srr = sums[0, t], sums[1, t], sums[2, t]
         a = srq / sqq if sqq > ZERO else ZERO
         a = a if a > -HALF else ZERO
-        error[t] = max(srr - a * (srq + srq - a * sqq), ZERO) / (inverse[t] * inverse[t])
+        error[t] = (max(srr - a * (srq + srq - a * sqq), ZERO) + coarse) / (inverse[t] * inverse[t])
         inverse[t] /= ONE + a
 
 
@@ -95,7 +102,7 @@ def lowest(error):
     for t in range(4, error.size, 4):
         e0, e1 = min(e0, error[t]), min(e1, error[t + 1])
         e2, e3 = min(e2, error[t + 2]), min(e3, error[t + 3])
-    least = min(min(e0, e1), min(e2, e3))
+    least = min(e0, e1, e2, e3)
     for t in range(error.size):
         if error[t] == least:
             return t
@@ -103,22 +110,17 @@ def lowest(error):
 
 
 @_jit
-def fit_scale(x, w, bottom, top, trials, n_passes, lanes, sums):
-    """(scale, Sqq) of the best trial; trials are the codes that the largest weight may land on. (0, 0) for zeros."""
+def fit_scale(x, w, sum_w, bottom, top, trials, lanes, sums):
+    """The scale of the best trial; trials are the codes that the largest weight may land on. 0 for zeros."""
     inverse, error = lanes[0], lanes[1]
     largest = peak(x)
     if largest == ZERO:
-        return ZERO, ZERO
+        return ZERO
     for t in range(trials.size):
         inverse[t] = trials[t] / largest
-    best_error, scale, curvature = INFINITY, ZERO, ZERO
-    for _ in range(n_passes):
-        sum_residuals(x, w, inverse, bottom, top, sums)
-        refit(sums, inverse, error)
-        best = lowest(error)
-        if error[best] < best_error:
-            best_error, scale, curvature = error[best], ONE / inverse[best], sums[0, best]
-    return scale, curvature
+    sum_residuals(x, w, inverse, bottom, top, sums)
+    refit(sums, COARSE_SCALE * sum_w, inverse, error)
+    return ONE / inverse[lowest(error)]
 
 
 @_jit
@@ -165,7 +167,7 @@ def search_blocks(blocks, weights, bottom, top, trials, n_passes, out):
             inverse[t] = trials[t] / largest
         for _ in range(n_passes):
             sum_residuals(x, w, inverse, bottom, top, sums)
-            refit(sums, inverse, error)
+            refit(sums, ZERO, inverse, error)
         for t in range(trials.size):
             rounded[t] = round_f16(ONE / inverse[t])
             inverse[t] = ONE / rounded[t] if rounded[t] != ZERO else ZERO
@@ -180,33 +182,13 @@ def search_blocks(blocks, weights, bottom, top, trials, n_passes, out):
 
 
 @_jit
-def common_step(values, curvature, bottom, top, trials, lanes, sums):
-    """The step whose multiples come closest to the values, each error weighed by its curvature."""
-    inverse = lanes[0]
-    largest = peak(values)
-    if largest == ZERO:
-        return ZERO
-    for t in range(trials.size):
-        inverse[t] = trials[t] / largest
-    sums[:, :] = ZERO
-    for i in range(values.size):
-        for t in range(trials.size):
-            code = np.rint(min(max(values[i] * inverse[t], bottom), top))
-            sums[0, t] += curvature[i] * values[i] * code
-            sums[1, t] += curvature[i] * code * code
-    best = 0
-    for t in range(trials.size):
-        if sums[0, t] * sums[0, t] * sums[1, best] > sums[0, best] * sums[0, best] * sums[1, t]:
-            best = t
-    return sums[0, best] / sums[1, best] if sums[1, best] > ZERO else largest / bottom
-
-
-@_jit
-def store_sub_blocks(x, w, fits, sum_xx, d, bottom, top, bottom_scale, top_scale, lanes, sums, stored):
+def store_sub_blocks(x, w, fits, sum_xx, d, code_range, scale_range, lanes, sums, stored):
     """Gives every sub-block the best stored scale near its fit: stored[i], as a code.
 
     Returns the weighted error and the least-squares d of these codes.
     """
+    bottom, top = code_range
+    bottom_scale, top_scale = scale_range
     n_sub, size = fits.size, x.size // fits.size
     inverse, scale_codes, error = lanes[0], lanes[1], lanes[2]
     total, sum_xq, sum_qq = ZERO, ZERO, ZERO
@@ -241,26 +223,25 @@ def next_f16(value, away):
 
 
 @_jit
-def search_super_blocks(
-    blocks, weights, bottom, top, bottom_scale, top_scale, trials, step_trials, n_passes, n_rounds, out
-):
+def search_super_blocks(blocks, weights, code_range, scale_range, trials, step_trials, n_refits, out):
     """Scales and codes of super-blocks, decoded as d * scale * code.
 
     blocks float32 [n_blocks, block_size], weights float32 [blocks_per_row, block_size].
+    code_range, scale_range: least and greatest code, of weights and of scales.
     trials, step_trials float32 [n]: the codes that a sub-block's largest weight, and the largest scale, may land on.
-    Every round stores the scales in units of d and then refits d. Where float16 is coarse, two more try the best d's
-    neighbours.
+    Every step trial stores the scales in its own units; the best d so far is refitted n_refits times, and where
+    float16 is coarse its two neighbours are tried.
     out: (d float32 [n_blocks], scales int8 [n_blocks, n_sub], codes int8 like blocks).
     """
     steps, scales, codes = out
-    block_size, n_sub = blocks.shape[1], scales.shape[1]
+    bottom, top = code_range
+    block_size, n_sub, n_starts = blocks.shape[1], scales.shape[1], step_trials.size
     size = block_size // n_sub
     x = np.empty(block_size, np.float32)
     trial_lanes, trial_sums = np.empty((2, trials.size), np.float32), np.empty((3, trials.size), np.float32)
-    step_lanes, step_sums = np.empty((1, step_trials.size), np.float32), np.empty((2, step_trials.size), np.float32)
     lanes, sums = np.empty((3, N_NEIGHBOURS), np.float32), np.empty((3, N_NEIGHBOURS), np.float32)
-    fits, curvature = np.empty(n_sub, np.float32), np.empty(n_sub, np.float32)
-    stored, best_stored, sum_xx = np.empty(n_sub, np.float32), np.empty(n_sub, np.float32), np.empty(n_sub, np.float32)
+    fits, sum_xx = np.empty(n_sub, np.float32), np.empty(n_sub, np.float32)
+    stored, best_stored = np.empty(n_sub, np.float32), np.empty(n_sub, np.float32)
     for b in range(blocks.shape[0]):
         block, w = blocks[b], weights[b % weights.shape[0]]
         exponent = power_of_two(abs(peak(block)))
@@ -269,24 +250,29 @@ def search_super_blocks(
             x[j] = block[j] * down
         for i in range(n_sub):
             part = slice(i * size, (i + 1) * size)
-            fits[i], curvature[i] = fit_scale(x[part], w[part], bottom, top, trials, n_passes, trial_lanes, trial_sums)
-            sum_xx[i] = ZERO
+            sum_w, sum_xx[i] = ZERO, ZERO
             for j in range(i * size, (i + 1) * size):
+                sum_w += w[j]
                 sum_xx[i] += w[j] * x[j] * x[j]
-        d = common_step(fits, curvature, bottom_scale, top_scale, step_trials, step_lanes, step_sums)
-        best_error, best_d = INFINITY, ZERO
+            fits[i] = fit_scale(x[part], w[part], sum_w, bottom, top, trials, trial_lanes, trial_sums)
+        largest = peak(fits)
+        best_error, best_d, refitted = INFINITY, ZERO, ZERO
         best_stored[:] = ZERO
-        d = round_f16(d * up)
-        n = 0
+        n, n_rounds = 0, n_starts + n_refits
         while n < n_rounds or (n < n_rounds + 2 and abs(best_d) < COARSE_STEP):
-            error, refitted = store_sub_blocks(
-                x, w, fits, sum_xx, d * down, bottom, top, bottom_scale, top_scale, lanes, sums, stored
+            if n < n_starts:
+                d = round_f16(largest / step_trials[n] * up)
+            elif n < n_rounds:
+                d = round_f16(refitted * up)
+            else:
+                d = next_f16(best_d, n == n_rounds)
+            n += 1
+            error, least_squares = store_sub_blocks(
+                x, w, fits, sum_xx, d * down, code_range, scale_range, lanes, sums, stored
             )
             if error < best_error:
-                best_error, best_d = error, d
+                best_error, best_d, refitted = error, d, least_squares
                 best_stored[:] = stored
-            n += 1
-            d = round_f16(refitted * up) if n < n_rounds else next_f16(best_d, n == n_rounds)
         steps[b] = best_d
         for i in range(n_sub):
             part = slice(i * size, (i + 1) * size)
