@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from calibration.control import ShouldStop
 from calibration.corpus import Corpus, load_corpus, resolve_corpus
 from calibration.imatrix_file import load_imatrix, save_imatrix
-from calibration.importance import ImportanceMatrix
+from calibration.importance import ImportanceMatrix, compute_importance
 from converter.checkpoint import Checkpoint, open_checkpoint
 from converter.job import Job
 from converter.model_map import describe
@@ -13,29 +15,33 @@ from converter.progress import Progress
 from formats.errors import ConvertError
 from formats.registry import get_format
 from profiles.plan import Plan
-from profiles.vocabulary import UNQUANTIZED_ROLES, ModelMap
+from profiles.vocabulary import UNQUANTIZED_ROLES, ModelMap, Role
 
 
 def observed_names(model_map: ModelMap) -> dict[str, tuple[str, int]]:
-    """Checkpoint tensor -> (GGUF tensor, matrix index), for every matrix of the layers that may be quantized."""
+    """Checkpoint tensor -> (GGUF tensor, matrix index), for every matrix of the layers that may be quantized, and for
+    the output head; a tied head is the embedding tensor."""
+    head = Role.OUTPUT if any(t.role is Role.OUTPUT for t in model_map.tensors) else Role.EMBEDDING
     return {
         source: (tensor.name, matrix)
         for tensor in model_map.tensors
-        if tensor.layer is not None and len(tensor.shape) > 1 and tensor.role not in UNQUANTIZED_ROLES
+        if len(tensor.shape) > 1 and tensor.role not in UNQUANTIZED_ROLES
+        if tensor.layer is not None or tensor.role is head
         for matrix, source in enumerate(tensor.sources)
     }
 
 
 def planned_importance(job: Job, checkpoint: Checkpoint, model_map: ModelMap) -> ImportanceMatrix:
     """What `calibrate` will give, without running the model: the file that is named, or the identity of what will be
-    computed, with empty statistics."""
+    computed, with statistics of zero."""
     if job.imatrix is not None:
         return load_imatrix(job.imatrix)
-    corpus, _ = resolve_corpus(job.calibration)
     names = {name for name, _ in observed_names(model_map).values()}
+    observed = [tensor for tensor in model_map.tensors if tensor.name in names]
+    corpus, _ = resolve_corpus(job.calibration)
     return ImportanceMatrix(
-        sums=dict.fromkeys(names),
-        counts=dict.fromkeys(names),
+        sums={tensor.name: np.zeros((tensor.n_matrices, tensor.n_columns)) for tensor in observed},
+        counts={tensor.name: np.zeros(tensor.n_matrices, np.int64) for tensor in observed},
         model=checkpoint.model_id,
         revision=checkpoint.revision,
         corpus=corpus,
@@ -82,8 +88,6 @@ def calibrate(
         return load_imatrix(job.imatrix)
     result = work_dir / "importance.gguf"
     if not result.exists():
-        from calibration.stream import compute_importance  # brings torch
-
         checkpoint, model_map = runnable(checkpoint, model_map, work_dir)
         corpus = calibration_corpus(job, checkpoint)
         if corpus.note:

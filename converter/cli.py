@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs, so that --help answers at once.
 
 import functools
 import json
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -95,8 +96,14 @@ def build_job(profile: str, overrides: tuple[str, ...], split_size: str | None, 
         profile=load_profile(profile),
         overrides=tuple(parse_override(text) for text in overrides),
         shard_bytes=parse_size(split_size) if split_size else None,
+        command=this_command(),
         **options,
     )
+
+
+def this_command() -> str:
+    """The command line that is running, as one would type it."""
+    return shlex.join(["convert", *sys.argv[1:]])
 
 
 def parse_size(text: str) -> int:
@@ -215,3 +222,90 @@ def show_profile(name: str) -> None:
     from profiles.schema import load_profile
 
     click.echo(load_profile(name).text, nl=False)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--output", type=PATH, required=True, help="importance.gguf, or a name that ends in .dat (legacy).")
+@click.option("--calibration", metavar="NAME|FILE", help="Text: a file, wikitext-2, or a Hub dataset.")
+@click.option("--samples", default=512, show_default=True, help="Calibration sequences, 128 to 1024.")
+@click.option("--sequence-length", default=512, show_default=True, help="Tokens in a calibration sequence.")
+@click.option("--work-dir", type=PATH, help="Where checkpoints are kept. [default: beside the output]")
+@click.option("--threads", default=0, help="CPU threads; changes no byte. [default: all cores]")
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda", "mps"]))
+@click.option("--seed", default=0, show_default=True, help="Seed of whatever is drawn at random.")
+@fails_clearly
+def imatrix(model: str, output: Path, **options: Any) -> None:
+    """Compute the importance matrix of MODEL, or convert one between GGUF and .dat."""
+    from converter.importance import write_importance
+    from converter.progress import Progress, Stop
+
+    progress = Progress()
+    try:
+        with Stop().on_interrupt() as should_stop:
+            write_importance(model, output, progress, should_stop, command=this_command(), **options)
+    finally:
+        progress.close()
+    click.echo(output)
+
+
+@main.command()
+@click.argument("artifact", type=PATH)
+@click.option("--against", "model", required=True, metavar="MODEL", help="The source: a directory, Hub id or GGUF.")
+@click.option("--text", metavar="NAME|FILE", help="Text to evaluate on. [default: text that calibration never sees]")
+@click.option("--samples", default=16, show_default=True, help="Sequences to evaluate.")
+@click.option("--sequence-length", default=512, show_default=True, help="Tokens in a sequence; the second half counts.")
+@click.option("--threads", default=0, help="CPU threads. [default: all cores]")
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda", "mps"]))
+@click.option("--json", "as_json", is_flag=True, help="Print data for machines on stdout.")
+@fails_clearly
+def evaluate(artifact: Path, model: str, as_json: bool, **options: Any) -> None:
+    """Perplexity, KL divergence and top-1 agreement of ARTIFACT (a GGUF) against its source."""
+    from converter.progress import Progress
+    from converter.quality import evaluate_artifact
+    from converter.report import quality_lines, quality_warning
+
+    progress = Progress()
+    try:
+        quality = evaluate_artifact(artifact, model, progress, **options)
+    finally:
+        progress.close()
+    click.echo(json.dumps(quality) if as_json else "\n".join(quality_lines(quality)))
+    if warning := quality_warning(quality):
+        click.echo(f"warning: {warning}", err=True)
+
+
+@main.command()
+@click.argument("artifact", type=PATH)
+@click.option("--against", "model", required=True, metavar="MODEL", help="The source: a directory, Hub id or GGUF.")
+@click.option("--json", "as_json", is_flag=True, help="Print data for machines on stdout.")
+@fails_clearly
+def verify(artifact: Path, model: str, as_json: bool) -> None:
+    """Decode every tensor of ARTIFACT with the gguf package and hold it against its source."""
+    from converter.checkpoint import open_checkpoint
+    from converter.model_map import describe
+    from converter.progress import Progress
+    from converter.report import error_table
+    from converter.verify import artifact_files
+    from converter.verify import verify as verify_files
+
+    checkpoint = open_checkpoint(model)
+    progress = Progress()
+    try:
+        errors = verify_files(artifact_files(artifact), checkpoint, describe(checkpoint), None, progress)
+    finally:
+        progress.close()
+    rows = [error.to_dict() for error in errors]
+    click.echo(json.dumps(rows) if as_json else error_table(rows))
+
+
+@main.command()
+@click.argument("file", type=PATH)
+@click.option("--json", "as_json", is_flag=True, help="Print data for machines on stdout.")
+@fails_clearly
+def inspect(file: Path, as_json: bool) -> None:
+    """Show what is in FILE: an artifact with its recipe, or an importance matrix."""
+    from converter.inspect import inspect_file, inspect_text
+
+    data = inspect_file(file)
+    click.echo(json.dumps(data) if as_json else inspect_text(data))

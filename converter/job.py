@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from calibration.control import Interrupted
 from formats.block_format import Effort
 from formats.errors import ConvertError
 from profiles.schema import LayerQuantizationConfig, QuantizationProfile
@@ -26,9 +27,10 @@ DEFAULT_SEQUENCE_LENGTH = 512
 class Job:
     """Everything a conversion is asked for.
 
-    output: the artifact's path; None until the model's name is known. work_dir: None for the default beside it.
+    output: the artifact's path, or a directory (anything that does not end in .gguf); None for the current one. work_dir: None for the default beside it.
     samples, sequence_length: of the calibration, in sequences and tokens. shard_bytes: split the artifact in files of
     at most that many bytes of tensor data. threads: 0 for every core; changes no byte. seed: of what is drawn.
+    command: what continues the job when it is run again.
     """
 
     model: str
@@ -47,11 +49,12 @@ class Job:
     threads: int = 0
     device: str = "auto"
     seed: int = 0
+    command: str = "the same call"
 
     def with_output(self, file_name: str) -> "Job":
         """This job with its paths decided: the artifact in the current directory unless said otherwise."""
         output = self.output or Path(file_name)
-        if output.is_dir():
+        if output.suffix != ".gguf":
             output = output / file_name
         return replace(self, output=output, work_dir=self.work_dir or default_work_dir(output))
 
@@ -59,19 +62,23 @@ class Job:
     def n_threads(self) -> int:
         return self.threads or len(os.sched_getaffinity(0))
 
-    @property
-    def resume_command(self) -> str:
-        """The command that continues this job."""
-        words = [
-            "convert",
-            "--profile",
-            self.profile.name,
-            "--work-dir",
-            str(self.work_dir),
-            "--output",
-            str(self.output),
-        ]
-        return " ".join([*words, "...", self.model]) if self.overrides else " ".join([*words, self.model])
+
+class Stopped(ConvertError):
+    """The user asked for an end, and everything so far is saved."""
+
+    exit_code = 130
+
+    def __init__(self, where: Path, resume_command: str):
+        super().__init__("stopped as asked; nothing is lost", str(where), f"resume with: {resume_command}")
+
+
+@contextmanager
+def stops_cleanly(work_dir: Path, resume_command: str) -> Iterator[None]:
+    """Turn an interruption that was asked for into the message that says how to continue."""
+    try:
+        yield
+    except Interrupted:
+        raise Stopped(work_dir, resume_command) from None
 
 
 def default_work_dir(output: Path) -> Path:

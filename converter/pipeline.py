@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from calibration.control import Interrupted, ShouldStop, never
+from calibration.control import ShouldStop, never
 from calibration.importance import ImportanceMatrix
 from converter.artifact import artifact_layout, artifact_metadata, file_name
 from converter.calibrate import calibrate, check_importance, planned_importance
 from converter.checkpoint import Checkpoint, open_checkpoint
 from converter.encode import Encoder
-from converter.job import Job, WorkDirectory, file_sha256, tool_identity, write_atomically
+from converter.job import Job, WorkDirectory, file_sha256, stops_cleanly, tool_identity, write_atomically
 from converter.model_map import describe
 from converter.preflight import check_output_is_free, check_samples, preflight
 from converter.progress import Progress
@@ -28,15 +28,6 @@ from formats.gguf_file import GgufLayout
 from profiles.assign import assign
 from profiles.plan import Plan
 from profiles.vocabulary import ModelMap
-
-
-class Stopped(ConvertError):
-    """The user asked for an end, and everything so far is saved."""
-
-    exit_code = 130
-
-    def __init__(self, where: str, resume_command: str):
-        super().__init__("stopped as asked; nothing is lost", where, f"resume with: {resume_command}")
 
 
 @dataclass(frozen=True)
@@ -143,10 +134,8 @@ def run(
         if (report := _finished_report(work.path)) is not None:
             progress.say("already done: the artifact is there and its hashes are right")
             return prepared, report
-        try:
+        with stops_cleanly(work.path, job.command):
             report = _run_stages(prepared, work.path, progress, should_stop, clock)
-        except Interrupted:
-            raise Stopped(str(work.path), job.resume_command) from None
     if warning := quality_warning(report["quality"]):
         progress.say(f"warning: {warning}")
     return prepared, report

@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from calibration.importance import ImportanceMatrix
+from calibration.importance import ImportanceMatrix, work_bytes
 from converter.calibrate import check_importance
 from converter.checkpoint import Checkpoint
 from converter.job import SAMPLES_RANGE, Job
@@ -82,8 +82,7 @@ def _check_space(job: Job, checkpoint: Checkpoint, model_map: ModelMap, layouts:
         written += path.stat().st_size if path.exists() else 0
     needs = [("the artifact", job.output.parent, sum(layout.n_bytes for layout in layouts) - written)]
     width = int(checkpoint.config.get("hidden_size", 0))
-    # Two checkpoints of the hidden states in float32, the new one being written while the old one still stands.
-    states = 2 * 4 * job.samples * job.sequence_length * width if job.imatrix is None else 0
+    states = work_bytes(job.samples, job.sequence_length, width) if job.imatrix is None else 0
     restored = 0 if checkpoint.location.is_dir() else 4 * sum(t.n_weights for t in model_map.tensors)
     needs.append(("the work directory", job.work_dir, states + restored + _SMALL_FILES))
     by_device: dict[int, list[tuple[str, Path, int]]] = {}

@@ -135,6 +135,12 @@ def report_text(report: dict, plan: Plan, work_dir: Path) -> str:
     return "\n".join(lines)
 
 
+def error_table(errors: list[dict]) -> str:
+    """The error of every tensor for people."""
+    rows = [[e["tensor"], e["format"], f"{e['relative_error']:.6f}", f"{e['weighted_error']:.6f}"] for e in errors]
+    return table(["tensor", "format", "relative error", "weighted error"], rows)
+
+
 def quality_lines(quality: dict) -> list[str]:
     """Perplexity and divergence for people."""
     return [

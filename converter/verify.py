@@ -8,15 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from gguf import ReaderTensor
-from gguf.quants import dequantize
 
 from calibration.importance import ImportanceMatrix
 from converter.checkpoint import Checkpoint
 from converter.model_map import read_rows, restore
 from converter.progress import Progress
 from formats.errors import ConvertError
-from formats.gguf_file import read_gguf, tensor_rows
+from formats.gguf_file import EncodedTensor, read_gguf, read_tensors
 from profiles.vocabulary import ModelMap, TensorSpec
 
 _CHUNK_WEIGHTS = 1 << 22
@@ -36,11 +34,11 @@ class TensorError:
         return asdict(self)
 
 
-def artifact_tensors(paths: list[Path]) -> dict[str, ReaderTensor]:
+def artifact_tensors(paths: list[Path]) -> dict[str, EncodedTensor]:
     """The tensors of an artifact's files by name; raises ConvertError for a damaged file or a tensor held twice."""
-    tensors: dict[str, ReaderTensor] = {}
+    tensors: dict[str, EncodedTensor] = {}
     for path in paths:
-        for tensor in read_gguf(path).tensors:
+        for tensor in read_tensors(path):
             if tensor.name in tensors:
                 raise ConvertError(f"the tensor {tensor.name!r} is there twice", str(path), "write the artifact again")
             tensors[tensor.name] = tensor
@@ -63,11 +61,6 @@ def artifact_files(path: Path) -> list[Path]:
     return paths
 
 
-def decode_rows(tensor: ReaderTensor, start: int, stop: int) -> np.ndarray:
-    """Rows start to stop, decoded by the `gguf` package: float32 [stop - start, n_columns]."""
-    return dequantize(tensor_rows(tensor)[start:stop], tensor.tensor_type).reshape(stop - start, -1)
-
-
 def verify(
     paths: list[Path],
     checkpoint: Checkpoint,
@@ -81,7 +74,7 @@ def verify(
     errors = []
     done, total = 0, sum(tensor.n_weights for tensor in model_map.tensors) * 4
     for spec in model_map.tensors:
-        if spec.name not in stored or tuple(map(int, stored[spec.name].shape[::-1])) != spec.shape:
+        if spec.name not in stored or stored[spec.name].shape != spec.shape:
             raise _failed(spec, "is absent or has another shape", paths)
         errors.append(_tensor_error(stored[spec.name], spec, checkpoint, importance, paths))
         done += spec.n_weights * 4
@@ -102,7 +95,7 @@ def _spans(spec: TensorSpec) -> Iterator[tuple[int, int, int]]:
 
 
 def _tensor_error(
-    tensor: ReaderTensor,
+    tensor: EncodedTensor,
     spec: TensorSpec,
     checkpoint: Checkpoint,
     importance: ImportanceMatrix | None,
@@ -112,11 +105,11 @@ def _tensor_error(
     sums = np.zeros(4)  # squared error, squared weight, and both weighted
     for matrix, start, stop in _spans(spec):
         source = read_rows(checkpoint, spec, start, stop)
-        decoded = decode_rows(tensor, start, stop)
+        decoded = tensor.decode(start, stop)
         if not np.isfinite(decoded).all():
             raise _failed(spec, "decodes to values that are not finite", paths)
-        if tensor.tensor_type.name in _LOSSLESS and not np.array_equal(decoded, source):
-            raise _failed(spec, f"differs from the source although {tensor.tensor_type.name} is lossless", paths)
+        if tensor.ggml_type.name in _LOSSLESS and not np.array_equal(decoded, source):
+            raise _failed(spec, f"differs from the source although {tensor.ggml_type.name} is lossless", paths)
         squared_error = np.square(decoded - source, dtype=np.float64).sum(axis=0)
         squared_weight = np.square(source, dtype=np.float64).sum(axis=0)
         weights = np.ones(spec.n_columns) if columns is None else columns[matrix]
@@ -124,7 +117,7 @@ def _tensor_error(
     relative, weighted = (sums[i] / sums[i + 1] if sums[i + 1] else float(sums[i] > 0) for i in (0, 2))
     if weighted > 1:
         raise _failed(spec, f"is further from the source than zeros are (weighted error {weighted:.3g})", paths)
-    return TensorError(spec.name, tensor.tensor_type.name, float(relative), float(weighted))
+    return TensorError(spec.name, tensor.ggml_type.name, float(relative), float(weighted))
 
 
 def _failed(spec: TensorSpec, what: str, paths: list[Path]) -> ConvertError:
@@ -149,6 +142,6 @@ class DecodedArtifact:
         """The checkpoint's tensor of that name, decoded: float32 in its own shape."""
         spec, matrix = self._specs[name]
         rows = spec.n_rows // spec.n_matrices
-        decoded = decode_rows(self._stored[spec.name], matrix * rows, (matrix + 1) * rows)
+        decoded = self._stored[spec.name].decode(matrix * rows, (matrix + 1) * rows)
         one = replace(spec, shape=spec.shape[-2:], sources=(name,))
         return restore(one, decoded)[name]

@@ -9,12 +9,14 @@ tensor has to be whole in memory and the size is known in advance.
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFReader, GGUFWriter, Keys, ReaderTensor
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFReader, GGUFWriter, Keys
 from gguf.constants import GGUFValueType
 from gguf.gguf_writer import SHARD_NAME_FORMAT, GGUFValue
+from gguf.quants import dequantize
 
 from formats.errors import ConvertError
 
@@ -135,7 +137,40 @@ def read_gguf(path: Path) -> GGUFReader:
     return reader
 
 
-def tensor_rows(tensor: ReaderTensor) -> np.ndarray:
-    """The encoded rows of a tensor: uint8 [n_rows, row_bytes], a view into the mapped file."""
-    n_rows = int(np.prod([int(n) for n in tensor.shape[1:]], dtype=np.int64)) if len(tensor.shape) > 1 else 1
-    return tensor.data.reshape(-1).view(np.uint8).reshape(n_rows, -1)
+@dataclass(frozen=True)
+class EncodedTensor:
+    """A tensor of a GGUF file. shape: slowest dimension first; offset: of its data in the file, in bytes."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    ggml_type: GGMLQuantizationType
+    offset: int
+    n_bytes: int
+
+    @property
+    def n_rows(self) -> int:
+        """Rows over all matrices; a vector is one row."""
+        return prod(self.shape[:-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Encoded rows start to stop: uint8 [stop - start, row_bytes]. A plain file read: a mapping would count every
+        page it has touched as resident memory."""
+        row_bytes = self.n_bytes // self.n_rows
+        n_bytes = (stop - start) * row_bytes
+        data = np.fromfile(self.path, np.uint8, count=n_bytes, offset=self.offset + start * row_bytes)
+        return data.reshape(stop - start, row_bytes)
+
+    def decode(self, start: int, stop: int) -> np.ndarray:
+        """Rows start to stop, decoded by the `gguf` package: float32 [stop - start, n_columns]."""
+        return dequantize(self.read(start, stop), self.ggml_type).reshape(stop - start, self.shape[-1])
+
+
+def read_tensors(path: Path) -> list[EncodedTensor]:
+    """The tensors of a GGUF file; raises ConvertError as read_gguf does."""
+    return [
+        EncodedTensor(
+            path, t.name, tuple(int(n) for n in t.shape[::-1]), t.tensor_type, int(t.data_offset), int(t.n_bytes)
+        )
+        for t in read_gguf(path).tensors
+    ]

@@ -1,0 +1,56 @@
+"""The command `convert imatrix`: an importance matrix of its own, or one file format turned into the other."""
+
+from pathlib import Path
+from typing import Any
+
+from calibration.control import ShouldStop
+from calibration.imatrix_file import load_imatrix, save_imatrix
+from converter.calibrate import calibrate
+from converter.checkpoint import open_checkpoint
+from converter.job import Job, WorkDirectory, default_work_dir, stops_cleanly, tool_identity
+from converter.model_map import describe
+from converter.preflight import check_samples
+from converter.progress import Progress
+from formats.gguf_file import read_gguf
+from profiles.schema import load_profile
+
+
+def is_imatrix(path: Path) -> bool:
+    """Whether the file is an importance matrix: a .dat, or a GGUF that says so."""
+    if path.suffix == ".dat":
+        return path.is_file()
+    if path.suffix != ".gguf" or not path.is_file():
+        return False
+    field = read_gguf(path).get_field("general.type")
+    return field is not None and field.contents() == "imatrix"
+
+
+def write_importance(model: str, output: Path, progress: Progress, should_stop: ShouldStop, **options: Any) -> None:
+    """Write the importance matrix of a model, or a matrix that exists in the format of the output's suffix.
+
+    options: fields of converter.job.Job. Raises ConvertError; the same call continues an interrupted computation.
+    """
+    if is_imatrix(Path(model)):
+        save_imatrix(output, load_imatrix(Path(model)))
+        return
+    work_dir = options.pop("work_dir") or default_work_dir(output)
+    job = Job(model=model, profile=load_profile("balanced-4bit"), output=output, work_dir=work_dir, **options)
+    check_samples(job.samples, job.sequence_length)
+    checkpoint = open_checkpoint(model, metadata_only=True)
+    model_map = describe(checkpoint)
+    work = WorkDirectory(work_dir)
+    with work.locked(), stops_cleanly(work_dir, job.command):
+        checkpoint = checkpoint.with_weights()
+        work.claim(
+            {
+                "tool": tool_identity(),
+                "model": checkpoint.model_id,
+                "files": [list(entry) for entry in checkpoint.files()],
+                "calibration": job.calibration,
+                "samples": job.samples,
+                "sequence_length": job.sequence_length,
+                "seed": job.seed,
+                "device": job.device,
+            }
+        )
+        save_imatrix(output, calibrate(job, checkpoint, model_map, work_dir, progress, should_stop))

@@ -1,0 +1,134 @@
+"""Peak memory and throughput of a conversion of a llama of 7B shape, with an importance matrix given.
+
+The checkpoint is synthetic: random float16 weights, the same 64 MiB over and over (an encoder cannot tell), or, with
+--sparse, a file of holes that takes no disk and holds zeros. The conversion runs in a process of its own, whose peak
+resident memory is the operating system's figure. Shapes are those of a 7B llama, the vocabulary is SmolLM2's.
+"""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+
+from calibration.imatrix_file import save_imatrix
+from calibration.importance import ImportanceMatrix
+from converter.checkpoint import open_checkpoint
+from converter.model_map import describe
+from converter.progress import size_text
+from scripts.smollm2 import VOCABULARY, build
+
+WIDTH, MLP_WIDTH, N_HEADS = 4096, 11008, 32
+PATTERN_BYTES = 64 << 20
+
+
+def config(n_layers: int) -> dict:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "num_hidden_layers": n_layers,
+        "hidden_size": WIDTH,
+        "intermediate_size": MLP_WIDTH,
+        "num_attention_heads": N_HEADS,
+        "num_key_value_heads": N_HEADS,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+    }
+
+
+def shapes(n_layers: int) -> dict[str, tuple[int, ...]]:
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, WIDTH)}
+    for layer in range(n_layers):
+        prefix = f"model.layers.{layer}."
+        for kind in "qkvo":
+            tensors[f"{prefix}self_attn.{kind}_proj.weight"] = (WIDTH, WIDTH)
+        for kind in ("gate", "up"):
+            tensors[f"{prefix}mlp.{kind}_proj.weight"] = (MLP_WIDTH, WIDTH)
+        tensors[f"{prefix}mlp.down_proj.weight"] = (WIDTH, MLP_WIDTH)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}{norm}.weight"] = (WIDTH,)
+    return tensors | {"model.norm.weight": (WIDTH,), "lm_head.weight": (VOCABULARY, WIDTH)}
+
+
+def write_checkpoint(directory: Path, n_layers: int, sparse: bool) -> None:
+    """One safetensors file, its data holes or the repeated pattern."""
+    header, offset = {}, 0
+    for name, shape in shapes(n_layers).items():
+        n_bytes = 2 * int(np.prod(shape))
+        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [offset, offset + n_bytes]}
+        offset += n_bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    pattern = (np.random.default_rng(0).standard_t(5, PATTERN_BYTES // 2) * 0.02).astype(np.float16).tobytes()
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        if sparse:
+            file.truncate(8 + len(text) + offset)
+        else:
+            while offset:
+                offset -= file.write(pattern[:offset])
+
+
+def write_importance(directory: Path, path: Path) -> None:
+    """A log-normal importance for every matrix of the layers."""
+    random = np.random.default_rng(1)
+    checkpoint = open_checkpoint(str(directory))
+    matrices = [t for t in describe(checkpoint).tensors if t.layer is not None and len(t.shape) == 2]
+    save_imatrix(
+        path,
+        ImportanceMatrix(
+            sums={t.name: 512.0 * random.lognormal(0, 1, (1, t.n_columns)) for t in matrices},
+            counts={t.name: np.array([512]) for t in matrices},
+            corpus="log-normal",
+            samples=1,
+            sequence_length=512,
+        ),
+    )
+
+
+@click.command(help=__doc__)
+@click.option("--profile", default="balanced-4bit", show_default=True)
+@click.option("--layers", default=32, show_default=True, help="Fewer make a smaller model of the same shapes.")
+@click.option("--sparse", is_flag=True, help="Holes instead of random weights.")
+@click.option("--effort", default="best", show_default=True)
+@click.option("--directory", default=".cache/bench-memory", type=click.Path(path_type=Path), show_default=True)
+def main(profile: str, layers: int, sparse: bool, effort: str, directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    model = directory / "llama-7b-shape"
+    tokenizer = build(Path(".cache/smollm2"))
+    model.mkdir(parents=True)
+    try:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(tokenizer / name, model)
+        (model / "config.json").write_text(json.dumps(config(layers)))
+        write_checkpoint(model, layers, sparse)
+        write_importance(model, directory / "importance.gguf")
+        command = [sys.executable, "-m", "converter", "--profile", profile, "--effort", effort, "--no-quality", "--json"]
+        command += ["--imatrix", str(directory / "importance.gguf"), "--output", str(directory / "out.gguf"), str(model)]
+        start = time.monotonic()
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        seconds = time.monotonic() - start
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        report = json.loads(done.stdout)
+        n_weights = sum(int(np.prod(shape)) for shape in shapes(layers).values())
+        encode_seconds = report["seconds"]["encode"]
+        print(f"source {size_text(report['source']['bytes'])}, artifact {size_text(report['artifact']['bytes'])}")
+        print(f"peak resident memory {size_text(peak)} on {os.cpu_count()} cores")
+        print(f"encode {encode_seconds:.0f} s, {n_weights / encode_seconds / 1e6:.1f} M weights/s; whole run {seconds:.0f} s")
+    finally:
+        shutil.rmtree(directory)
+
+
+if __name__ == "__main__":
+    main()
