@@ -1,1 +1,5 @@
-"""Statistics from running the model. torch and transformers are imported inside functions, never at import time."""
+"""Statistics from running the model.
+
+importance, imatrix_file, corpus and quality import without torch; stream, observer and weights, which run the model,
+are imported by the functions that need them.
+"""

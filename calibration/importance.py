@@ -1,0 +1,132 @@
+"""Which input columns of every weight matrix carry signal: sums of squared inputs over calibration text."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from calibration.control import Progress, ShouldStop, never, silent
+from formats.errors import ConvertError
+
+if TYPE_CHECKING:
+    from calibration.corpus import Corpus
+    from calibration.weights import WeightSource
+
+
+@dataclass(frozen=True)
+class ImportanceMatrix:
+    """Sums of squared inputs per column of each matrix, as llama.cpp's importance matrix has them.
+
+    sums: GGUF tensor name ("blk.0.attn_q.weight") -> float64 [n_matrices, n_columns], the sum of squared inputs.
+    counts: GGUF tensor name -> int64 [n_matrices], the rows (tokens) that each matrix was multiplied with.
+    model, revision: the source model; corpus, corpus_sha256: name of the text and hash of its bytes; samples of
+    sequence_length tokens were seen. None: the file does not say.
+
+    Raises ConvertError for sums that are negative or not finite, and for shapes that do not agree.
+    """
+
+    sums: Mapping[str, np.ndarray]
+    counts: Mapping[str, np.ndarray]
+    model: str | None = None
+    revision: str | None = None
+    corpus: str | None = None
+    corpus_sha256: str | None = None
+    samples: int | None = None
+    sequence_length: int | None = None
+    where: str = field(default="importance matrix", compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, sums in self.sums.items():
+            counts = self.counts.get(name)
+            if counts is None or sums.ndim != 2 or counts.shape != sums.shape[:1]:
+                raise self._refused(name, "has sums and counts of shapes that do not agree")
+            if not (np.isfinite(sums).all() and np.isfinite(counts).all()):
+                raise self._refused(name, "has values that are not finite")
+            if (sums < 0).any() or (counts < 0).any():
+                raise self._refused(name, "has negative values")
+            if sums[counts == 0].any():
+                raise self._refused(name, "has sums over no rows")
+
+    def columns(self, name: str) -> np.ndarray:
+        """The mean squared input of every column: float32 [n_matrices, n_columns]; KeyError for an unknown tensor.
+
+        An expert that no token reached has no statistics of its own. It gets the mean over the experts that were
+        reached, all rows counting alike: experts of a layer choose among the same inputs. When none was, all columns
+        get 1: uniform importance.
+        """
+        sums, counts = self.sums[name].astype(np.float64), self.counts[name].astype(np.float64)
+        total = counts.sum()
+        if total == 0:
+            return np.ones(sums.shape, np.float32)
+        means = np.tile(sums.sum(axis=0) / total, (len(sums), 1))
+        reached = counts > 0
+        means[reached] = sums[reached] / counts[reached, None]
+        return means.astype(np.float32)
+
+    def _refused(self, name: str, problem: str) -> ConvertError:
+        return ConvertError(f"the tensor {name!r} {problem}", self.where, "compute the importance matrix again")
+
+
+def work_bytes(samples: int, sequence_length: int, hidden_size: int) -> int:
+    """Disk space in bytes, at most, of the hidden states of a pass over that many samples: two files of float32."""
+    return 2 * samples * sequence_length * hidden_size * 4
+
+
+def compute_importance(
+    source: "WeightSource",
+    config_dir: Path,
+    names: Mapping[str, tuple[str, int]],
+    corpus: "Corpus",
+    *,
+    work_dir: Path,
+    model: str | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Progress = silent,
+    should_stop: ShouldStop = never,
+) -> ImportanceMatrix:
+    """Run the model over the corpus layer by layer and sum the squared inputs of its matrices.
+
+    names: checkpoint tensor name -> (GGUF tensor name, index of the matrix in it). Matrices that no product uses
+    (norms, an embedding that is only looked up) are absent from the result; an embedding that is the output head too
+    gets the head's inputs. The result is the same for any number of threads, and after any interruption.
+    work_dir: checkpoints, `work_bytes` large; a second call continues there, or returns at once when all is done.
+    Raises Interrupted when should_stop, polled after every layer, says so.
+    """
+    from calibration.observer import SquaredInputs
+    from calibration.stream import LayerStream
+
+    squared = SquaredInputs()
+    stream = LayerStream(source, config_dir, corpus.tokens, work_dir, observer=squared, device=device, threads=threads)
+    stream.run(progress, should_stop)
+    stream.discard_hidden_states()
+    sums: dict[str, np.ndarray] = {}
+    counts: dict[str, np.ndarray] = {}
+    n_matrices = _matrices_by_tensor(names)
+    for parameter, parameter_sums in squared.sums.items():
+        matrices = stream.parameters.matrices(parameter, len(parameter_sums))
+        for i, stored_names in enumerate(matrices):
+            for tensor, matrix in (names[name] for name in stored_names if name in names):
+                shape = (n_matrices[tensor], parameter_sums.shape[1])
+                sums.setdefault(tensor, np.zeros(shape))[matrix] = parameter_sums[i]
+                counts.setdefault(tensor, np.zeros(shape[0], np.int64))[matrix] = squared.counts[parameter][i]
+    return ImportanceMatrix(
+        dict(sorted(sums.items())),
+        dict(sorted(counts.items())),
+        model=model,
+        revision=revision,
+        corpus=corpus.name,
+        corpus_sha256=corpus.sha256,
+        samples=len(corpus.tokens),
+        sequence_length=corpus.tokens.shape[1],
+    )
+
+
+def _matrices_by_tensor(names: Mapping[str, tuple[str, int]]) -> dict[str, int]:
+    n_matrices: dict[str, int] = {}
+    for tensor, matrix in names.values():
+        n_matrices[tensor] = max(n_matrices.get(tensor, 0), matrix + 1)
+    return n_matrices
