@@ -94,7 +94,7 @@ class Checkpoint:
             raise ConvertError(
                 f"the file ends inside the tensor {name!r}", str(tensor.file), "fetch or copy this file again"
             )
-        shape = tensor.shape if len(tensor.shape) < 2 else (stop - start, tensor.n_columns)
+        shape = (n_values,) if len(tensor.shape) < 2 else (stop - start, tensor.n_columns)
         return _to_float32(values, tensor.dtype).reshape(shape)
 
     def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:

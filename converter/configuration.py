@@ -21,9 +21,16 @@ class Configuration:
     rope: dict[str, Any]
     where: str
 
-    def get(self, name: str) -> Any:
-        """A dimension, or else a value of the configuration; None where there is neither."""
-        return self.dimensions.get(name, self.values.get(name))
+    def number(self, name: str) -> float | None:
+        """A dimension, or else a number of the configuration; None where there is neither."""
+        value = self.dimensions.get(name, self.values.get(name))
+        if value is not None and (not isinstance(value, int | float) or value < 0):
+            raise ConvertError(
+                f"the configuration gives {name} = {value!r}, which is no number to use",
+                f"{self.where}: {name}",
+                "fetch config.json of the same revision again",
+            )
+        return value
 
 
 def configure(config: dict[str, Any], where: str) -> Configuration:

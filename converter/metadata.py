@@ -23,10 +23,10 @@ def model_metadata(
     architecture = configuration.architecture
     own: dict[str, GGUFValue] = {}
     for key, name in architecture.uint32.items():
-        if (value := configuration.get(name)) is not None:
+        if (value := configuration.number(name)) is not None:
             own[key] = GGUFValue(int(value), GGUFValueType.UINT32)
     for key, name in architecture.float32.items():
-        if (value := configuration.get(name)) is not None:
+        if (value := configuration.number(name)) is not None:
             own[key] = GGUFValue(float(value), GGUFValueType.FLOAT32)
     own |= rope_metadata(configuration.rope)
     general = _general(checkpoint, architecture.gguf_name, tensors)

@@ -50,12 +50,13 @@ def check_rope(rope: dict[str, Any], supported: tuple[str, ...], rotary: int, wh
             f"supported: {', '.join(supported)}",
         )
     needed = {"linear": ("factor",), "yarn": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-    absent = [key for key in needed.get(kind, ()) if key not in rope]
+    numbers = ("rope_theta", "original_max_position_embeddings", *needed.get(kind, ()))
+    absent = [key for key in numbers if not isinstance(rope.get(key), int | float) or rope[key] <= 0]
     if kind == "longrope":
-        absent = [key for key in ("long_factor", "short_factor") if len(rope.get(key) or ()) != rotary // 2]
-    if absent or rope["rope_theta"] is None:
+        absent += [key for key in ("long_factor", "short_factor") if len(rope.get(key) or ()) != rotary // 2]
+    if absent:
         raise ConvertError(
-            f"the rope parameters of type {kind!r} lack a valid {(absent or ['rope_theta'])[0]}",
+            f"the rope parameters of type {kind!r} lack a valid {absent[0]}",
             f"{where}: rope_scaling or rope_parameters",
             "fetch config.json of the same revision again",
         )

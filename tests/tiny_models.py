@@ -74,6 +74,10 @@ TINY_MODELS: dict[str, TinyModel] = {
         "Llama",
         _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=128),
     ),
+    # Rows of 256 and 512, which every K format fits.
+    "llama-256": TinyModel(
+        "Llama", {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}, "bpe", torch.bfloat16
+    ),
     "mistral": TinyModel("Mistral", {"head_dim": 32, "sliding_window": None}),
     "mixtral": TinyModel("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2": TinyModel("Qwen2", {"tie_word_embeddings": True}, tokenizer="bpe"),
@@ -94,6 +98,19 @@ TINY_MODELS: dict[str, TinyModel] = {
     "gemma3": TinyModel(
         "Gemma3",
         {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64, "num_hidden_layers": 6},
+        tokenizer="sentencepiece-bare",
+    ),
+    "gemma3-linear": TinyModel(
+        "Gemma3",
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "num_hidden_layers": 6,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+            },
+        },
         tokenizer="sentencepiece-bare",
     ),
     "phi3": TinyModel("Phi3", {"sliding_window": None}),

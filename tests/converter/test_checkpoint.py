@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
@@ -256,12 +257,14 @@ def write_gguf(path: Path, raw_dtype: GGMLQuantizationType, data: np.ndarray, **
     writer.close()
 
 
-@pytest.mark.parametrize(("dtype", "name"), [(np.float32, "F32"), (np.float16, "F16")])
-def test_reads_a_gguf(tmp_path: Path, dtype: type, name: str) -> None:
-    write_gguf(tmp_path / "model.gguf", GGMLQuantizationType[name], MATRIX.astype(dtype))
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_reads_a_gguf(tmp_path: Path, dtype: str) -> None:
+    stored = gguf.quants.quantize(MATRIX, GGMLQuantizationType[dtype])
+    write_gguf(tmp_path / "model.gguf", GGMLQuantizationType[dtype], stored)
     checkpoint = open_checkpoint(str(tmp_path / "model.gguf"))
-    assert (checkpoint.model_id, checkpoint.tensors["token_embd.weight"].dtype) == ("model", name)
-    assert np.array_equal(checkpoint.read("token_embd.weight", 1, 4), MATRIX[1:4].astype(dtype).astype(np.float32))
+    assert (checkpoint.model_id, checkpoint.tensors["token_embd.weight"].dtype) == ("model", dtype)
+    expected = gguf.quants.dequantize(stored, GGMLQuantizationType[dtype])
+    assert np.array_equal(checkpoint.read("token_embd.weight", 1, 4), expected[1:4])
     assert [entry[0] for entry in checkpoint.files()] == ["model.gguf"]
 
 
