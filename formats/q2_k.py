@@ -19,22 +19,20 @@ N_SUB_BLOCKS = 16
 TOP_CODE, TOP_SCALE = np.float32(3), np.float32(15)
 SHIFTS = np.array([0, 2, 4, 6], np.uint8)[:, None]
 
-# Effort: trial ranges of a sub-block and refits of each, trial super-scales, rounds of storing and refitting.
+# Effort: trial ranges of a sub-block, trial codes of the largest scale and the largest minimum, fits, refits.
+_NINE_CODES = np.array([(scale, minimum) for scale in (15, 13, 11) for minimum in (15, 13, 11)], np.float32)
 _EFFORTS = {
-    "best": (clip_grid(8, 8, narrowest=1.3), np.linspace(-0.4, 6, 64, dtype=np.float32), 2, 4),
-    "fast": (clip_grid(4, 4, narrowest=1.0), np.linspace(-0.4, 6, 32, dtype=np.float32), 1, 3),
+    "best": (clip_grid(4, 8, narrowest=1.2), _NINE_CODES, 1, 2),
+    "fast": (clip_grid(4, 4, narrowest=1.0), np.array([[15, 15], [13, 13]], np.float32), 1, 1),
 }
 
 
 def encode(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
     blocks, weights = to_blocks(rows, importance, BLOCK_SIZE)
-    clips, step_trials, n_passes, n_rounds = _EFFORTS[effort]
     steps = np.empty((len(blocks), 2), np.float32)
     scales = np.empty((len(blocks), 2, N_SUB_BLOCKS), np.uint8)
     codes = np.empty(blocks.shape, np.uint8)
-    search_super_blocks(
-        blocks, weights, TOP_CODE, TOP_SCALE, clips, step_trials, n_passes, n_rounds, (steps, scales, codes)
-    )
+    search_super_blocks(blocks, weights, TOP_CODE, TOP_SCALE, *_EFFORTS[effort], (steps, scales, codes))
     qs = np.bitwise_or.reduce(codes.reshape(-1, 2, 4, 32) << SHIFTS, axis=2).reshape(-1, 64)
     header = scales[:, 0] | scales[:, 1] << 4
     return np.concatenate([header, qs, steps.astype("<f2").view(np.uint8)], axis=1).reshape(len(rows), -1)

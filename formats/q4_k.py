@@ -25,10 +25,10 @@ Q4_K_TYPE_SIZE, Q5_K_TYPE_SIZE = 144, 176
 N_SUB_BLOCKS = 8
 TOP_SCALE = np.float32(63)
 
-# Effort: trial ranges of a sub-block and refits of each, trial super-scales, rounds of storing and refitting.
+# Effort: trial ranges of a sub-block, trial codes of the largest scale and the largest minimum, fits, refits.
 _EFFORTS = {
-    "best": (clip_grid(8, 8), np.linspace(-0.4, 2, 32, dtype=np.float32), 2, 4),
-    "fast": (clip_grid(4, 8, narrowest=1.5), np.linspace(-0.4, 2, 16, dtype=np.float32), 1, 2),
+    "best": (clip_grid(8, 8), np.array([[63, 63], [60, 60], [57, 57], [54, 54]], np.float32), 2, 1),
+    "fast": (clip_grid(6, 8), np.array([[63, 63], [57, 57]], np.float32), 1, 0),
 }
 
 
@@ -59,13 +59,10 @@ def _search(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Header uint8 [n_blocks, 16] (d, dmin, scales) and codes uint8 [n_blocks, 256]."""
     blocks, weights = to_blocks(rows, importance, BLOCK_SIZE)
-    clips, step_trials, n_passes, n_rounds = _EFFORTS[effort]
     steps = np.empty((len(blocks), 2), np.float32)
     scales = np.empty((len(blocks), 2, N_SUB_BLOCKS), np.uint8)
     codes = np.empty(blocks.shape, np.uint8)
-    search_super_blocks(
-        blocks, weights, np.float32(top_code), TOP_SCALE, clips, step_trials, n_passes, n_rounds, (steps, scales, codes)
-    )
+    search_super_blocks(blocks, weights, np.float32(top_code), TOP_SCALE, *_EFFORTS[effort], (steps, scales, codes))
     return np.concatenate([steps.astype("<f2").view(np.uint8), pack_scales(scales)], axis=1), codes
 
 

@@ -2,7 +2,7 @@
 
 from gguf import GGMLQuantizationType as Type
 
-from formats import plain, q2_k, q4_0, q4_k, q6_k, q8_0
+from formats import plain, q2_k, q4_0, q4_1, q4_k, q6_k, q8_0
 from formats.block_format import BlockFormat
 from formats.errors import ConvertError, nearest
 
@@ -16,7 +16,9 @@ _ALL = (
     BlockFormat(Type.Q4_K, q4_k.BLOCK_SIZE, q4_k.Q4_K_TYPE_SIZE, q4_k.encode_q4_k, q4_k.decode_q4_k),
     BlockFormat(Type.Q3_K, q6_k.BLOCK_SIZE, q6_k.Q3_K_TYPE_SIZE, q6_k.encode_q3_k, q6_k.decode_q3_k),
     BlockFormat(Type.Q2_K, q2_k.BLOCK_SIZE, q2_k.TYPE_SIZE, q2_k.encode, q2_k.decode),
+    BlockFormat(Type.Q5_1, q4_1.BLOCK_SIZE, q4_1.Q5_1_TYPE_SIZE, q4_1.encode_q5_1, q4_1.decode_q5_1),
     BlockFormat(Type.Q5_0, q4_0.BLOCK_SIZE, q4_0.Q5_0_TYPE_SIZE, q4_0.encode_q5_0, q4_0.decode_q5_0),
+    BlockFormat(Type.Q4_1, q4_1.BLOCK_SIZE, q4_1.Q4_1_TYPE_SIZE, q4_1.encode_q4_1, q4_1.decode_q4_1),
     BlockFormat(Type.Q4_0, q4_0.BLOCK_SIZE, q4_0.Q4_0_TYPE_SIZE, q4_0.encode_q4_0, q4_0.decode_q4_0),
 )
 

@@ -22,6 +22,10 @@ INFINITY = np.float32(np.inf)
 F16_MAX, F16_MIN_NORMAL = np.float32(65504), np.float32(2**-14)
 # A determinant below this share of its first term is rounding noise: all weight lies on one code.
 SINGULAR = np.float32(1e-6)
+# The relative spacing of float16, at its least.
+F16_SPACING = np.float32(2**-11)
+# Of two scales with the same error, as round an outlier, the larger would spoil the unit of all scales.
+COARSE_SCALE = np.float32(1e-5)
 # Trials of a sub-block's stored codes: 4 scales times 4 minima around the unrounded optimum.
 N_NEIGHBOURS = 4
 
@@ -54,34 +58,38 @@ def power_of_two(largest):
 
 
 @_jit
-def span(x, ceiling):
-    """Least and greatest weight; the least is lowered to `ceiling`, the greatest low that the format can store."""
-    low, high = x[0], x[0]
-    for j in range(x.size):
-        low, high = min(low, x[j]), max(high, x[j])
-    return min(low, ceiling), high
+def span(x):
+    """Least and greatest weight."""
+    low0, low1, high0, high1 = x[0], x[1], x[0], x[1]
+    for j in range(2, x.size, 2):
+        low0, low1 = min(low0, x[j]), min(low1, x[j + 1])
+        high0, high1 = max(high0, x[j]), max(high1, x[j + 1])
+    return min(low0, low1), max(high0, high1)
 
 
 @_jit
 def sum_residuals(x, w, inverse, low, top_code, sums):
-    """sums[0..4, lane] = Sq, Sqq, Sr, Srq, Srr of each trial."""
+    """sums[0..4, lane] = Sq, Sqq, Sr, Srq, Srr of each trial. Two weights at a time: sums wait for their last store."""
     sums[:, :] = ZERO
-    for j in range(x.size):
-        xj, wj = x[j], w[j]
+    for j in range(0, x.size, 2):
+        x0, x1, w0, w1 = x[j], x[j + 1], w[j], w[j + 1]
         for t in range(inverse.size):
-            u = (xj - low[t]) * inverse[t]
-            q = np.rint(min(max(u, ZERO), top_code))
-            wq, wr = wj * q, wj * (u - q)
-            sums[0, t] += wq
-            sums[1, t] += wq * q
-            sums[2, t] += wr
-            sums[3, t] += wr * q
-            sums[4, t] += wr * (u - q)
+            u0, u1 = (x0 - low[t]) * inverse[t], (x1 - low[t]) * inverse[t]
+            q0, q1 = np.rint(min(max(u0, ZERO), top_code)), np.rint(min(max(u1, ZERO), top_code))
+            wq0, wq1, wr0, wr1 = w0 * q0, w1 * q1, w0 * (u0 - q0), w1 * (u1 - q1)
+            sums[0, t] += wq0 + wq1
+            sums[1, t] += wq0 * q0 + wq1 * q1
+            sums[2, t] += wr0 + wr1
+            sums[3, t] += wr0 * q0 + wr1 * q1
+            sums[4, t] += wr0 * (u0 - q0) + wr1 * (u1 - q1)
 
 
 @_jit
-def refit(sums, sum_w, ceiling, inverse, low, error):
-    """Moves every trial to the least-squares scale and low of its codes; error[lane] is what they leave."""
+def refit(sums, sum_w, coarse, ceiling, inverse, low, error):
+    """Moves every trial to the least-squares scale and low of its codes.
+
+    error[lane] is what they leave, and `coarse` times the square of the scale: between equals the finer one wins.
+    """
     for t in range(inverse.size):
         sq, sqq, sr, srq, srr = sums[0, t], sums[1, t], sums[2, t], sums[3, t], sums[4, t]
         step = ONE / inverse[t]
@@ -95,7 +103,7 @@ def refit(sums, sum_w, ceiling, inverse, low, error):
         a = ((srq - b * sq) / sqq if sqq > ZERO else ZERO) if bounded else a
         a = a if a > -HALF else ZERO
         left = srr - a * (srq + srq - a * sqq) - b * (sr + sr - b * sum_w) + (a + a) * b * sq
-        error[t] = max(left, ZERO) * step * step
+        error[t] = (max(left, ZERO) + coarse) * step * step
         low[t] += b * step
         inverse[t] /= ONE + a
 
@@ -115,65 +123,74 @@ def lowest(error):
 
 
 @_jit
-def fit_block(x, w, sum_w, top_code, ceiling, clips, n_passes, lanes, sums, fitted):
-    """fitted = scale, low, Sq, Sqq of the best trial; the last two before its refit."""
+def fit_block(x, w, sum_w, top_code, ceiling, clips, n_refits, lanes, sums):
+    """(scale, low, mean code) of the best trial, low at most `ceiling`."""
     inverse, low, error = lanes[0], lanes[1], lanes[2]
-    least, greatest = span(x, ceiling)
+    least, greatest = span(x)
+    least = min(least, ceiling)
     width = greatest - least
-    fitted[:] = ZERO
-    fitted[1] = least
     if not width > ZERO:
-        return
+        return ZERO, least, ZERO
     for t in range(inverse.size):
         low[t] = least + clips[0, t] * width / top_code
         inverse[t] = (top_code / width) / (ONE - (clips[0, t] + clips[1, t]) / top_code)
-    best_error = INFINITY
-    for _ in range(n_passes):
+    best_error, best_scale, best_low, mean_code = INFINITY, ZERO, least, ZERO
+    for _ in range(n_refits):
         sum_residuals(x, w, inverse, low, top_code, sums)
-        refit(sums, sum_w, ceiling, inverse, low, error)
+        refit(sums, sum_w, COARSE_SCALE * sum_w, ceiling, inverse, low, error)
         best = lowest(error)
         if error[best] < best_error:
-            best_error = error[best]
-            fitted[0], fitted[1] = ONE / inverse[best], low[best]
-            fitted[2], fitted[3] = sums[0, best], sums[1, best]
+            best_error, best_scale, best_low = error[best], ONE / inverse[best], low[best]
+            mean_code = sums[0, best] / sum_w
+    return best_scale, best_low, mean_code
 
 
 @_jit
-def sum_errors(x, w, scale, low, top_code, sums):
-    """sums[0..4, lane] = error, Sq, Sqq, Sxq, Sx of each trial exactly as it will be decoded."""
-    sums[:, :] = ZERO
+def write_codes(x, inverse, low, top_code, codes):
     for j in range(x.size):
-        xj, wj = x[j], w[j]
-        for t in range(scale.size):
-            inverse = ONE / scale[t] if scale[t] > ZERO else ZERO
-            q = np.rint(min(max((xj - low[t]) * inverse, ZERO), top_code))
-            left = xj - (scale[t] * q + low[t])
-            wq = wj * q
-            sums[0, t] += wj * left * left
-            sums[1, t] += wq
-            sums[2, t] += wq * q
-            sums[3, t] += wq * xj
+        codes[j] = np.uint8(np.rint(min(max((x[j] - low) * inverse, ZERO), top_code)))
 
 
 @_jit
-def common_step(values, curvature, top, trials, sums):
-    """The step whose multiples 0 .. top come closest to the values, each error weighed by its curvature."""
-    largest = ZERO
-    for i in range(values.size):
-        largest = max(largest, values[i])
-    if not largest > ZERO:
-        return ZERO
-    sums[:2, :] = ZERO
-    for i in range(values.size):
-        for t in range(trials.size):
-            code = np.rint(min(values[i] * ((top + trials[t]) / largest), top))
-            sums[0, t] += curvature[i] * values[i] * code
-            sums[1, t] += curvature[i] * code * code
-    best = 0
-    for t in range(trials.size):
-        if sums[0, t] * sums[0, t] * sums[1, best] > sums[0, best] * sums[0, best] * sums[1, t]:
-            best = t
-    return sums[0, best] / sums[1, best] if sums[1, best] > ZERO else largest / top
+def search_blocks(blocks, weights, top_code, clips, n_fits, out):
+    """Scale, minimum and codes of blocks with a float16 scale and a float16 low, decoded as scale * code + low.
+
+    blocks float32 [n_blocks, block_size], weights float32 [blocks_per_row, block_size].
+    clips, n_fits: as in search_super_blocks.
+    Around the least-squares fit of the best trial, neighbouring float16 scales and lows are tried, for beside a low far
+    from zero the rounding of either is not small.
+    out: (scale and low float32 [n_blocks, 2], codes uint8 like blocks).
+    """
+    steps, codes = out
+    x = np.empty(blocks.shape[1], np.float32)
+    trial_lanes, trial_sums = np.empty((3, clips.shape[1]), np.float32), np.empty((5, clips.shape[1]), np.float32)
+    n_lanes = N_NEIGHBOURS * N_NEIGHBOURS
+    lanes, sums = np.empty((4, n_lanes), np.float32), np.empty((5, n_lanes), np.float32)
+    scales, lows, inverse, error = lanes[0], lanes[1], lanes[2], lanes[3]
+    for b in range(blocks.shape[0]):
+        block, w = blocks[b], weights[b % weights.shape[0]]
+        least, greatest = span(block)
+        exponent = power_of_two(max(-least, greatest))
+        up, down = np.float32(math.ldexp(1.0, exponent)), np.float32(math.ldexp(1.0, -exponent))
+        sum_w, sum_wx, sum_wxx = ZERO, ZERO, ZERO
+        for j in range(x.size):
+            x[j] = block[j] * down
+            sum_w += w[j]
+            sum_wx += w[j] * x[j]
+            sum_wxx += w[j] * x[j] * x[j]
+        scale, low, _ = fit_block(x, w, sum_w, top_code, INFINITY, clips, n_fits, trial_lanes, trial_sums)
+        for t in range(n_lanes):
+            scale_steps, low_steps = np.float32(t // N_NEIGHBOURS - 1), np.float32(t % N_NEIGHBOURS - 1)
+            scales[t] = round_f16(scale * (ONE + scale_steps * F16_SPACING) * up) * down
+            lows[t] = round_f16(low * (ONE + low_steps * F16_SPACING) * up) * down
+            inverse[t] = ONE / scales[t] if scales[t] > ZERO else ZERO
+        sum_residuals(x, w, inverse, lows, top_code, sums)
+        for t in range(n_lanes):
+            flat = sum_wxx - lows[t] * (sum_wx + sum_wx - lows[t] * sum_w)
+            error[t] = sums[4, t] * (scales[t] * scales[t]) if scales[t] > ZERO else flat
+        best = lowest(error)
+        steps[b, 0], steps[b, 1] = scales[best] * up, lows[best] * up
+        write_codes(x, inverse[best], lows[best], top_code, codes[b])
 
 
 @_jit
@@ -184,31 +201,38 @@ def store_sub_blocks(x, w, fits, d, dmin, top_code, top_scale, lanes, sums, stor
     Returns the weighted error.
     """
     n_sub, size = fits.shape[0], x.size // fits.shape[0]
-    scale, low, scale_codes, min_codes = lanes[0], lanes[1], lanes[2], lanes[3]
+    inverse, low, error, scale_codes, min_codes = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4]
     total = ZERO
     normal[:] = ZERO
     for i in range(n_sub):
-        nearest_scale = np.floor(fits[i, 0] / d) if d > ZERO else ZERO
-        for t in range(scale.size):
-            code = nearest_scale + np.float32(t // N_NEIGHBOURS - 1)
-            scale_codes[t] = min(max(code, ZERO), top_scale)
-            scale[t] = d * scale_codes[t]
+        fit_scale, fit_minimum, mean_code, sum_w, sum_wx, sum_wxx = fits[i]
+        first_scale = (np.floor(fit_scale / d) if d > ZERO else ZERO) - ONE
+        for t in range(inverse.size):
+            scale_codes[t] = min(max(first_scale + np.float32(t // N_NEIGHBOURS), ZERO), top_scale)
+            scale = d * scale_codes[t]
+            inverse[t] = ONE / scale if scale > ZERO else ZERO
             # Where the scale grows, the minimum follows, so that the mean of the decoded weights stays.
-            minimum = fits[i, 1] + (scale[t] - fits[i, 0]) * fits[i, 2]
+            minimum = fit_minimum + (scale - fit_scale) * mean_code
             code = (np.floor(minimum / dmin) if dmin > ZERO else ZERO) + np.float32(t % N_NEIGHBOURS - 1)
             min_codes[t] = min(max(code, ZERO), top_scale)
             low[t] = -(dmin * min_codes[t])
-        first = i * size
-        sum_errors(x[first : first + size], w[first : first + size], scale, low, top_code, sums)
-        best = lowest(sums[0])
-        total += sums[0, best]
+        part = slice(i * size, (i + 1) * size)
+        sum_residuals(x[part], w[part], inverse, low, top_code, sums)
+        for t in range(inverse.size):
+            scale = d * scale_codes[t]
+            flat = sum_wxx - low[t] * (sum_wx + sum_wx - low[t] * sum_w)
+            error[t] = sums[4, t] * (scale * scale) if scale > ZERO else max(flat, ZERO)
+        best = lowest(error)
+        total += error[best]
         s, m = scale_codes[best], min_codes[best]
         stored[0, i], stored[1, i] = s, m
-        normal[0] += s * s * sums[2, best]
-        normal[1] += s * m * sums[1, best]
-        normal[2] += m * m * fits[i, 4]
-        normal[3] += s * sums[3, best]
-        normal[4] += m * fits[i, 5]
+        sq, sqq, srq = sums[0, best], sums[1, best], sums[3, best]
+        normal[0] += s * s * sqq
+        normal[1] += s * m * sq
+        normal[2] += m * m * sum_w
+        # Sxq = low Sq + scale (Sqq + Srq), as x = low + scale (q + r)
+        normal[3] += s * (low[best] * sq + d * s * (sqq + srq))
+        normal[4] += m * sum_wx
     return total
 
 
@@ -230,62 +254,63 @@ def solve_steps(normal, d, dmin):
 
 
 @_jit
-def search_super_blocks(blocks, weights, top_code, top_scale, clips, step_trials, n_passes, n_rounds, out):
+def search_super_blocks(blocks, weights, top_code, top_scale, clips, step_trials, n_fits, n_refits, out):
     """Scales, minima and codes of super-blocks, decoded as d * scale * code - dmin * minimum.
 
     blocks float32 [n_blocks, block_size], weights float32 [blocks_per_row, block_size].
     clips float32 [2, n_trials]: by how many steps a trial's range is cut at either end, negative to widen it.
-    step_trials float32 [n]: what is added to top_scale in trial super-scales.
+    step_trials float32 [n, 2]: the codes that the largest scale and the largest minimum are tried on.
+    Trial ranges are fitted n_fits times. Every step trial stores scales and minima in its own units; the best d and
+    dmin so far are refitted n_refits times.
     out: (d and dmin float32 [n_blocks, 2], scales and minima uint8 [n_blocks, 2, n_sub], codes uint8 like blocks).
     """
     steps, scales, codes = out
-    block_size, n_sub = blocks.shape[1], scales.shape[2]
+    block_size, n_sub, n_starts = blocks.shape[1], scales.shape[2], step_trials.shape[0]
     size = block_size // n_sub
     x = np.empty(block_size, np.float32)
     trial_lanes, trial_sums = np.empty((3, clips.shape[1]), np.float32), np.empty((5, clips.shape[1]), np.float32)
-    stored_lanes = np.empty((4, N_NEIGHBOURS * N_NEIGHBOURS), np.float32)
-    stored_sums = np.empty((4, N_NEIGHBOURS * N_NEIGHBOURS), np.float32)
-    step_sums = np.empty((2, step_trials.size), np.float32)
-    fitted, normal = np.empty(4, np.float32), np.empty(5, np.float32)
-    # Of each sub-block: scale, minimum, mean code, curvature of its error over the scale, Sw, Sx.
+    n_lanes = N_NEIGHBOURS * N_NEIGHBOURS
+    lanes, sums = np.empty((5, n_lanes), np.float32), np.empty((5, n_lanes), np.float32)
+    normal, best_normal = np.empty(5, np.float32), np.empty(5, np.float32)
+    # Of each sub-block: scale, minimum, mean code, Sw, Sx, Sxx.
     fits = np.empty((n_sub, 6), np.float32)
     stored, best_stored = np.empty((2, n_sub), np.float32), np.empty((2, n_sub), np.float32)
     for b in range(blocks.shape[0]):
         block, w = blocks[b], weights[b % weights.shape[0]]
-        exponent = power_of_two(np.abs(block).max())
-        up, down = np.float32(2.0**exponent), np.float32(2.0**-exponent)
+        least, greatest = span(block)
+        exponent = power_of_two(max(-least, greatest))
+        up, down = np.float32(math.ldexp(1.0, exponent)), np.float32(math.ldexp(1.0, -exponent))
         for j in range(block_size):
             x[j] = block[j] * down
+        largest_scale, largest_minimum = ZERO, ZERO
         for i in range(n_sub):
-            xi, wi = x[i * size : (i + 1) * size], w[i * size : (i + 1) * size]
-            sum_w, sum_wx = ZERO, ZERO
-            for j in range(size):
-                sum_w += wi[j]
-                sum_wx += wi[j] * xi[j]
-            fit_block(xi, wi, sum_w, top_code, ZERO, clips, n_passes, trial_lanes, trial_sums, fitted)
-            fits[i, 0], fits[i, 1], fits[i, 2] = fitted[0], -fitted[1], fitted[2] / sum_w
-            fits[i, 3] = fitted[3] - fitted[2] * fits[i, 2]
-            fits[i, 4], fits[i, 5] = sum_w, sum_wx
-        d = common_step(fits[:, 0], fits[:, 3], top_scale, step_trials, step_sums)
-        dmin = common_step(fits[:, 1], fits[:, 4], top_scale, step_trials, step_sums)
-        best_error = INFINITY
-        steps[b, :] = ZERO
-        best_stored[:, :] = ZERO
-        for _ in range(n_rounds):
-            d, dmin = round_f16(d * up) * down, round_f16(dmin * up) * down
-            error = store_sub_blocks(
-                x, w, fits, d, dmin, top_code, top_scale, stored_lanes, stored_sums, stored, normal
-            )
-            if error < best_error:
-                best_error = error
-                steps[b, 0], steps[b, 1] = d, dmin
-                best_stored[:, :] = stored
-            d, dmin = solve_steps(normal, d, dmin)
-        for i in range(n_sub):
-            scale, low = steps[b, 0] * best_stored[0, i], -(steps[b, 1] * best_stored[1, i])
-            scales[b, 0, i], scales[b, 1, i] = np.uint8(best_stored[0, i]), np.uint8(best_stored[1, i])
-            inverse = ONE / scale if scale > ZERO else ZERO
+            part = slice(i * size, (i + 1) * size)
+            fits[i, 3:] = ZERO
             for j in range(i * size, (i + 1) * size):
-                codes[b, j] = np.uint8(np.rint(min(max((x[j] - low) * inverse, ZERO), top_code)))
-        steps[b, 0] *= up
-        steps[b, 1] *= up
+                fits[i, 3] += w[j]
+                fits[i, 4] += w[j] * x[j]
+                fits[i, 5] += w[j] * x[j] * x[j]
+            scale, low, mean_code = fit_block(
+                x[part], w[part], fits[i, 3], top_code, ZERO, clips, n_fits, trial_lanes, trial_sums
+            )
+            fits[i, 0], fits[i, 1], fits[i, 2] = scale, -low, mean_code
+            largest_scale, largest_minimum = max(largest_scale, scale), max(largest_minimum, -low)
+        best_error, best_d, best_dmin = INFINITY, ZERO, ZERO
+        best_stored[:, :] = ZERO
+        for n in range(n_starts + n_refits):
+            if n < n_starts:
+                d, dmin = largest_scale / step_trials[n, 0], largest_minimum / step_trials[n, 1]
+            else:
+                d, dmin = solve_steps(best_normal, best_d, best_dmin)
+            d, dmin = round_f16(d * up) * down, round_f16(dmin * up) * down
+            error = store_sub_blocks(x, w, fits, d, dmin, top_code, top_scale, lanes, sums, stored, normal)
+            if error < best_error:
+                best_error, best_d, best_dmin = error, d, dmin
+                best_stored[:, :] = stored
+                best_normal[:] = normal
+        steps[b, 0], steps[b, 1] = best_d * up, best_dmin * up
+        for i in range(n_sub):
+            scales[b, 0, i], scales[b, 1, i] = np.uint8(best_stored[0, i]), np.uint8(best_stored[1, i])
+            scale, low = best_d * best_stored[0, i], -(best_dmin * best_stored[1, i])
+            part = slice(i * size, (i + 1) * size)
+            write_codes(x[part], ONE / scale if scale > ZERO else ZERO, low, top_code, codes[b, part])

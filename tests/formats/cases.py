@@ -55,6 +55,22 @@ CASES = (
         weights=np.concatenate([INDEX - 16, INDEX]),
     ),
     Case(
+        "Q4_1",
+        best=0.97,
+        fast=1.0,
+        # d = 1, m = -2; the codes are those of Q4_0.
+        block=ONE + MINUS_TWO + bytes(low | (15 - low) << 4 for low in range(16)),
+        weights=np.concatenate([INDEX - 2, 13 - INDEX]),
+    ),
+    Case(
+        "Q5_1",
+        best=0.97,
+        fast=1.0,
+        # d = 1, m = -2; the codes are those of Q5_0.
+        block=ONE + MINUS_TWO + b"\x00\x00\xff\xff" + bytes(0x11 * low for low in range(16)),
+        weights=np.concatenate([INDEX - 2, INDEX + 14]),
+    ),
+    Case(
         "Q6_K",
         best=0.97,
         fast=1.0,
