@@ -141,7 +141,7 @@ def open_checkpoint(model: str, *, metadata_only: bool = False, token: str | Non
 
     path = Path(model).expanduser()
     if path.is_dir():
-        return safetensors_source.open_directory(path, model_id=path.resolve().name)
+        return safetensors_source.open_directory(path, model_id=path.resolve().name or "model")
     if path.is_file():
         return gguf_source.open_gguf(path)
     if hub.is_hub_id(model):

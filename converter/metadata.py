@@ -1,17 +1,18 @@
 """The artifact's key-value pairs that describe the model, with the keys and types that llama.cpp's converter writes."""
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import yaml
 from gguf import GGUFType, GGUFValueType, GGUFWriter, Metadata, size_label
 from gguf.gguf_writer import GGUFValue
 
 from converter.checkpoint import Checkpoint
 from converter.configuration import Configuration
 from converter.rope import rope_metadata
+from formats.errors import ConvertError
 from profiles.vocabulary import TensorSpec
 
 
@@ -45,7 +46,16 @@ def _general(checkpoint: Checkpoint, gguf_name: str, tensors: Iterable[TensorSpe
     if metadata.size_label is None:
         metadata.size_label = size_label(*counts)
     metadata.set_gguf_meta_model(writer)
-    return dict(writer.kv_data[0])
+    return {key: _texts(value) for key, value in writer.kv_data[0].items()}
+
+
+def _texts(value: GGUFValue) -> GGUFValue:
+    """The value, with text where text belongs: YAML reads a version 2.0 as a number."""
+    if value.type is GGUFValueType.STRING:
+        return GGUFValue(str(value.value), value.type)
+    if value.type is GGUFValueType.ARRAY:
+        return GGUFValue([str(item) for item in value.value], value.type, GGUFValueType.STRING)
+    return value
 
 
 def _load_metadata(checkpoint: Checkpoint, n_parameters: int) -> Metadata:
@@ -55,9 +65,16 @@ def _load_metadata(checkpoint: Checkpoint, n_parameters: int) -> Metadata:
     with TemporaryDirectory() as parent:
         link = Path(parent) / name
         link.symlink_to(checkpoint.location.resolve(), target_is_directory=True)
-        metadata = Metadata.load(model_path=link, total_params=n_parameters)
+        try:
+            metadata = Metadata.load(model_path=link, total_params=n_parameters)
+        except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError) as error:
+            raise ConvertError(
+                f"the model card's front matter makes no sense: {str(error).splitlines()[0]}",
+                str(checkpoint.location / "README.md"),
+                "correct it, or take README.md out of the directory",
+            ) from None
     if metadata.name is None:
         metadata.name = name
     if metadata.organization is None and organization:
-        metadata.organization = re.sub(r"[-_]+", " ", organization).title()
+        metadata.organization = Metadata.id_to_title(organization)
     return metadata

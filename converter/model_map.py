@@ -73,8 +73,8 @@ def _read_rotary(checkpoint: Checkpoint, spec: TensorSpec, source: str, start: i
     """transformers turns row i of a head together with row i + half; llama.cpp's llama turns neighbours: so the two
     halves of every head are interleaved. Whole heads are read, and the rows asked for are cut out."""
     if len(spec.shape) == 1:
-        halves = checkpoint.read(source).reshape(spec.n_heads, 2, -1)
-        return halves.swapaxes(1, 2).reshape(1, spec.n_columns)[start:stop]
+        values = checkpoint.read(source).reshape(spec.n_heads, 2, -1)
+        return values.swapaxes(1, 2).reshape(1, spec.n_columns)[start:stop]
     head_rows = spec.n_rows // spec.n_heads
     first, last = start // head_rows * head_rows, -(-stop // head_rows) * head_rows
     halves = checkpoint.read(source, first, last).reshape(-1, 2, head_rows // 2, spec.n_columns)

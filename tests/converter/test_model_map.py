@@ -226,6 +226,23 @@ def test_names_and_origins_come_from_the_model_card(tmp_path: Path) -> None:
     assert "general.file_type" not in metadata
 
 
+def test_values_of_the_model_card_are_text_where_gguf_wants_text(llama: Path) -> None:
+    card = "---\nlicense: [mit, apache-2.0]\nmodel_version: 2.0\ntags: [tiny, 5]\n---\n"
+    (llama / "README.md").write_text(card)
+    metadata = describe_directory(llama).metadata
+    assert metadata["general.license"].value == "mit,apache-2.0"
+    assert metadata["general.version"].value == "2.0"
+    assert metadata["general.tags"].value == ["tiny", "5"]
+    write_f32(llama, llama / "written.gguf")
+
+
+@pytest.mark.parametrize("front_matter", ["a: [", "base_model: {a: b: c}"])
+def test_a_model_card_that_makes_no_sense(llama: Path, front_matter: str) -> None:
+    (llama / "README.md").write_text(f"---\n{front_matter}\n---\n")
+    with pytest.raises(ConvertError, match="the model card's front matter makes no sense"):
+        describe_directory(llama)
+
+
 def test_unknown_architecture_names_the_nearest(llama: Path) -> None:
     edit_config(llama, lambda config: config.update(model_type="lama"))
     with pytest.raises(ConvertError, match="unknown architecture 'lama'") as caught:
