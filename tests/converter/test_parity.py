@@ -13,9 +13,12 @@ from tests import tiny_models
 from tests.converter.f32_file import write_f32
 from tests.tiny_models import TINY_MODELS
 
+# All files are converted at once, in one process: every test of this file goes to the same worker.
+pytestmark = pytest.mark.xdist_group("parity")
+
 ROOT = Path(__file__).parents[2]
 # llama.cpp's converter pins packages of its own, so it lives in an environment of its own.
-CONVERTER_PYTHON = Path(os.environ.get("LLAMA_CPP_CONVERTER_PYTHON", ROOT / ".venv-convert/bin/python"))
+CONVERTER_PYTHON = Path(os.environ.get("LLAMA_CPP_CONVERTER", ROOT / ".venv-convert/bin/python"))
 CONVERTER_PROGRAM = Path(__file__).parent / "llama_cpp_converter.py"
 
 # Where our metadata differ from those of llama.cpp's converter: key -> why.
@@ -52,7 +55,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny_models.build(name, directory / name)
         write_f32(directory / name, directory / f"{name}.ours.gguf")
         arguments += [str(directory / name), str(directory / f"{name}.theirs.gguf")]
-    assert CONVERTER_PYTHON.is_file(), f"{CONVERTER_PYTHON} is missing: make setup, or set LLAMA_CPP_CONVERTER_PYTHON"
+    assert CONVERTER_PYTHON.is_file(), f"{CONVERTER_PYTHON} is missing: make setup, or set LLAMA_CPP_CONVERTER"
     command = [str(CONVERTER_PYTHON), str(CONVERTER_PROGRAM), tiny_models.PRE_TOKENIZER, *arguments]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
