@@ -35,7 +35,7 @@ class HiddenStates:
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Samples start to stop: [stop - start, sequence_length, width]."""
         states = torch.empty((stop - start, *self.sample_shape), dtype=self.dtype)
-        buffer = memoryview(states.view(torch.uint8).numpy()).cast("B")
+        buffer = states.view(torch.uint8).numpy().data.cast("B")
         if os.preadv(self.descriptor, [buffer], start * self.sample_bytes) != len(buffer):
             raise ConvertError(
                 "the file of hidden states is cut short", str(self.path), "start the calibration again with --fresh"
@@ -43,7 +43,7 @@ class HiddenStates:
         return states
 
     def write(self, start: int, states: torch.Tensor) -> None:
-        buffer = memoryview(states.cpu().contiguous().view(torch.uint8).numpy()).cast("B")
+        buffer = states.cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
         written = 0
         while written < len(buffer):
             written += os.pwrite(self.descriptor, buffer[written:], start * self.sample_bytes + written)
@@ -80,8 +80,7 @@ class StreamCheckpoint:
 
     def commit(self, layers_done: int, arrays: Mapping[str, np.ndarray], complete: bool = False) -> None:
         """Everything up to here is on disk when this returns."""
-        if not complete:
-            self.hidden(layers_done).sync()
+        self.hidden(layers_done).sync()
         self.layers_done, self.complete, self.arrays = layers_done, complete, dict(arrays)
         header = {"fingerprint": self.fingerprint, "layers_done": layers_done, "complete": complete}
         temporary = self.directory / f"{STATE_NAME}.tmp"

@@ -1,7 +1,7 @@
 """Text to calibrate on or to measure with: a file, a Hub dataset, or the embedded mix that needs no network.
 
 The embedded mix is read from the data files of the `dataset-build` package, which is never imported: passages of about
-6000 characters, half of them English prose, a quarter program code and mathematics, a quarter 36 other languages, in an
+6000 characters, half of them English prose, a quarter program code and mathematics, a quarter 37 other languages, in an
 order drawn from the seed. The last tenth of every file is kept apart as the split "test".
 """
 
@@ -45,24 +45,34 @@ class Corpus:
 
 
 def resolve_corpus(name: str | None) -> tuple[str, str]:
-    """The corpus that a name, or none, stands for, and why; takes two seconds at most and downloads nothing.
+    """(the name under which the corpus that a name, or none, stands for is recorded, why it was chosen).
 
-    Raises ConvertError for a name that is no file, no known corpus and no Hub id.
+    Takes two seconds at most and downloads nothing. Raises ConvertError for a name that is no file, no known corpus and
+    no Hub id, and for one that lies on the Hub when that is out of reach.
     """
     if name is None:
-        unreachable = _why_unreachable()
+        unreachable = "the Hub is switched off (HF_HUB_OFFLINE)" if _offline() else _why_unreachable()
         if unreachable:
-            return EMBEDDED, f"{unreachable}, so the embedded text is used"
+            return EMBEDDED, f"{unreachable}: the embedded text is used"
         return WIKITEXT, "the default"
-    if name in (EMBEDDED, WIKITEXT) or Path(name).expanduser().is_file():
+    if name == EMBEDDED:
         return name, "as asked"
-    if _HUB_ID.fullmatch(name):
-        return name, "a Hub dataset"
-    raise ConvertError(
-        f"no text file and no corpus is called {name!r}",
-        "--calibration",
-        f"give a text file, a Hub dataset like org/name, or one of the built-in: {nearest(name, [WIKITEXT, EMBEDDED])}",
-    )
+    if Path(name).expanduser().is_file():
+        return Path(name).name, "a text file"
+    if name != WIKITEXT and not _HUB_ID.fullmatch(name):
+        raise ConvertError(
+            f"no text file and no corpus is called {name!r}",
+            "--calibration",
+            f"give a text file, a Hub dataset like org/name, or a built-in one; {nearest(name, [WIKITEXT, EMBEDDED])}",
+        )
+    # Switched off, the Hub's libraries still find what they have fetched before.
+    if not _offline() and (unreachable := _why_unreachable()):
+        raise ConvertError(
+            f"the corpus lies on the Hub, and {unreachable}",
+            name,
+            "check the network, set HF_HUB_OFFLINE=1 to use a copy fetched earlier, or use --calibration embedded",
+        )
+    return name, "a Hub dataset"
 
 
 def load_corpus(
@@ -75,11 +85,11 @@ def load_corpus(
     their order. split: "test" gives text that "train" has not, for named corpora; a file is the same for both.
     tokenizer: transformers'. Raises ConvertError for a corpus that cannot be read or is shorter than one sample.
     """
-    name, reason = resolve_corpus(name)
+    recorded, reason = resolve_corpus(name)
     begin = _begin_token(tokenizer)
     text_hash = hashlib.sha256()
     tokens: list[int] = [] if begin is None else [begin]
-    for passage in _passages(name, seed, split):
+    for passage in _passages(name or recorded, seed, split):
         text_hash.update(passage.encode())
         tokens += tokenizer(passage, add_special_tokens=False, verbose=False)["input_ids"]
         if len(tokens) >= samples * sequence_length:
@@ -88,7 +98,7 @@ def load_corpus(
     if n_pieces == 0:
         raise ConvertError(
             f"the corpus has {len(tokens)} tokens, less than one sample of {sequence_length}",
-            name,
+            recorded,
             "give a longer text, or a shorter --sequence-length",
         )
     pieces = np.array(tokens[: n_pieces * sequence_length], np.int32).reshape(n_pieces, sequence_length)
@@ -96,11 +106,10 @@ def load_corpus(
         pieces = pieces[np.sort(np.random.default_rng(seed).choice(n_pieces, samples, replace=False))]
     if begin is not None:
         pieces[:, 0] = begin
-    notes = [reason] if reason.endswith("is used") else []
+    notes = [reason] if name is None and recorded == EMBEDDED else []
     if n_pieces < samples:
         notes.append(f"the text has {n_pieces} samples of {sequence_length} tokens, {samples} were asked for")
-    shown = Path(name).name if Path(name).is_file() else name
-    return Corpus(pieces, shown, text_hash.hexdigest(), "; ".join(notes))
+    return Corpus(pieces, recorded, text_hash.hexdigest(), "; ".join(notes))
 
 
 def _begin_token(tokenizer: Any) -> int | None:
@@ -214,24 +223,28 @@ def _passages_of(files: list[Path], split: Split) -> list[str]:
     return passages
 
 
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE) or os.environ.get("HF_DATASETS_OFFLINE", "0").upper() in ("1", "TRUE", "YES")
+
+
 def _why_unreachable() -> str:
     """Why the Hub cannot be reached, "" when it can."""
     import huggingface_hub
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE or os.environ.get("HF_DATASETS_OFFLINE", "0") not in ("", "0"):
-        return "the Hub is switched off (HF_HUB_OFFLINE)"
-    answered = threading.Event()
+    answers: list[str] = []
 
     def ask() -> None:
         try:
             huggingface_hub.get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT_SECONDS)
-            answered.set()
-        except Exception:  # whatever went wrong, there was no answer: that is what is asked here
-            return
+            answers.append("")
+        except Exception as error:  # of any kind: the question is whether there is an answer
+            answers.append(f"the Hub cannot be reached ({error})")
 
     # A name server that is out of reach keeps a request waiting far beyond its timeout; a thread can be left behind.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(_HUB_TIMEOUT_SECONDS)
-    return "" if answered.is_set() else "the Hub does not answer"
+    return answers[0] if answers else f"the Hub does not answer within {_HUB_TIMEOUT_SECONDS:g} seconds"

@@ -1,7 +1,7 @@
 """Which input columns of every weight matrix carry signal: sums of squared inputs over calibration text."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,6 +64,19 @@ class ImportanceMatrix:
         reached = counts > 0
         means[reached] = sums[reached] / counts[reached, None]
         return means.astype(np.float32)
+
+    def shaped_as(self, shapes: Mapping[str, tuple[int, int]]) -> "ImportanceMatrix":
+        """The same statistics, with the matrices told apart that a .dat file runs together.
+
+        shapes: GGUF tensor name -> (n_matrices, n_columns). An entry of one matrix with as many values as the stacked
+        tensor has is cut up, each matrix with the entry's count; all others stay as they are.
+        """
+        sums, counts = dict(self.sums), dict(self.counts)
+        for name, (n_matrices, n_columns) in shapes.items():
+            if name in sums and sums[name].shape == (1, n_matrices * n_columns):
+                sums[name] = sums[name].reshape(n_matrices, n_columns)
+                counts[name] = counts[name].repeat(n_matrices)
+        return replace(self, sums=sums, counts=counts)
 
     def _refused(self, name: str, problem: str) -> ConvertError:
         return ConvertError(f"the tensor {name!r} {problem}", self.where, "compute the importance matrix again")

@@ -1,5 +1,6 @@
 """Seeing the input of every matrix product, by the identity of its weight, without touching the model's code."""
 
+import weakref
 from collections.abc import Mapping
 from typing import Protocol, Self
 
@@ -58,6 +59,25 @@ class ProductTap(TorchFunctionMode):
             self.observer.observe(*owner, input)
 
 
+class NoStatistic:
+    """Observes nothing: for a pass whose hidden states are all that is wanted."""
+
+    def fresh(self) -> Self:
+        return self
+
+    def observe(self, parameter: str, matrix: int, n_matrices: int, inputs: torch.Tensor) -> None:
+        pass
+
+    def merge(self, other: Self) -> None:
+        pass
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        pass
+
+
 class SquaredInputs:
     """Per matrix the sum of squared inputs of every column, and the rows they were summed over.
 
@@ -68,16 +88,17 @@ class SquaredInputs:
     def __init__(self) -> None:
         self.sums: dict[str, np.ndarray] = {}
         self.counts: dict[str, np.ndarray] = {}
-        self._latest: tuple[torch.Tensor, np.ndarray] | None = None
+        self._latest: tuple[weakref.ref[torch.Tensor], np.ndarray] | None = None
 
     def fresh(self) -> "SquaredInputs":
         return SquaredInputs()
 
     def observe(self, parameter: str, matrix: int, n_matrices: int, inputs: torch.Tensor) -> None:
-        # Query, key and value are fed the same tensor, and so are gate and up: it is summed once.
-        if self._latest is None or self._latest[0] is not inputs:
+        # Query, key and value are fed the same tensor, and so are gate and up: it is summed once. The reference is
+        # weak, so that micro-batches that wait to be merged keep no activations alive.
+        if self._latest is None or self._latest[0]() is not inputs:
             squares = inputs.reshape(-1, inputs.shape[-1]).float().square()
-            self._latest = (inputs, squares.sum(0).cpu().numpy().astype(np.float64))
+            self._latest = (weakref.ref(inputs), squares.sum(0).cpu().numpy().astype(np.float64))
         self._add(parameter, matrix, n_matrices, self._latest[1], inputs.numel() // inputs.shape[-1])
 
     def _add(self, parameter: str, matrix: int, n_matrices: int, squares: np.ndarray, n_rows: int) -> None:

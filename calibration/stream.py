@@ -24,7 +24,7 @@ from torch import nn
 from calibration.checkpointing import NOT_STARTED, StreamCheckpoint
 from calibration.control import Interrupted, Progress, ShouldStop, never, silent
 from calibration.model import build_without_weights, choose_device, load_config
-from calibration.observer import Observer, Owners, ProductTap, locate_matrices
+from calibration.observer import NoStatistic, Observer, Owners, ProductTap, locate_matrices
 from calibration.weights import HEAD, ParameterReader, WeightSource
 
 # Tokens of a micro-batch: on a CPU few, so that a layer's activations stay in the cache; on a GPU many.
@@ -60,14 +60,13 @@ class LayerStream:
         self.model = build_without_weights(self.config, self.dtype, self.device)
         self.layers: list[nn.Module] = list(self.model.base_model.layers)
         self.parameters = ParameterReader(source, tied=self.config.tie_word_embeddings)
-        self.tokens, self.observer = tokens, observer
+        self.tokens, self.observer = tokens, observer or NoStatistic()
         self.n_samples, self.sequence_length = tokens.shape
         self._batch = max(1, _MICRO_BATCH_TOKENS[self.device.type] // self.sequence_length)
         self._names = {module: name for name, module in self.model.named_modules()}
         sample_shape = (self.sequence_length, self.config.hidden_size)
         self._checkpoint = StreamCheckpoint(work_dir, self._fingerprint(), sample_shape, self.dtype)
-        if observer is not None:
-            observer.load_arrays(self._checkpoint.arrays)
+        self.observer.load_arrays(self._checkpoint.arrays)
 
     def run(self, progress: Progress = silent, should_stop: ShouldStop = never) -> None:
         """Take all samples through all layers, from wherever the checkpoint stands.
@@ -83,8 +82,7 @@ class LayerStream:
                 self._embed()
             if self._checkpoint.layers_done < len(self.layers):
                 self._through_layers()
-            if self.observer is not None:
-                self._observe_head()
+            self._observe_head()
 
     def final_states(self, start: int, stop: int) -> torch.Tensor:
         """Of a finished run samples start to stop as the output head sees them, after the final norm, on the device:
@@ -183,26 +181,20 @@ class LayerStream:
     def _for_all_samples(self, micro_batch: Callable[[int, int], None], owners: Owners, index: int) -> None:
         """Runs the micro-batches in the pool, merges what each has shown in their order, and reports progress."""
 
-        def observed(span: tuple[int, int]) -> tuple[int, Observer | None]:
-            with torch.inference_mode():
-                if self.observer is None:
-                    micro_batch(*span)
-                    return span[1], None
-                seen = self.observer.fresh()
-                with ProductTap(owners, seen):
-                    micro_batch(*span)
-                return span[1], seen
+        def observed(span: tuple[int, int]) -> tuple[int, Observer]:
+            seen = self.observer.fresh()
+            with torch.inference_mode(), ProductTap(owners, seen):
+                micro_batch(*span)
+            return span[1], seen
 
         n_tokens = self.n_samples * self.sequence_length
         for samples_done, seen in self._pool.map(observed, self._micro_batches()):
-            if self.observer is not None:
-                self.observer.merge(seen)
+            self.observer.merge(seen)
             share = (index + samples_done / self.n_samples) / len(self.layers)
             self._progress("calibrate", round(share * n_tokens), n_tokens, "tokens")
 
     def _commit(self, layers_done: int, complete: bool = False) -> None:
-        arrays = self.observer.to_arrays() if self.observer is not None else {}
-        self._checkpoint.commit(layers_done, arrays, complete)
+        self._checkpoint.commit(layers_done, self.observer.to_arrays(), complete)
 
     def _micro_batches(self) -> list[tuple[int, int]]:
         starts = range(0, self.n_samples, self._batch)
@@ -211,7 +203,7 @@ class LayerStream:
     def _fingerprint(self) -> dict[str, object]:
         return {
             "model configuration": hashlib.sha256(self.config.to_json_string(use_diff=False).encode()).hexdigest(),
-            "tokens": hashlib.sha256(np.ascontiguousarray(self.tokens, "<i8")).hexdigest(),
+            "tokens": hashlib.sha256(np.ascontiguousarray(self.tokens, "<i8").tobytes()).hexdigest(),
             "sequence length": self.sequence_length,
             "device": self.device.type,
             "micro-batch": self._batch,

@@ -4,7 +4,7 @@ Most are stored under the parameter's own name. Two things differ: a model that 
 prefix, and the experts of a layer, which transformers keeps in one 3-D parameter, are stored one by one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Protocol
 
 import numpy as np
@@ -31,12 +31,11 @@ class WeightSource(Protocol):
     """Where weights come from; converter's Checkpoint is one."""
 
     @property
-    def tensors(self) -> Mapping[str, object]:
-        """Keyed by the checkpoint's tensor names."""
+    def tensors(self) -> Collection[str]:
+        """The checkpoint's tensor names."""
 
     def read(self, name: str) -> np.ndarray:
-        """The whole tensor, float32; the matrices of a 3-D tensor may come as one [n_rows, n_columns]. Called from
-        several threads."""
+        """The whole tensor, float32; the matrices of a 3-D tensor may come as one [n_rows, n_columns]."""
 
 
 class ParameterReader:
