@@ -36,12 +36,13 @@ def _codes(*codes: int) -> np.ndarray:
     return np.array(codes, np.float32)
 
 
-# Effort: trial codes of a sub-block's largest weight, trial codes of the largest scale, refits of the best d.
-_Q6_K_EFFORTS = {
+# Trial codes of a sub-block's largest weight, trial codes of the largest scale, refits of the best d.
+_Effort = tuple[np.ndarray, np.ndarray, int]
+_Q6_K_EFFORTS: dict[Effort, _Effort] = {
     "best": (_reach(32, 16, -0.4, 1.5), _codes(-128, -121, -115, -109, -103, -97), 1),
     "fast": (_reach(32, 8, -0.4, 1.1), _codes(-121), 1),
 }
-_Q3_K_EFFORTS = {
+_Q3_K_EFFORTS: dict[Effort, _Effort] = {
     "best": (_reach(4, 32, -0.4, 2.5), _codes(-32, -30, -27, -24, -21, -18), 1),
     "fast": (_reach(4, 16, -0.4, 2.0), _codes(-28), 1),
 }
@@ -49,9 +50,8 @@ _Q3_K_EFFORTS = {
 
 def encode_q6_k(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
     d, scales, codes = _search(rows, importance, 32, 128, _Q6_K_EFFORTS[effort])
-    quarters = codes.reshape(-1, 2, 4, 32)
-    ql = (codes & 15).reshape(-1, 2, 2, 64)
-    ql = (ql[:, :, 0] | ql[:, :, 1] << 4).reshape(-1, 128)
+    halves, quarters = (codes & 15).reshape(-1, 2, 2, 64), codes.reshape(-1, 2, 4, 32)
+    ql = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(-1, 128)
     qh = np.bitwise_or.reduce(quarters >> 4 << SHIFTS, axis=2).reshape(-1, 64)
     return np.concatenate([ql, qh, scales.view(np.uint8), d], axis=1).reshape(len(rows), -1)
 
@@ -82,7 +82,7 @@ def decode_q3_k(data: np.ndarray) -> np.ndarray:
 
 
 def _search(
-    rows: np.ndarray, importance: np.ndarray | None, offset: int, scale_offset: int, effort: tuple
+    rows: np.ndarray, importance: np.ndarray | None, offset: int, scale_offset: int, effort: _Effort
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """d as bytes, uint8 [n_blocks, 2], scales int8 [n_blocks, 16] and stored codes uint8 [n_blocks, 256]."""
     blocks, weights = to_blocks(rows, importance, BLOCK_SIZE)

@@ -10,7 +10,8 @@ the error is small.
 
 Scales may be negative: the codes reach one further below zero than above, and the longer side can serve either sign.
 
-The kernels return codes; the modules of the formats pack them into bytes.
+The kernels return codes; the modules of the formats pack them into bytes. Helpers that two searches share are written
+out in both files: numba's cache would not notice a change in an imported one.
 """
 
 import math
@@ -38,12 +39,10 @@ _jit = njit(nogil=True, cache=True, error_model="numpy")
 def round_f16(value):
     """The nearest float16, as float32; beyond the range of float16 the largest one."""
     value = min(max(value, -F16_MAX), F16_MAX)
-    if abs(value) < F16_MIN_NORMAL:
-        # Subnormals are multiples of 2**-24, which is the spacing of float32 in [0.5, 1).
-        shift = np.float32(0.75) if value >= ZERO else np.float32(-0.75)
-        return (value + shift) - shift
     split = value * np.float32(2**13 + 1)  # Veltkamp: leaves the upper 24 - 13 bits
-    return split - (split - value)
+    # Subnormals are multiples of 2**-24, which is the spacing of float32 in [0.5, 1).
+    shift = np.float32(0.75) if value >= ZERO else np.float32(-0.75)
+    return (value + shift) - shift if abs(value) < F16_MIN_NORMAL else split - (split - value)
 
 
 @_jit

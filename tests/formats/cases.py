@@ -29,6 +29,7 @@ HALF, ONE, TWO, MINUS_TWO = (np.float16(value).tobytes() for value in (0.5, 1, 2
 INDEX = np.arange(16)
 # The bytes whose four two-bit fields are 0, 1, 2, 3, lowest first.
 FIELDS_0123 = 0b11_10_01_00
+IQ4_LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
 
 CASES = (
     Case(
@@ -111,5 +112,22 @@ CASES = (
         # Scales 0 .. 15, minima 15 .. 0; d = 1, dmin = 0.5; codes 0 .. 3, each for 32 weights, twice.
         block=bytes([s | (15 - s) << 4 for s in range(16)] + [FIELDS_0123] * 64) + ONE + HALF,
         weights=repeat(INDEX, 16) * np.tile(repeat([0, 1, 2, 3], 32), 2) - 0.5 * repeat(15 - INDEX, 16),
+    ),
+    Case(
+        "IQ4_NL",
+        best=0.98,
+        fast=1.0,
+        # Codes 0 .. 15 in the low nibbles, 15 .. 0 in the high ones; d = 0.5.
+        block=HALF + bytes(low | (15 - low) << 4 for low in range(16)),
+        weights=0.5 * np.concatenate([IQ4_LEVELS, IQ4_LEVELS[::-1]]),
+    ),
+    Case(
+        "IQ4_XS",
+        best=0.98,
+        fast=1.0,
+        # Stored scales 0, 17, 34, 51, 4, 21, 38, 55: low nibbles 0 .. 7, upper two bits 0, 1, 2, 3 twice; 32 is zero.
+        # Every sub-block holds codes 8 (level 1) in the low nibbles and 0 (level -127) in the high ones.
+        block=TWO + bytes([FIELDS_0123] * 2) + bytes([0x10, 0x32, 0x54, 0x76]) + bytes([0x08] * 128),
+        weights=2 * repeat(np.array([0, 17, 34, 51, 4, 21, 38, 55]) - 32, 32) * np.tile(repeat([1, -127], 16), 8),
     ),
 )
