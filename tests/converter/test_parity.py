@@ -13,9 +13,6 @@ from tests import tiny_models
 from tests.converter.f32_file import write_f32
 from tests.tiny_models import TINY_MODELS
 
-# All files are converted at once, in one process: every test of this file goes to the same worker.
-pytestmark = pytest.mark.xdist_group("parity")
-
 ROOT = Path(__file__).parents[2]
 # llama.cpp's converter pins packages of its own, so it lives in an environment of its own.
 CONVERTER_PYTHON = Path(os.environ.get("LLAMA_CPP_CONVERTER", ROOT / ".venv-convert/bin/python"))
@@ -65,7 +62,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llama_cpp_logits(path: Path, name: str) -> np.ndarray:
     # llama.cpp takes the rope factors for long contexts by the context's size, transformers by the sequence's.
     n_ctx = 256 if TINY_MODELS[name].n_tokens <= 256 else 1024
-    with LlamaCpp(path, n_ctx=n_ctx, n_threads=2) as model:
+    with LlamaCpp(path, n_ctx=n_ctx, n_threads=1) as model:
         return model.logits(tiny_models.tokens(name))
 
 
