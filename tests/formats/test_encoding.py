@@ -31,7 +31,7 @@ def test_block_without_importance_weighs_its_columns_alike(nothing):
     "rows", [ROWS.astype(np.float64), ROWS[0], ROWS[:, ::2], np.zeros((2, 5), np.float32), np.zeros((2, 0), np.float32)]
 )
 def test_rows_of_the_wrong_kind_are_a_programming_error(rows):
-    with pytest.raises(ValueError, match="rows must be|no positive multiple"):
+    with pytest.raises(ValueError, match=r"rows must be|no positive multiple"):
         to_blocks(rows, None, 3)
 
 
