@@ -31,7 +31,6 @@ COARSE_STEP = np.float32(2**-17)
 # Trials of a sub-block's stored scale: the integers around the unrounded optimum.
 N_NEIGHBOURS = 8
 
-
 _jit = njit(nogil=True, cache=True, error_model="numpy")
 
 
@@ -145,11 +144,12 @@ def write_codes(x, inverse, bottom, top, codes):
 
 
 @_jit
-def search_blocks(blocks, weights, bottom, top, trials, n_passes, out):
+def search_blocks(blocks, weights, bottom, top, trials, n_refits, out):
     """Scale and codes of blocks with one float16 scale, decoded as scale * code.
 
     blocks float32 [n_blocks, block_size], weights float32 [blocks_per_row, block_size].
-    trials float32 [n_trials]: the codes that the largest weight of a block may land on.
+    trials float32 [n_trials]: the codes that the largest weight of a block may land on; every trial is refitted
+    n_refits times and then judged with its scale rounded to float16.
     out: (scales float32 [n_blocks], codes int8 like blocks).
     """
     scales, codes = out
@@ -164,7 +164,7 @@ def search_blocks(blocks, weights, bottom, top, trials, n_passes, out):
             continue
         for t in range(trials.size):
             inverse[t] = trials[t] / largest
-        for _ in range(n_passes):
+        for _ in range(n_refits):
             sum_residuals(x, w, inverse, bottom, top, sums)
             refit(sums, ZERO, inverse, error)
         for t in range(trials.size):
@@ -192,9 +192,9 @@ def store_sub_blocks(x, w, fits, sum_xx, d, code_range, scale_range, lanes, sums
     inverse, scale_codes, error = lanes[0], lanes[1], lanes[2]
     total, sum_xq, sum_qq = ZERO, ZERO, ZERO
     for i in range(n_sub):
-        nearest = np.floor(fits[i] / d) if d != ZERO else ZERO
+        below = np.floor(fits[i] / d) if d != ZERO else ZERO
         for t in range(N_NEIGHBOURS):
-            scale_codes[t] = min(max(nearest + np.float32(t - (N_NEIGHBOURS // 2 - 1)), bottom_scale), top_scale)
+            scale_codes[t] = min(max(below + np.float32(t - (N_NEIGHBOURS // 2 - 1)), bottom_scale), top_scale)
             scale = d * scale_codes[t]
             inverse[t] = ONE / scale if scale != ZERO else ZERO
         part = slice(i * size, (i + 1) * size)
