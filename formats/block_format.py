@@ -2,12 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Literal, Protocol
 
 import numpy as np
-from gguf import GGMLQuantizationType
 
 Effort = Literal["best", "fast"]
+
+
+class NewerType(IntEnum):
+    """Tensor types of ggml that the gguf package's GGMLQuantizationType does not list yet, by ggml's ids."""
+
+    Q2_0 = 42
 
 
 class Encode(Protocol):
@@ -25,13 +31,13 @@ class Encode(Protocol):
 class BlockFormat:
     """One ggml tensor type.
 
-    ggml_type: its id; `name` is ggml's own name for it ("Q4_K").
+    ggml_type: its id, a member of gguf's GGMLQuantizationType or of NewerType; `name` is ggml's name for it ("Q4_K").
     block_size: weights in a block; type_size: bytes of a block.
     encode, decode: the codec; decode maps uint8 [n_rows, row_bytes] to float32 [n_rows, n_columns].
     needs_importance: the format is so coarse that encoding without an importance matrix is refused.
     """
 
-    ggml_type: GGMLQuantizationType
+    ggml_type: IntEnum
     block_size: int
     type_size: int
     encode: Encode
