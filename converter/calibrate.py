@@ -1,6 +1,7 @@
 """The stage `calibrate`: the importance matrix, read from a file or computed by streaming the model over a corpus."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -110,7 +111,14 @@ def calibrate(
 
 
 def calibration_corpus(job: Job, checkpoint: Checkpoint) -> Corpus:
-    return load_corpus(job.calibration, checkpoint.location, job.samples, job.sequence_length, job.seed)
+    return load_corpus(job.calibration, load_tokenizer(checkpoint.location), job.samples, job.sequence_length, job.seed)
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The checkpoint's tokenizer as transformers runs it; code that comes with a checkpoint is never run."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 
 def runnable(checkpoint: Checkpoint, model_map: ModelMap, work_dir: Path) -> tuple[Checkpoint, ModelMap]:

@@ -151,7 +151,7 @@ def convert_model(dry_run: bool, fresh: bool, as_json: bool, **options: Any) -> 
             prepared, report = run(build_job(**options), progress, should_stop, fresh)
     finally:
         progress.close()
-    click.echo(json.dumps(report) if as_json else report_text(report, prepared.plan, prepared.job.work_dir))
+    click.echo(json.dumps(report) if as_json else report_text(report, prepared.plan))
 
 
 @main.command()

@@ -27,7 +27,8 @@ DEFAULT_SEQUENCE_LENGTH = 512
 class Job:
     """Everything a conversion is asked for.
 
-    output: the artifact's path, or a directory (anything that does not end in .gguf); None for the current one. work_dir: None for the default beside it.
+    output: the artifact's path, or a directory (anything that does not end in .gguf); None for the current one.
+    work_dir: None for the default beside the output.
     samples, sequence_length: of the calibration, in sequences and tokens. shard_bytes: split the artifact in files of
     at most that many bytes of tensor data. threads: 0 for every core; changes no byte. seed: of what is drawn.
     command: what continues the job when it is run again.

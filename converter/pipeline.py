@@ -6,6 +6,7 @@ source -> describe -> plan -> preflight -> calibrate -> encode -> write -> verif
 import hashlib
 import json
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,7 +165,9 @@ def _run_stages(
 
         with clock("quality"):
             quality = measure_quality(job, checkpoint, model_map, paths, work_dir, progress, should_stop)
-    files = [{"path": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths]
+    files: list[dict[str, Any]] = [
+        {"path": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths
+    ]
     report = {
         "model": checkpoint.model_id,
         "revision": checkpoint.revision,
@@ -177,6 +180,7 @@ def _run_stages(
         "errors": [error.to_dict() for error in errors],
         "quality": quality,
         "seconds": clock.seconds,
+        "path": str(work_dir / "report.json"),
     }
     write_atomically(work_dir / "report.json", json.dumps(report, indent=1).encode())
     return report
@@ -205,7 +209,7 @@ class _Clock:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, stage: str):
+    def __call__(self, stage: str) -> Iterator[None]:
         start = time.monotonic()
         yield
         self.seconds[stage] = round(time.monotonic() - start, 3)

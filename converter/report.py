@@ -1,7 +1,6 @@
 """What a conversion cost and what it bought: plain data for machines, tables for people."""
 
 from collections import Counter, defaultdict
-from pathlib import Path
 
 from converter.checkpoint import DTYPE_BYTES, Checkpoint
 from converter.progress import size_text
@@ -115,7 +114,7 @@ def quality_warning(quality: dict | None) -> str | None:
     )
 
 
-def report_text(report: dict, plan: Plan, work_dir: Path) -> str:
+def report_text(report: dict, plan: Plan) -> str:
     """The report for people."""
     source, artifact = report["source"]["bytes"], report["artifact"]["bytes"]
     lines = [plan_text(plan, artifact), ""]
@@ -131,7 +130,7 @@ def report_text(report: dict, plan: Plan, work_dir: Path) -> str:
         "time         " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report["seconds"].items())
     )
     lines += [f"written      {file['path']}  sha256 {file['sha256']}" for file in report["artifact"]["files"]]
-    lines.append(f"report       {work_dir / 'report.json'}")
+    lines.append(f"report       {report['path']}")
     return "\n".join(lines)
 
 

@@ -74,14 +74,24 @@ def verify(
     errors = []
     done, total = 0, sum(tensor.n_weights for tensor in model_map.tensors) * 4
     for spec in model_map.tensors:
-        if spec.name not in stored or stored[spec.name].shape != spec.shape:
-            raise _failed(spec, "is absent or has another shape", paths)
+        check_stored(stored, spec, paths)
         errors.append(_tensor_error(stored[spec.name], spec, checkpoint, importance, paths))
         done += spec.n_weights * 4
         progress("verify", done, total, "B")
     for name in stored.keys() - {spec.name for spec in model_map.tensors}:
         raise ConvertError(f"the artifact has a tensor that the model has not: {name}", str(paths[0]), "write it again")
     return errors
+
+
+def check_stored(stored: dict[str, EncodedTensor], spec: TensorSpec, paths: list[Path]) -> None:
+    """Refuse an artifact in which the tensor is absent or has another shape."""
+    if spec.name not in stored or stored[spec.name].shape != spec.shape:
+        found = list(stored[spec.name].shape) if spec.name in stored else "nothing"
+        raise ConvertError(
+            f"the artifact is of another model: {spec.name} should be {list(spec.shape)}, and there is {found}",
+            ", ".join(map(str, paths)),
+            "name the model that this artifact was made from",
+        )
 
 
 def _spans(spec: TensorSpec) -> Iterator[tuple[int, int, int]]:
@@ -129,18 +139,22 @@ def _failed(spec: TensorSpec, what: str, paths: list[Path]) -> ConvertError:
 
 
 class DecodedArtifact:
-    """An artifact's weights under the checkpoint's names, as the source of a layer stream."""
+    """An artifact's weights under the checkpoint's names, as the source of a layer stream.
+
+    Raises ConvertError when a tensor of the model is absent from the artifact or has another shape.
+    """
 
     def __init__(self, paths: list[Path], model_map: ModelMap):
         self._stored = artifact_tensors(paths)
-        self._specs = {
+        for spec in model_map.tensors:
+            check_stored(self._stored, spec, paths)
+        self.tensors = {
             source: (spec, matrix) for spec in model_map.tensors for matrix, source in enumerate(spec.sources)
         }
-        self.tensors = frozenset(self._specs)
 
     def read(self, name: str) -> np.ndarray:
         """The checkpoint's tensor of that name, decoded: float32 in its own shape."""
-        spec, matrix = self._specs[name]
+        spec, matrix = self.tensors[name]
         rows = spec.n_rows // spec.n_matrices
         decoded = self._stored[spec.name].decode(matrix * rows, (matrix + 1) * rows)
         one = replace(spec, shape=spec.shape[-2:], sources=(name,))

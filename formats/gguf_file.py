@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFReader, GGUFWriter, Keys
@@ -60,10 +61,10 @@ def _render_header(metadata: Mapping[str, GGUFValue], tensors: Sequence[TensorEn
             if key != Keys.General.ARCHITECTURE:
                 writer.add_key_value(key, value.value, value.type, value.sub_type)
         for tensor in tensors:
-            # The writer asks the numpy dtype only for the shape of byte tensors; ours is the logical shape.
-            writer.add_tensor_info(
-                tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, raw_dtype=tensor.ggml_type
-            )
+            # The writer asks the numpy dtype only for the shape of byte tensors; ours is the logical shape. Of the type
+            # it writes the number, which may be newer than its list of types.
+            ggml_type = cast(GGMLQuantizationType, tensor.ggml_type)
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, ggml_type)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from formats.block_format import BlockFormat
+from formats.block_format import BlockFormat, Effort
 from formats.errors import ConvertError, nearest
 from formats.registry import FORMATS, get_format
 from profiles.plan import Plan, PlannedTensor
@@ -51,7 +51,7 @@ def assign(
     profile: QuantizationProfile,
     model_map: ModelMap,
     overrides: Sequence[LayerQuantizationConfig] = (),
-    effort: str = "best",
+    effort: Effort = "best",
 ) -> Plan:
     """Every tensor's format. Overrides come last; one that matches nothing is an error, as is one on a tensor that
     runtimes need in F32."""

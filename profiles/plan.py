@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 
+from formats.block_format import Effort
 from formats.registry import get_format
 from profiles.vocabulary import UNQUANTIZED_ROLES, TensorSpec
 
@@ -44,7 +45,7 @@ class Plan:
     """What will be written, in the order of the file."""
 
     profile: str
-    effort: str
+    effort: Effort
     tensors: tuple[PlannedTensor, ...]
 
     @property

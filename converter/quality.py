@@ -1,0 +1,91 @@
+"""The stage `quality`: the artifact's weights, decoded, beside the checkpoint's, through the same layer stream."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from calibration.control import ShouldStop
+from calibration.corpus import load_corpus
+from calibration.quality import compare
+from converter.calibrate import load_tokenizer, runnable
+from converter.checkpoint import Checkpoint, open_checkpoint
+from converter.job import Job, write_atomically
+from converter.model_map import describe
+from converter.progress import Progress
+from converter.verify import DecodedArtifact, artifact_files
+from profiles.vocabulary import ModelMap
+
+# Of the conversion's own report: enough to see a loss that matters, in little time beside the calibration's.
+REPORT_SAMPLES = 16
+REPORT_SEQUENCE_LENGTH = 512
+
+
+def measure_quality(
+    job: Job,
+    checkpoint: Checkpoint,
+    model_map: ModelMap,
+    paths: list[Path],
+    work_dir: Path,
+    progress: Progress,
+    should_stop: ShouldStop,
+) -> dict[str, Any]:
+    """The quality of a job's artifact as plain data, on text that the calibration has not seen. Measured once: the
+    result stays in the work directory."""
+    result = work_dir / "quality.json"
+    if not result.exists():
+        checkpoint, model_map = runnable(checkpoint, model_map, work_dir)
+        corpus = load_corpus(
+            None,
+            load_tokenizer(checkpoint.location),
+            REPORT_SAMPLES,
+            min(REPORT_SEQUENCE_LENGTH, job.sequence_length),
+            job.seed,
+            split="test",
+        )
+        report = compare(
+            checkpoint,
+            DecodedArtifact(paths, model_map),
+            checkpoint.location,
+            corpus,
+            work_dir=work_dir / "quality",
+            device=job.device,
+            threads=job.n_threads,
+            progress=progress,
+            should_stop=should_stop,
+        )
+        write_atomically(result, json.dumps(report.to_dict(), indent=1).encode())
+    return json.loads(result.read_bytes())
+
+
+def evaluate_artifact(
+    artifact: Path,
+    model: str,
+    progress: Progress,
+    *,
+    text: str | None,
+    samples: int,
+    sequence_length: int,
+    threads: int,
+    device: str,
+) -> dict[str, Any]:
+    """The quality of any GGUF of this model as plain data; text None for the default of a conversion's report.
+
+    Raises ConvertError when the artifact is not of this model.
+    """
+    checkpoint = open_checkpoint(model)
+    with tempfile.TemporaryDirectory() as directory:
+        work_dir = Path(directory)
+        checkpoint, model_map = runnable(checkpoint, describe(checkpoint), work_dir)
+        corpus = load_corpus(text, load_tokenizer(checkpoint.location), samples, sequence_length, split="test")
+        report = compare(
+            checkpoint,
+            DecodedArtifact(artifact_files(artifact), model_map),
+            checkpoint.location,
+            corpus,
+            work_dir=work_dir / "quality",
+            device=device,
+            threads=threads or None,
+            progress=progress,
+        )
+    return report.to_dict()
