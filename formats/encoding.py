@@ -11,7 +11,7 @@ def to_blocks(rows: np.ndarray, importance: np.ndarray | None, block_size: int) 
     """The rows and their importance, cut into blocks.
 
     rows: float32 [n_rows, n_columns], C-contiguous; importance: float32 [n_columns] or None.
-    Returns blocks float32 [n_rows * blocks_per_row, block_size], a view of rows, and their weights
+    Returns blocks float32 [n_rows * blocks_per_row, block_size], a read-only view of rows, and their weights
     float32 [blocks_per_row, block_size]; block b is weighted by weights[b % blocks_per_row].
     A block's weights are divided by their maximum, which moves no optimum and keeps sums of squares inside float32. A
     block in which nothing is important (or no importance is given) weighs all its columns alike. Beside important
@@ -21,15 +21,18 @@ def to_blocks(rows: np.ndarray, importance: np.ndarray | None, block_size: int) 
     not finite (naming the column); the caller adds the tensor's name. Raises ValueError for a wrong dtype or shape.
     """
     check_rows(rows, block_size)
+    blocks = rows.reshape(-1, block_size)
+    # Numba compiles anew for arrays that may be written; rows mapped from a file never may.
+    blocks.flags.writeable = False
     if importance is None:
-        return rows.reshape(-1, block_size), np.ones((rows.shape[1] // block_size, block_size), np.float32)
+        return blocks, np.ones((rows.shape[1] // block_size, block_size), np.float32)
     check_importance(importance, rows.shape[1])
     weights = importance.reshape(-1, block_size)
     largest = weights.max(axis=1, keepdims=True)
     # A largest weight below float32's normal range would lose its digits in the division.
     weighted = largest >= np.finfo(np.float32).tiny
     normalized = np.divide(weights, largest, out=np.ones_like(weights), where=weighted)
-    return rows.reshape(-1, block_size), np.maximum(normalized, SMALLEST_WEIGHT)
+    return blocks, np.maximum(normalized, SMALLEST_WEIGHT)
 
 
 def check_rows(rows: np.ndarray, block_size: int) -> None:

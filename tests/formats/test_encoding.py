@@ -9,9 +9,11 @@ from formats.errors import ConvertError
 ROWS = np.arange(12, dtype=np.float32).reshape(2, 6)
 
 
-def test_blocks_are_a_view_of_the_rows():
+def test_blocks_are_a_read_only_view_of_the_rows():
     blocks, weights = to_blocks(ROWS, None, 3)
     assert np.shares_memory(blocks, ROWS)
+    assert ROWS.flags.writeable
+    assert not blocks.flags.writeable
     np.testing.assert_array_equal(blocks, [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]])
     np.testing.assert_array_equal(weights, np.ones((2, 3)))
 
