@@ -12,18 +12,19 @@ import numpy as np
 
 from formats.block_format import Effort
 from formats.encoding import to_blocks
-from formats.scale_min_search import clip_grid, search_super_blocks
+from formats.scale_min_search import clip_grid, neighbour_grid, search_super_blocks
 
 BLOCK_SIZE, TYPE_SIZE = 256, 84
 N_SUB_BLOCKS = 16
 TOP_CODE, TOP_SCALE = np.float32(3), np.float32(15)
 SHIFTS = np.array([0, 2, 4, 6], np.uint8)[:, None]
 
-# Effort: trial ranges of a sub-block, trial codes of the largest scale and the largest minimum, fits, refits.
-_NINE_CODES = np.array([(scale, minimum) for scale in (15, 13, 11) for minimum in (15, 13, 11)], np.float32)
+# Trial ranges of a sub-block, stored scales and minima tried around its optimum, codes that the largest scale and the
+# largest minimum are tried on, fits of each trial range, refits of d and dmin.
+_NINE_PAIRS = np.array([(scale, minimum) for scale in (15, 13, 11) for minimum in (15, 13, 11)], np.float32)
 _EFFORTS = {
-    "best": (clip_grid(4, 8, narrowest=1.2), _NINE_CODES, 1, 2),
-    "fast": (clip_grid(4, 4, narrowest=1.0), np.array([[15, 15], [13, 13]], np.float32), 1, 1),
+    "best": (clip_grid(4, 8, narrowest=1.2), neighbour_grid(4, 4), _NINE_PAIRS, 1, 2),
+    "fast": (clip_grid(4, 4, narrowest=1.0), neighbour_grid(4, 4), _NINE_PAIRS[:1], 1, 1),
 }
 
 

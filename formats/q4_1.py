@@ -16,13 +16,13 @@ import numpy as np
 
 from formats.block_format import Effort
 from formats.encoding import to_blocks
-from formats.scale_min_search import clip_grid, search_blocks
+from formats.scale_min_search import clip_grid, neighbour_grid, search_blocks
 
 BLOCK_SIZE = 32
 Q4_1_TYPE_SIZE, Q5_1_TYPE_SIZE = 20, 24
 
-# Effort: trial ranges of a block, fits of each.
-_EFFORTS = {"best": (clip_grid(8, 8), 2), "fast": (clip_grid(8, 8), 1)}
+# Effort: trial ranges of a block, float16 neighbours tried around the optimum, fits of each trial.
+_EFFORTS = {"best": (clip_grid(8, 8), neighbour_grid(4, 4), 2), "fast": (clip_grid(8, 8), neighbour_grid(4, 4), 1)}
 
 
 def encode_q4_1(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:

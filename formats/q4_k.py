@@ -18,27 +18,39 @@ import numpy as np
 
 from formats.block_format import Effort
 from formats.encoding import to_blocks
-from formats.scale_min_search import clip_grid, search_super_blocks
+from formats.scale_min_search import clip_grid, neighbour_grid, search_super_blocks
 
 BLOCK_SIZE = 256
 Q4_K_TYPE_SIZE, Q5_K_TYPE_SIZE = 144, 176
 N_SUB_BLOCKS = 8
 TOP_SCALE = np.float32(63)
 
-# Effort: trial ranges of a sub-block, trial codes of the largest scale and the largest minimum, fits, refits.
-_EFFORTS = {
-    "best": (clip_grid(8, 8), np.array([[63, 63], [60, 60], [57, 57], [54, 54]], np.float32), 2, 1),
-    "fast": (clip_grid(6, 8), np.array([[63, 63], [57, 57]], np.float32), 1, 0),
+
+def _pairs(*codes: int) -> np.ndarray:
+    return np.array([(code, code) for code in codes], np.float32)
+
+
+# Trial ranges of a sub-block, stored scales and minima tried around its optimum, codes that the largest scale and the
+# largest minimum are tried on, fits of each trial range, refits of d and dmin.
+_Effort = tuple[np.ndarray, np.ndarray, np.ndarray, int, int]
+_Q4_K_EFFORTS: dict[Effort, _Effort] = {
+    "best": (clip_grid(8, 8), neighbour_grid(4, 4), _pairs(63, 60, 57, 54), 2, 1),
+    "fast": (clip_grid(6, 8), neighbour_grid(4, 4), _pairs(63, 57), 1, 0),
+}
+# The finer the codes, the more there is to win by the choice of the stored scale.
+_Q5_K_EFFORTS: dict[Effort, _Effort] = {
+    "best": (clip_grid(8, 8), neighbour_grid(8, 8), _pairs(60, 55), 2, 1),
+    "fast": (clip_grid(6, 8), neighbour_grid(8, 4), _pairs(60), 1, 0),
 }
 
 
 def encode_q4_k(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    header, codes = _search(rows, importance, effort, top_code=15)
+    header, codes = _search(rows, importance, 15, _Q4_K_EFFORTS[effort])
     return np.concatenate([header, _pack_nibbles(codes)], axis=1).reshape(len(rows), -1)
 
 
 def encode_q5_k(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    header, codes = _search(rows, importance, effort, top_code=31)
+    header, codes = _search(rows, importance, 31, _Q5_K_EFFORTS[effort])
     qh = np.packbits(codes.reshape(-1, 8, 32) >> 4, axis=1, bitorder="little").reshape(-1, 32)
     return np.concatenate([header, qh, _pack_nibbles(codes & 15)], axis=1).reshape(len(rows), -1)
 
@@ -55,14 +67,14 @@ def decode_q5_k(data: np.ndarray) -> np.ndarray:
 
 
 def _search(
-    rows: np.ndarray, importance: np.ndarray | None, effort: Effort, top_code: int
+    rows: np.ndarray, importance: np.ndarray | None, top_code: int, effort: _Effort
 ) -> tuple[np.ndarray, np.ndarray]:
     """Header uint8 [n_blocks, 16] (d, dmin, scales) and codes uint8 [n_blocks, 256]."""
     blocks, weights = to_blocks(rows, importance, BLOCK_SIZE)
     steps = np.empty((len(blocks), 2), np.float32)
     scales = np.empty((len(blocks), 2, N_SUB_BLOCKS), np.uint8)
     codes = np.empty(blocks.shape, np.uint8)
-    search_super_blocks(blocks, weights, np.float32(top_code), TOP_SCALE, *_EFFORTS[effort], (steps, scales, codes))
+    search_super_blocks(blocks, weights, np.float32(top_code), TOP_SCALE, *effort, (steps, scales, codes))
     return np.concatenate([steps.astype("<f2").view(np.uint8), pack_scales(scales)], axis=1), codes
 
 

@@ -36,15 +36,16 @@ def _codes(*codes: int) -> np.ndarray:
     return np.array(codes, np.float32)
 
 
-# Trial codes of a sub-block's largest weight, trial codes of the largest scale, refits of the best d.
-_Effort = tuple[np.ndarray, np.ndarray, int]
+# Trial codes of a sub-block's largest weight, stored scales tried around the optimum, trial codes of the largest
+# scale, refits of the best d. Q6_K's scales are so fine that trying the stored ones is most of the search.
+_Effort = tuple[np.ndarray, np.ndarray, np.ndarray, int]
 _Q6_K_EFFORTS: dict[Effort, _Effort] = {
-    "best": (_reach(32, 16, -0.4, 1.5), _codes(-128, -121, -115, -109, -103, -97), 1),
-    "fast": (_reach(32, 8, -0.4, 1.1), _codes(-121), 1),
+    "best": (_reach(32, 8, -0.4, 1.5), _codes(*range(-31, 33)), _codes(-107), 1),
+    "fast": (_reach(32, 8, -0.4, 1.1), _codes(*range(-7, 9)), _codes(-115), 1),
 }
 _Q3_K_EFFORTS: dict[Effort, _Effort] = {
-    "best": (_reach(4, 32, -0.4, 2.5), _codes(-32, -30, -27, -24, -21, -18), 1),
-    "fast": (_reach(4, 16, -0.4, 2.0), _codes(-28), 1),
+    "best": (_reach(4, 16, -0.4, 2.5), _codes(*range(-3, 5)), _codes(-32, -29, -26, -22, -18), 1),
+    "fast": (_reach(4, 16, -0.4, 2.0), _codes(*range(-3, 5)), _codes(-28), 1),
 }
 
 

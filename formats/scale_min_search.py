@@ -27,14 +27,18 @@ SINGULAR = np.float32(1e-6)
 F16_SPACING = np.float32(2**-11)
 # Of two scales with the same error, as round an outlier, the larger would spoil the unit of all scales.
 COARSE_SCALE = np.float32(1e-5)
-# Trials of a sub-block's stored codes: 4 scales times 4 minima around the unrounded optimum.
-N_NEIGHBOURS = 4
 
 
 def clip_grid(n_low: int, n_high: int, widest: float = -0.5, narrowest: float = 2.0) -> np.ndarray:
     """Trial ranges, float32 [2, n_low * n_high]: steps cut from the lower end times steps cut from the upper one."""
     low, high = np.linspace(widest, narrowest, n_low), np.linspace(widest, narrowest, n_high)
     return np.stack([grid.ravel() for grid in np.meshgrid(low, high, indexing="ij")]).astype(np.float32)
+
+
+def neighbour_grid(n_scales: int, n_minima: int) -> np.ndarray:
+    """Distances from the integers below an optimum, float32 [2, n_scales * n_minima]: of scales times of minima."""
+    scales, minima = (np.arange(n, dtype=np.float32) - (n // 2 - 1) for n in (n_scales, n_minima))
+    return np.stack([grid.ravel() for grid in np.meshgrid(scales, minima, indexing="ij")])
 
 
 _jit = njit(nogil=True, cache=True, error_model="numpy")
@@ -151,19 +155,19 @@ def write_codes(x, inverse, low, top_code, codes):
 
 
 @_jit
-def search_blocks(blocks, weights, top_code, clips, n_fits, out):
+def search_blocks(blocks, weights, top_code, clips, neighbours, n_fits, out):
     """Scale, minimum and codes of blocks with a float16 scale and a float16 low, decoded as scale * code + low.
 
     blocks float32 [n_blocks, block_size], weights float32 [blocks_per_row, block_size].
     clips, n_fits: as in search_super_blocks.
-    Around the least-squares fit of the best trial, neighbouring float16 scales and lows are tried, for beside a low far
-    from zero the rounding of either is not small.
+    neighbours float32 [2, n]: scales and lows that are tried around the least-squares fit of the best trial, in
+    spacings of float16, for beside a low far from zero the rounding of either is not small.
     out: (scale and low float32 [n_blocks, 2], codes uint8 like blocks).
     """
     steps, codes = out
     x = np.empty(blocks.shape[1], np.float32)
     trial_lanes, trial_sums = np.empty((3, clips.shape[1]), np.float32), np.empty((5, clips.shape[1]), np.float32)
-    n_lanes = N_NEIGHBOURS * N_NEIGHBOURS
+    n_lanes = neighbours.shape[1]
     lanes, sums = np.empty((4, n_lanes), np.float32), np.empty((5, n_lanes), np.float32)
     scales, lows, inverse, error = lanes[0], lanes[1], lanes[2], lanes[3]
     for b in range(blocks.shape[0]):
@@ -179,9 +183,8 @@ def search_blocks(blocks, weights, top_code, clips, n_fits, out):
             sum_wxx += w[j] * x[j] * x[j]
         scale, low, _ = fit_block(x, w, sum_w, top_code, INFINITY, clips, n_fits, trial_lanes, trial_sums)
         for t in range(n_lanes):
-            scale_steps, low_steps = np.float32(t // N_NEIGHBOURS - 1), np.float32(t % N_NEIGHBOURS - 1)
-            scales[t] = round_f16(scale * (ONE + scale_steps * F16_SPACING) * up) * down
-            lows[t] = round_f16(low * (ONE + low_steps * F16_SPACING) * up) * down
+            scales[t] = round_f16(scale * (ONE + neighbours[0, t] * F16_SPACING) * up) * down
+            lows[t] = round_f16(low * (ONE + neighbours[1, t] * F16_SPACING) * up) * down
             inverse[t] = ONE / scales[t] if scales[t] > ZERO else ZERO
         sum_residuals(x, w, inverse, lows, top_code, sums)
         for t in range(n_lanes):
@@ -193,7 +196,7 @@ def search_blocks(blocks, weights, top_code, clips, n_fits, out):
 
 
 @_jit
-def store_sub_blocks(x, w, fits, d, dmin, top_code, top_scale, lanes, sums, stored, normal):
+def store_sub_blocks(x, w, fits, d, dmin, top_code, top_scale, neighbours, lanes, sums, stored, normal):
     """Gives every sub-block the best stored scale and minimum near its fit.
 
     stored[:, i] = scale and minimum of sub-block i, as codes; normal: the normal equations of d and dmin.
@@ -205,14 +208,14 @@ def store_sub_blocks(x, w, fits, d, dmin, top_code, top_scale, lanes, sums, stor
     normal[:] = ZERO
     for i in range(n_sub):
         fit_scale, fit_minimum, mean_code, sum_w, sum_wx, sum_wxx = fits[i]
-        first_scale = (np.floor(fit_scale / d) if d > ZERO else ZERO) - ONE
+        below = np.floor(fit_scale / d) if d > ZERO else ZERO
         for t in range(inverse.size):
-            scale_codes[t] = min(max(first_scale + np.float32(t // N_NEIGHBOURS), ZERO), top_scale)
+            scale_codes[t] = min(max(below + neighbours[0, t], ZERO), top_scale)
             scale = d * scale_codes[t]
             inverse[t] = ONE / scale if scale > ZERO else ZERO
             # Where the scale grows, the minimum follows, so that the mean of the decoded weights stays.
             minimum = fit_minimum + (scale - fit_scale) * mean_code
-            code = (np.floor(minimum / dmin) if dmin > ZERO else ZERO) + np.float32(t % N_NEIGHBOURS - 1)
+            code = (np.floor(minimum / dmin) if dmin > ZERO else ZERO) + neighbours[1, t]
             min_codes[t] = min(max(code, ZERO), top_scale)
             low[t] = -(dmin * min_codes[t])
         part = slice(i * size, (i + 1) * size)
@@ -253,11 +256,12 @@ def solve_steps(normal, d, dmin):
 
 
 @_jit
-def search_super_blocks(blocks, weights, top_code, top_scale, clips, step_trials, n_fits, n_refits, out):
+def search_super_blocks(blocks, weights, top_code, top_scale, clips, neighbours, step_trials, n_fits, n_refits, out):
     """Scales, minima and codes of super-blocks, decoded as d * scale * code - dmin * minimum.
 
     blocks float32 [n_blocks, block_size], weights float32 [blocks_per_row, block_size].
     clips float32 [2, n_trials]: by how many steps a trial's range is cut at either end, negative to widen it.
+    neighbours float32 [2, n]: stored scales and minima that are tried, as distances from the integers below the fit.
     step_trials float32 [n, 2]: the codes that the largest scale and the largest minimum are tried on.
     Trial ranges are fitted n_fits times. Every step trial stores scales and minima in its own units; the best d and
     dmin so far are refitted n_refits times.
@@ -268,7 +272,7 @@ def search_super_blocks(blocks, weights, top_code, top_scale, clips, step_trials
     size = block_size // n_sub
     x = np.empty(block_size, np.float32)
     trial_lanes, trial_sums = np.empty((3, clips.shape[1]), np.float32), np.empty((5, clips.shape[1]), np.float32)
-    n_lanes = N_NEIGHBOURS * N_NEIGHBOURS
+    n_lanes = neighbours.shape[1]
     lanes, sums = np.empty((5, n_lanes), np.float32), np.empty((5, n_lanes), np.float32)
     normal, best_normal = np.empty(5, np.float32), np.empty(5, np.float32)
     # Of each sub-block: scale, minimum, mean code, Sw, Sx, Sxx.
@@ -302,7 +306,7 @@ def search_super_blocks(blocks, weights, top_code, top_scale, clips, step_trials
             else:
                 d, dmin = solve_steps(best_normal, best_d, best_dmin)
             d, dmin = round_f16(d * up) * down, round_f16(dmin * up) * down
-            error = store_sub_blocks(x, w, fits, d, dmin, top_code, top_scale, lanes, sums, stored, normal)
+            error = store_sub_blocks(x, w, fits, d, dmin, top_code, top_scale, neighbours, lanes, sums, stored, normal)
             if error < best_error:
                 best_error, best_d, best_dmin = error, d, dmin
                 best_stored[:, :] = stored

@@ -28,8 +28,6 @@ NEGLIGIBLE = np.float32(1e-30)
 COARSE_SCALE = np.float32(1e-5)
 # Subnormal float16 of at most 128 spacings.
 COARSE_STEP = np.float32(2**-17)
-# Trials of a sub-block's stored scale: the integers around the unrounded optimum.
-N_NEIGHBOURS = 8
 
 _jit = njit(nogil=True, cache=True, error_model="numpy")
 
@@ -181,7 +179,7 @@ def search_blocks(blocks, weights, bottom, top, trials, n_refits, out):
 
 
 @_jit
-def store_sub_blocks(x, w, fits, sum_xx, d, code_range, scale_range, lanes, sums, stored):
+def store_sub_blocks(x, w, fits, sum_xx, d, code_range, scale_range, neighbours, lanes, sums, stored):
     """Gives every sub-block the best stored scale near its fit: stored[i], as a code.
 
     Returns the weighted error and the least-squares d of these codes.
@@ -193,13 +191,13 @@ def store_sub_blocks(x, w, fits, sum_xx, d, code_range, scale_range, lanes, sums
     total, sum_xq, sum_qq = ZERO, ZERO, ZERO
     for i in range(n_sub):
         below = np.floor(fits[i] / d) if d != ZERO else ZERO
-        for t in range(N_NEIGHBOURS):
-            scale_codes[t] = min(max(below + np.float32(t - (N_NEIGHBOURS // 2 - 1)), bottom_scale), top_scale)
+        for t in range(neighbours.size):
+            scale_codes[t] = min(max(below + neighbours[t], bottom_scale), top_scale)
             scale = d * scale_codes[t]
             inverse[t] = ONE / scale if scale != ZERO else ZERO
         part = slice(i * size, (i + 1) * size)
         sum_residuals(x[part], w[part], inverse, bottom, top, sums)
-        for t in range(N_NEIGHBOURS):
+        for t in range(neighbours.size):
             scale = d * scale_codes[t]
             error[t] = sums[2, t] * (scale * scale) if scale != ZERO else sum_xx[i]
         best = lowest(error)
@@ -222,12 +220,13 @@ def next_f16(value, away):
 
 
 @_jit
-def search_super_blocks(blocks, weights, code_range, scale_range, trials, step_trials, n_refits, out):
+def search_super_blocks(blocks, weights, code_range, scale_range, trials, neighbours, step_trials, n_refits, out):
     """Scales and codes of super-blocks, decoded as d * scale * code.
 
     blocks float32 [n_blocks, block_size], weights float32 [blocks_per_row, block_size].
     code_range, scale_range: least and greatest code, of weights and of scales.
     trials, step_trials float32 [n]: the codes that a sub-block's largest weight, and the largest scale, may land on.
+    neighbours float32 [n]: stored scales that are tried, as distances from the integer below the unrounded optimum.
     Every step trial stores the scales in its own units; the best d so far is refitted n_refits times, and where
     float16 is coarse its two neighbours are tried.
     out: (d float32 [n_blocks], scales int8 [n_blocks, n_sub], codes int8 like blocks).
@@ -238,7 +237,7 @@ def search_super_blocks(blocks, weights, code_range, scale_range, trials, step_t
     size = block_size // n_sub
     x = np.empty(block_size, np.float32)
     trial_lanes, trial_sums = np.empty((2, trials.size), np.float32), np.empty((3, trials.size), np.float32)
-    lanes, sums = np.empty((3, N_NEIGHBOURS), np.float32), np.empty((3, N_NEIGHBOURS), np.float32)
+    lanes, sums = np.empty((3, neighbours.size), np.float32), np.empty((3, neighbours.size), np.float32)
     fits, sum_xx = np.empty(n_sub, np.float32), np.empty(n_sub, np.float32)
     stored, best_stored = np.empty(n_sub, np.float32), np.empty(n_sub, np.float32)
     for b in range(blocks.shape[0]):
@@ -267,7 +266,7 @@ def search_super_blocks(blocks, weights, code_range, scale_range, trials, step_t
                 d = next_f16(best_d, n == n_rounds)
             n += 1
             error, least_squares = store_sub_blocks(
-                x, w, fits, sum_xx, d * down, code_range, scale_range, lanes, sums, stored
+                x, w, fits, sum_xx, d * down, code_range, scale_range, neighbours, lanes, sums, stored
             )
             if error < best_error:
                 best_error, best_d, refitted = error, d, least_squares
