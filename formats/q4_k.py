@@ -39,8 +39,8 @@ _Q4_K_EFFORTS: dict[Effort, _Effort] = {
 }
 # The finer the codes, the more there is to win by the choice of the stored scale.
 _Q5_K_EFFORTS: dict[Effort, _Effort] = {
-    "best": (clip_grid(8, 8), neighbour_grid(8, 8), _pairs(60, 55), 2, 1),
-    "fast": (clip_grid(6, 8), neighbour_grid(8, 4), _pairs(60), 1, 0),
+    "best": (clip_grid(8, 8), neighbour_grid(8, 8), _pairs(63, 57), 2, 1),
+    "fast": (clip_grid(6, 8), neighbour_grid(8, 4), _pairs(63), 1, 0),
 }
 
 
