@@ -2,7 +2,7 @@
 
 from gguf import GGMLQuantizationType as Type
 
-from formats import iq4, plain, q2_k, q4_0, q4_1, q4_k, q6_k, q8_0
+from formats import fp4, iq4, plain, q2_k, q4_0, q4_1, q4_k, q6_k, q8_0
 from formats.block_format import BlockFormat
 from formats.errors import ConvertError, nearest
 
@@ -22,6 +22,8 @@ _ALL = (
     BlockFormat(Type.Q4_0, q4_0.BLOCK_SIZE, q4_0.Q4_0_TYPE_SIZE, q4_0.encode_q4_0, q4_0.decode_q4_0),
     BlockFormat(Type.IQ4_NL, iq4.IQ4_NL_BLOCK_SIZE, iq4.IQ4_NL_TYPE_SIZE, iq4.encode_iq4_nl, iq4.decode_iq4_nl),
     BlockFormat(Type.IQ4_XS, iq4.IQ4_XS_BLOCK_SIZE, iq4.IQ4_XS_TYPE_SIZE, iq4.encode_iq4_xs, iq4.decode_iq4_xs),
+    BlockFormat(Type.MXFP4, fp4.MXFP4_BLOCK_SIZE, fp4.MXFP4_TYPE_SIZE, fp4.encode_mxfp4, fp4.decode_mxfp4),
+    BlockFormat(Type.NVFP4, fp4.NVFP4_BLOCK_SIZE, fp4.NVFP4_TYPE_SIZE, fp4.encode_nvfp4, fp4.decode_nvfp4),
 )
 
 FORMATS: dict[str, BlockFormat] = {block_format.name: block_format for block_format in _ALL}

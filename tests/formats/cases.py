@@ -30,6 +30,8 @@ INDEX = np.arange(16)
 # The bytes whose four two-bit fields are 0, 1, 2, 3, lowest first.
 FIELDS_0123 = 0b11_10_01_00
 IQ4_LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+# The values of the codes 0 .. 15.
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 CASES = (
     Case(
@@ -129,5 +131,22 @@ CASES = (
         # Every sub-block holds codes 8 (level 1) in the low nibbles and 0 (level -127) in the high ones.
         block=TWO + bytes([FIELDS_0123] * 2) + bytes([0x10, 0x32, 0x54, 0x76]) + bytes([0x08] * 128),
         weights=2 * repeat(np.array([0, 17, 34, 51, 4, 21, 38, 55]) - 32, 32) * np.tile(repeat([1, -127], 16), 8),
+    ),
+    Case(
+        "MXFP4",
+        best=0.97,
+        fast=1.0,
+        # The scale is 2**(128 - 127); codes 0 .. 15 are weights 0 .. 15, codes 15 .. 0 weights 16 .. 31.
+        block=bytes([128]) + bytes(low | (15 - low) << 4 for low in range(16)),
+        weights=2 * np.concatenate([E2M1, E2M1[::-1]]),
+    ),
+    Case(
+        "NVFP4",
+        # Without a second-level scale, as in ggml; tests/formats/test_fp4.py tests it with one.
+        best=0.70,
+        fast=0.85,
+        # The scales 1, 1.125, 2**-9 and 448; in each sub-block the codes 0 .. 15.
+        block=bytes([0x38, 0x39, 0x01, 0x7E]) + 4 * bytes(low | (8 + low) << 4 for low in range(8)),
+        weights=repeat([1, 1.125, 2**-9, 448], 16) * np.tile(E2M1, 4),
     ),
 )

@@ -1,0 +1,215 @@
+"""MXFP4 and NVFP4: a shared scale and 4-bit floats, E2M1: a sign and 0, 0.5, 1, 1.5, 2, 3, 4 or 6.
+
+MXFP4, ggml's block_mxfp4: 32 weights in 17 bytes, 4.25 bits per weight
+    e     1     the scale 2**(e - 127) (E8M0 of the OCP microscaling formats)
+    qs   16     byte l: code of weight l in the low nibble, of weight 16 + l in the high one
+
+NVFP4, ggml's block_nvfp4: 64 weights in 36 bytes, 4.5 bits per weight
+    d     4     UE4M3 scales of 16 weights each: exponent of bias 7 in bits 3 .. 6, mantissa in bits 0 .. 2
+    qs   32     8 bytes for each 16 weights: weight l in the low nibble of byte l, weight 8 + l in the high one
+
+A code's bit 3 is its sign, bits 0 .. 2 count the magnitudes above. The scales of NVFP4 reach from 2**-9 to 448 and lose
+their mantissa below 2**-6, where the weights of most models lie. So a tensor may have a second-level scale beside its
+blocks, by which its values are multiplied again (GGUF: the F32 tensor NAME.scale); blocks hold weight / tensor_scale.
+
+The encoder tries stored scales from large to small, and gives each weight its nearest value under every one. `best`
+ends when the error of the weights beyond the greatest code is as large as the least error found, so that no other scale
+can be better; `fast` tries one window. Both formats count in halves: the step d is half of the scale, the levels are
+0, 1, 2, 3, 4, 6, 8 and 12, as in ggml.
+"""
+
+import math
+
+import numpy as np
+from numba import njit
+
+from formats.block_format import Effort
+from formats.encoding import to_blocks
+
+MXFP4_BLOCK_SIZE, MXFP4_TYPE_SIZE = 32, 17
+NVFP4_BLOCK_SIZE, NVFP4_TYPE_SIZE, NVFP4_SUB_BLOCK_SIZE = 64, 36, 16
+
+LEVELS = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.float32)
+SIGNED_LEVELS = np.concatenate([LEVELS, 0 - LEVELS])
+
+# By code. Beyond 252 MXFP4's greatest level would be infinite; NVFP4's codes 0 and 127 both stand for zero.
+MXFP4_STEPS = np.ldexp(np.float32(1), np.arange(253) - 128).astype(np.float32)
+_UE4M3 = np.concatenate([np.arange(8) / 8 * 2.0**-6, *((1 + np.arange(8) / 8) * 2.0 ** (e - 7) for e in range(1, 16))])
+NVFP4_STEPS = (_UE4M3[:127] / 2).astype(np.float32)
+# Of a byte with the unused upper bit set, decoders strip it, but 255 they do not take for a zero.
+_NVFP4_STEPS_OF_BYTES = np.concatenate([NVFP4_STEPS, [0], NVFP4_STEPS, _UE4M3[127:] / 2]).astype(np.float32)
+
+# Exponents of tensor scales stay normal float32.
+_MIN_TENSOR_EXPONENT = -126
+
+# The largest scale that is tried, as a share of the largest weight. A scale under which that weight gets 2 or less is
+# never better than half of it, which has the same values and more.
+REACH = np.float32(1 / 2.5)
+TOP_LEVEL = np.float32(12)
+ZERO, ONE, TWO, FOUR = np.float32(0), np.float32(1), np.float32(2), np.float32(4)
+HALF, QUARTER = np.float32(0.5), np.float32(0.25)
+INFINITY = np.float32(np.inf)
+# NVFP4's code 0 is a scale of zero.
+SMALLEST_CODE = 1
+# Splits off the upper two bits of a float32 (Veltkamp): levels from 2 on have one bit behind the leading one.
+SPLIT = np.float32(2**22 + 1)
+# Weights so far beyond the greatest value are all alike; their squares stay inside float32.
+FAR = np.float32(1e6)
+
+
+def encode_mxfp4(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
+    blocks, weights = to_blocks(rows, importance, MXFP4_BLOCK_SIZE)
+    e, codes = np.empty(len(blocks), np.uint8), np.empty(blocks.shape, np.uint8)
+    # The exponent of a float32, whose bias is 127 too.
+    first = (23, 0, 1)
+    search_blocks(blocks, blocks.view(np.int32), weights, MXFP4_STEPS, first, 4, effort == "best", (e, codes))
+    return np.concatenate([e[:, None], _pack_nibbles(codes)], axis=1).reshape(len(rows), -1)
+
+
+def decode_mxfp4(data: np.ndarray) -> np.ndarray:
+    blocks = data.reshape(-1, MXFP4_TYPE_SIZE)
+    with np.errstate(over="ignore"):
+        step = np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - 128)
+        return (step * _unpack_nibbles(blocks[:, 1:])).reshape(len(data), -1)
+
+
+def encode_nvfp4(
+    rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best", tensor_scale: float = 1.0
+) -> np.ndarray:
+    """As every encoder; what is encoded is rows / tensor_scale. A weight beyond 2688 tensor_scale is cut off there."""
+    scaled = rows if tensor_scale == 1 else rows / np.float32(tensor_scale)
+    blocks, weights = to_blocks(scaled, importance, NVFP4_SUB_BLOCK_SIZE)
+    d, codes = np.empty(len(blocks), np.uint8), np.empty(blocks.shape, np.uint8)
+    # The exponent and three bits of the mantissa. Below code 16 half of a scale may be none, so all of them are tried.
+    first = (20, 8 * 120, 15)
+    search_blocks(blocks, blocks.view(np.int32), weights, NVFP4_STEPS, first, 16, effort == "best", (d, codes))
+    qs = _pack_nibbles(codes)
+    return np.concatenate([d.reshape(-1, 4), qs.reshape(-1, 32)], axis=1).reshape(len(rows), -1)
+
+
+def decode_nvfp4(data: np.ndarray) -> np.ndarray:
+    """Without the tensor's second-level scale."""
+    blocks = data.reshape(-1, NVFP4_TYPE_SIZE)
+    steps = _NVFP4_STEPS_OF_BYTES[blocks[:, :4]]
+    levels = _unpack_nibbles(blocks[:, 4:].reshape(-1, 8)).reshape(-1, 4, 16)
+    return (steps[..., None] * levels).reshape(len(data), -1)
+
+
+def nvfp4_tensor_scale(absolute_maximum: float) -> float:
+    """The second-level scale of a tensor whose largest weight has that magnitude.
+
+    A power of two, so that dividing by it loses nothing. The greatest block scale comes to lie in 128 .. 256 where the
+    largest weight is stored as 6, and in 192 .. 384 where it is stored as 4; UE4M3 ends at 448.
+    """
+    if absolute_maximum == 0:
+        return 1.0
+    fraction, exponent = math.frexp(absolute_maximum / (6 * 256))
+    return math.ldexp(1.0, max(exponent - (fraction == 0.5), _MIN_TENSOR_EXPONENT))
+
+
+def _pack_nibbles(codes: np.ndarray) -> np.ndarray:
+    half = codes.shape[1] // 2
+    return codes[:, :half] | codes[:, half:] << 4
+
+
+def _unpack_nibbles(qs: np.ndarray) -> np.ndarray:
+    """The signed levels, float32 [n, 2 * n_bytes]."""
+    return SIGNED_LEVELS[np.concatenate([qs & 15, qs >> 4], axis=1)]
+
+
+_jit = njit(nogil=True, cache=True, error_model="numpy")
+
+
+@_jit
+def magnitude(bits):
+    """The largest magnitude, from the weights' bits: integers order as the floats do, and vectorise in any order."""
+    largest = np.int32(0)
+    for j in range(bits.size):
+        largest = np.int32(max(largest, bits[j] & np.int32(0x7FFFFFFF)))
+    return np.int32(largest).view(np.float32)
+
+
+@_jit
+def clipping_error(v, w, limit, lanes):
+    """What the weights beyond `limit` lose under any code: a bound on the error of every smaller scale."""
+    lanes[:] = ZERO
+    for j in range(0, v.size, lanes.size):
+        for t in range(lanes.size):
+            excess = max(v[j + t] - limit, ZERO)
+            lanes[t] += w[j + t] * (excess * excess)
+    total = ZERO
+    for t in range(lanes.size):
+        total += lanes[t]
+    return total
+
+
+@_jit
+def nearest_level(u):
+    """The level nearest to u >= 0: an integer up to 2, two significant bits from there on."""
+    u = min(u, TOP_LEVEL)
+    split = u * SPLIT
+    return split - (split - u) if u > TWO else np.rint(u)
+
+
+@_jit
+def try_scales(v, w, unit, steps, top, lanes):
+    """lanes[2]: the error under the steps of code top, top - 1, ...; v and the errors are in units of `unit`."""
+    ratio, inverse, error = lanes[0], lanes[1], lanes[2]
+    for t in range(inverse.size):
+        step = steps[max(top - t, SMALLEST_CODE)]
+        ratio[t], inverse[t], error[t] = step / unit, unit / step, ZERO
+    # Four weights at a time: a lane's sum has to wait for its last store.
+    for j in range(0, v.size, 4):
+        v0, v1, v2, v3 = v[j], v[j + 1], v[j + 2], v[j + 3]
+        w0, w1, w2, w3 = w[j], w[j + 1], w[j + 2], w[j + 3]
+        for t in range(inverse.size):
+            r0 = v0 - ratio[t] * nearest_level(v0 * inverse[t])
+            r1 = v1 - ratio[t] * nearest_level(v1 * inverse[t])
+            r2 = v2 - ratio[t] * nearest_level(v2 * inverse[t])
+            r3 = v3 - ratio[t] * nearest_level(v3 * inverse[t])
+            error[t] += (w0 * (r0 * r0) + w1 * (r1 * r1)) + (w2 * (r2 * r2) + w3 * (r3 * r3))
+
+
+@_jit
+def search_blocks(blocks, bits, weights, steps, first, n_lanes, exhaustive, out):
+    """The best stored scale of each block and the codes of its weights.
+
+    blocks float32 [n_blocks, block_size], bits the same as int32, weights float32 [blocks_per_row, block_size].
+    steps float32 [n_codes]: half of the scale, by its code.
+    first: (shift, offset, least): the first code is (bits of the largest scale worth trying >> shift) - offset, and not
+    below `least`.
+    n_lanes: scales that are tried side by side; exhaustive: go on until no smaller scale can be better.
+    out: (scale codes uint8 [n_blocks], codes uint8 like blocks).
+    """
+    scales, codes = out
+    shift, offset, least = first
+    n = blocks.shape[1]
+    v, lanes = np.empty(n, np.float32), np.empty((3, n_lanes), np.float32)
+    error = lanes[2]
+    for b in range(blocks.shape[0]):
+        x, w = blocks[b], weights[b % weights.shape[0]]
+        largest = magnitude(bits[b])
+        if largest == ZERO:
+            scales[b] = 0
+            codes[b, :] = 0
+            continue
+        top = min(max((np.float32(largest * REACH).view(np.int32) >> shift) - offset, least), steps.size - 1)
+        unit = steps[top]
+        for j in range(n):
+            v[j] = min(abs(x[j]) / unit, FAR)
+        best_error, best, searching = INFINITY, 0, True
+        while searching:
+            try_scales(v, w, unit, steps, top, lanes)
+            for t in range(n_lanes):
+                if error[t] < best_error:
+                    best_error, best = error[t], max(top - t, SMALLEST_CODE)
+            top -= n_lanes
+            searching = exhaustive and top >= SMALLEST_CODE
+            if searching:
+                searching = clipping_error(v, w, TOP_LEVEL * (steps[top] / unit), error) < best_error
+        scales[b] = best
+        inverse = unit / steps[best]
+        for j in range(n):
+            q = nearest_level(v[j] * inverse)
+            code = np.uint8(min(q, q * HALF + TWO, q * QUARTER + FOUR))
+            codes[b, j] = code | np.uint8(8) if x[j] < ZERO and code > 0 else code
