@@ -113,7 +113,16 @@ def compute_importance(
     from calibration.stream import LayerStream
 
     squared = SquaredInputs()
-    stream = LayerStream(source, config_dir, corpus.tokens, work_dir, observer=squared, device=device, threads=threads)
+    stream = LayerStream(
+        source,
+        config_dir,
+        corpus.tokens,
+        work_dir,
+        observer=squared,
+        identity=f"{model}@{revision}",
+        device=device,
+        threads=threads,
+    )
     stream.run(progress, should_stop)
     stream.discard_hidden_states()
     sums: dict[str, np.ndarray] = {}

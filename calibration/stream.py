@@ -39,6 +39,7 @@ class LayerStream:
     source: the weights. config_dir: a directory with config.json, or a GGUF file that transformers can read.
     tokens: int [n_samples, sequence_length]. work_dir: the checkpoint's place, for this pass alone.
     observer: is shown every matrix product of the layers and, last, the inputs of the output head.
+    identity: what tells the weights from others of the same shapes; a checkpoint of others is refused.
     device: "auto", "cpu", "cuda" or "mps"; float32, on cuda bfloat16. threads: CPU threads, None for one a core.
     """
 
@@ -50,6 +51,7 @@ class LayerStream:
         work_dir: Path,
         *,
         observer: Observer | None = None,
+        identity: str = "",
         device: str = "auto",
         threads: int | None = None,
     ):
@@ -60,7 +62,7 @@ class LayerStream:
         self.model = build_without_weights(self.config, self.dtype, self.device)
         self.layers: list[nn.Module] = list(self.model.base_model.layers)
         self.parameters = ParameterReader(source, tied=self.config.tie_word_embeddings)
-        self.tokens, self.observer = tokens, observer or NoStatistic()
+        self.tokens, self.observer, self.identity = tokens, observer or NoStatistic(), identity
         self.n_samples, self.sequence_length = tokens.shape
         self._batch = max(1, _MICRO_BATCH_TOKENS[self.device.type] // self.sequence_length)
         self._names = {module: name for name, module in self.model.named_modules()}
@@ -68,7 +70,7 @@ class LayerStream:
         self._checkpoint = StreamCheckpoint(work_dir, self._fingerprint(), sample_shape, self.dtype)
         self.observer.load_arrays(self._checkpoint.arrays)
 
-    def run(self, progress: Progress = silent, should_stop: ShouldStop = never) -> None:
+    def run(self, progress: Progress = silent, should_stop: ShouldStop = never, *, stage: str = "calibrate") -> None:
         """Take all samples through all layers, from wherever the checkpoint stands.
 
         progress: in tokens; one that is through half of the layers counts half. Raises Interrupted after the layer
@@ -76,7 +78,7 @@ class LayerStream:
         """
         if self._checkpoint.complete:
             return
-        self._progress, self._should_stop = progress, should_stop
+        self._progress, self._should_stop = partial(progress, stage), should_stop
         with self.workers() as self._pool, ThreadPoolExecutor(1) as self._reader, torch.inference_mode():
             if self._checkpoint.layers_done == NOT_STARTED:
                 self._embed()
@@ -84,11 +86,26 @@ class LayerStream:
                 self._through_layers()
             self._observe_head()
 
-    def final_states(self, start: int, stop: int) -> torch.Tensor:
-        """Of a finished run samples start to stop as the output head sees them, after the final norm, on the device:
-        [stop - start, sequence_length, width]. The norm must be resident."""
-        states = self._checkpoint.hidden(len(self.layers)).read(start, stop)
-        return self.final_norm(states.to(self.device))
+    def hidden_states(self, start: int, stop: int) -> torch.Tensor:
+        """Of a finished run samples start to stop after the last layer, before the final norm, on the device:
+        [stop - start, sequence_length, width]."""
+        return self._checkpoint.hidden(len(self.layers)).read(start, stop).to(self.device)
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """With final norm and output head resident, the function from hidden states [n, width] to logits
+        [n, vocabulary]: the model's own forward, in which the norm alone stands for the body."""
+        from transformers.modeling_outputs import MoeModelOutputWithPast
+
+        def normed(*, inputs_embeds: torch.Tensor, **_) -> MoeModelOutputWithPast:
+            return MoeModelOutputWithPast(last_hidden_state=self.final_norm(inputs_embeds))
+
+        self.model.base_model.forward = normed
+        try:
+            with self.resident(self.final_norm), self.resident(self.model.get_output_embeddings()):
+                yield lambda states: self.model(inputs_embeds=states[None], use_cache=False).logits[0]
+        finally:
+            del self.model.base_model.forward
 
     def discard_hidden_states(self) -> None:
         """Delete the large files of a finished run; what the observer collected stays."""
@@ -174,7 +191,7 @@ class LayerStream:
         with self.resident(self.final_norm):
             for start, stop in self._micro_batches():
                 seen = self.observer.fresh()
-                seen.observe(HEAD, 0, 1, self.final_states(start, stop))
+                seen.observe(HEAD, 0, 1, self.final_norm(self.hidden_states(start, stop)))
                 self.observer.merge(seen)
         self._commit(len(self.layers), complete=True)
 
@@ -191,7 +208,7 @@ class LayerStream:
         for samples_done, seen in self._pool.map(observed, self._micro_batches()):
             self.observer.merge(seen)
             share = (index + samples_done / self.n_samples) / len(self.layers)
-            self._progress("calibrate", round(share * n_tokens), n_tokens, "tokens")
+            self._progress(round(share * n_tokens), n_tokens, "tokens")
 
     def _commit(self, layers_done: int, complete: bool = False) -> None:
         self._checkpoint.commit(layers_done, self.observer.to_arrays(), complete)
@@ -202,6 +219,7 @@ class LayerStream:
 
     def _fingerprint(self) -> dict[str, object]:
         return {
+            "weights": self.identity,
             "model configuration": hashlib.sha256(self.config.to_json_string(use_diff=False).encode()).hexdigest(),
             "tokens": hashlib.sha256(np.ascontiguousarray(self.tokens, "<i8").tobytes()).hexdigest(),
             "sequence length": self.sequence_length,

@@ -1,0 +1,157 @@
+"""What a change of the weights does to a model's predictions: perplexity, KL divergence, agreement of the top token."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calibration.control import Interrupted, Progress, ShouldStop, never, silent
+from formats.errors import ConvertError
+
+if TYPE_CHECKING:
+    import torch
+
+    from calibration.corpus import Corpus
+    from calibration.stream import LayerStream
+    from calibration.weights import WeightSource
+
+# Logits computed at once: positions times vocabulary. 32 MiB of float32, a few times over for each thread.
+_LOGITS_AT_ONCE = 1 << 23
+
+
+@dataclass(frozen=True)
+class QualityReport:
+    """The candidate's predictions beside the source's, over `tokens` positions of a text.
+
+    KL divergences are of the candidate from the source, in nats: mean, percentiles and maximum over positions.
+    top1_agreement: the share of positions at which both find the same token most probable.
+    """
+
+    source_perplexity: float
+    perplexity: float
+    mean_kld: float
+    kld_99: float
+    kld_99_9: float
+    max_kld: float
+    top1_agreement: float
+    tokens: int
+    corpus: str
+    corpus_sha256: str
+    samples: int
+    sequence_length: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare(
+    source: "WeightSource",
+    candidate: "WeightSource",
+    config_dir: Path,
+    corpus: "Corpus",
+    *,
+    work_dir: Path,
+    identity: str = "",
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Progress = silent,
+    should_stop: ShouldStop = never,
+) -> QualityReport:
+    """Measure the candidate's weights against the source's in the same model.
+
+    Both are streamed to their last hidden states; then the heads are applied side by side, a few positions at a time.
+    As llama-perplexity does, the second half of each sample is scored, so that every prediction has half a sample of
+    context at least: of L tokens the L - L // 2 - 1 that follow position L // 2.
+    work_dir: checkpoints, twice `importance.work_bytes`; a second call continues there, and what is there is deleted at
+    the end. identity: what tells these weights from others, so that no checkpoint of others is continued.
+    Raises Interrupted when should_stop says so, ConvertError for samples of less than 4 tokens.
+    """
+    n_samples, sequence_length = corpus.tokens.shape
+    if sequence_length < 4:
+        raise ConvertError(
+            f"samples of {sequence_length} tokens leave nothing to score",
+            corpus.name,
+            "give a longer --sequence-length",
+        )
+    from calibration.stream import LayerStream
+
+    streams = []
+    for name, weights in (("source", source), ("candidate", candidate)):
+        stream = LayerStream(
+            weights, config_dir, corpus.tokens, work_dir / name, identity=identity, device=device, threads=threads
+        )
+        stream.run(progress, should_stop, stage=f"run {name}")
+        streams.append(stream)
+    scores = []
+    for n_done, sample_scores in enumerate(_scores(streams, corpus.tokens), start=1):
+        scores.append(sample_scores)
+        progress("compare", n_done, n_samples, "samples")
+        if should_stop():
+            raise Interrupted(f"stopped after comparing {n_done} of {n_samples} samples")
+    report = _report(np.concatenate(scores, axis=1), corpus)
+    shutil.rmtree(work_dir / "source")
+    shutil.rmtree(work_dir / "candidate")
+    return report
+
+
+def _scores(streams: list["LayerStream"], tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """For every sample, in order, float64 [4, n_positions]: the negative log-likelihood of the true next token by the
+    source and by the candidate, the divergence, and whether the top tokens agree."""
+    import torch
+
+    source, _ = streams
+    first = tokens.shape[1] // 2
+    with ExitStack() as stack, torch.inference_mode():
+        logits = [stack.enter_context(stream.head()) for stream in streams]
+        pool = stack.enter_context(source.workers())
+
+        def score(i: int) -> np.ndarray:
+            states = [stream.hidden_states(i, i + 1)[0, first:-1] for stream in streams]
+            following = torch.from_numpy(tokens[i, first + 1 :].astype(np.int64)).to(source.device)
+            step = max(1, _LOGITS_AT_ONCE // source.config.vocab_size)
+            parts = []
+            with torch.inference_mode():
+                for start in range(0, len(following), step):
+                    span = slice(start, start + step)
+                    of_source, of_candidate = (head(rows[span]) for head, rows in zip(logits, states, strict=True))
+                    parts.append(_score(of_source, of_candidate, following[span]))
+            return np.concatenate(parts, axis=1)
+
+        yield from pool.map(score, range(len(tokens)))
+
+
+def _score(source: "torch.Tensor", candidate: "torch.Tensor", following: "torch.Tensor") -> np.ndarray:
+    """source, candidate: logits [n_positions, vocabulary]; following: the true next tokens [n_positions]."""
+    import torch
+
+    log_p, log_q = source.float().log_softmax(-1), candidate.float().log_softmax(-1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    likelihoods = [-log.gather(-1, following[:, None])[:, 0] for log in (log_p, log_q)]
+    agree = (log_p.argmax(-1) == log_q.argmax(-1)).float()
+    return torch.stack([*likelihoods, divergence, agree]).cpu().numpy().astype(np.float64)
+
+
+def _report(scores: np.ndarray, corpus: "Corpus") -> QualityReport:
+    source, candidate, divergence, agree = scores
+    if not np.isfinite(scores[:3]).all():
+        raise ConvertError(
+            "the model's predictions are not finite", corpus.name, "check the weights; on a GPU try --device cpu"
+        )
+    return QualityReport(
+        source_perplexity=float(np.exp(source.mean())),
+        perplexity=float(np.exp(candidate.mean())),
+        mean_kld=float(divergence.mean()),
+        kld_99=float(np.quantile(divergence, 0.99)),
+        kld_99_9=float(np.quantile(divergence, 0.999)),
+        max_kld=float(divergence.max()),
+        top1_agreement=float(agree.mean()),
+        tokens=scores.shape[1],
+        corpus=corpus.name,
+        corpus_sha256=corpus.sha256,
+        samples=len(corpus.tokens),
+        sequence_length=corpus.tokens.shape[1],
+    )
