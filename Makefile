@@ -31,7 +31,7 @@ demo: setup
 	$(BIN)/python -m scripts.demo
 
 test: setup $(VENV)-convert/.ready
-	LLAMA_CPP_CONVERTER=$(VENV)-convert/bin/python $(BIN)/python -m pytest -n 2 --dist loadgroup
+	LLAMA_CPP_CONVERTER=$(VENV)-convert/bin/python $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -115,10 +115,20 @@ def calibration_corpus(job: Job, checkpoint: Checkpoint) -> Corpus:
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The checkpoint's tokenizer as transformers runs it; code that comes with a checkpoint is never run."""
+    """The checkpoint's tokenizer as transformers runs it; code that comes with a checkpoint is never run.
+
+    Raises ConvertError when transformers cannot read it.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        raise ConvertError(
+            f"transformers cannot read the tokenizer: {str(error).splitlines()[0]}",
+            str(directory),
+            "fetch the tokenizer's files again, or convert with --imatrix FILE --no-quality, which needs no tokens",
+        ) from None
 
 
 def runnable(checkpoint: Checkpoint, model_map: ModelMap, work_dir: Path) -> tuple[Checkpoint, ModelMap]:

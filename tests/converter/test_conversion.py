@@ -1,0 +1,135 @@
+"""The whole job on the real model: what is measured here is what llama.cpp computes from the file."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from converter.cli import main
+from scripts.demo import PROMPT
+from scripts.llama_cpp import LlamaCpp
+
+TEXT = (
+    "The history of the bicycle is longer than one may think. Early machines had no pedals: the rider pushed the ground"
+    " with both feet and coasted downhill. When the pedals came they sat on the front wheel, which for that reason grew"
+    " and grew, until a chain made the rear wheel turn and both wheels shrank to the same size again."
+)
+
+
+@pytest.fixture(scope="module")
+def conversion(smollm2_wide, tmp_path_factory) -> dict:
+    """The report of `convert --profile mlp-low-precision` with a short calibration."""
+    directory = tmp_path_factory.mktemp("conversion")
+    arguments = ["--profile", "mlp-low-precision", "--calibration", "embedded", "--samples", "128"]
+    arguments += [
+        "--sequence-length",
+        "64",
+        "--effort",
+        "fast",
+        "--output",
+        str(directory),
+        "--json",
+        str(smollm2_wide),
+    ]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def unquantized(smollm2_wide, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("unquantized") / "f16.gguf"
+    arguments = [
+        "--profile",
+        "uniform-8bit",
+        "--set",
+        "*=F16",
+        "--no-quality",
+        "--output",
+        str(path),
+        str(smollm2_wide),
+    ]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.stderr
+    return str(path)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+def test_the_report_is_complete(conversion):
+    quality = conversion["quality"]
+    assert 1 < quality["source_perplexity"] < quality["perplexity"]
+    assert 0 < quality["mean_kld"] < 0.5
+    assert 0.5 < quality["top1_agreement"] < 1
+    assert {row["group"] for row in conversion["groups"]} == {
+        "embedding",
+        "output",
+        "attention",
+        "mlp",
+        "norms, routers",
+    }
+    assert len(conversion["errors"]) == sum(row["tensors"] for row in conversion["groups"])
+    assert sum(row["bytes"] for row in conversion["groups"]) < conversion["artifact"]["bytes"]
+
+
+def test_llama_cpp_answers_from_the_artifact(conversion, unquantized):
+    (file,) = conversion["artifact"]["files"]
+    with LlamaCpp(file["path"]) as quantized, LlamaCpp(unquantized) as source:
+        answer = quantized.detokenize(quantized.generate(quantized.tokenize(PROMPT), 40))
+        assert len(answer.split()) > 15 and "sky" in answer
+        tokens = source.tokenize(TEXT)
+        before, after = log_softmax(source.logits(tokens)), log_softmax(quantized.logits(tokens))
+    divergence = (np.exp(before) * (before - after)).sum(axis=1)[len(tokens) // 2 :].mean()
+    assert 0 < divergence < 2 * conversion["quality"]["mean_kld"] + 0.05
+
+
+def test_evaluate_agrees_with_the_report_and_tells_a_better_file(conversion, unquantized, smollm2_wide):
+    (file,) = conversion["artifact"]["files"]
+
+    def evaluate(path: str) -> dict:
+        arguments = [
+            "evaluate",
+            path,
+            "--against",
+            str(smollm2_wide),
+            "--samples",
+            "4",
+            "--sequence-length",
+            "64",
+            "--json",
+        ]
+        done = CliRunner().invoke(main, arguments)
+        assert done.exit_code == 0, done.stderr
+        return json.loads(done.stdout)
+
+    converted, exact = evaluate(file["path"]), evaluate(unquantized)
+    assert exact["mean_kld"] < 1e-6 and exact["top1_agreement"] == 1
+    assert converted["mean_kld"] == pytest.approx(conversion["quality"]["mean_kld"], rel=0.5)
+
+
+def test_the_computed_importance_can_be_used_again(conversion, smollm2_wide, tmp_path):
+    """The imatrix that the conversion leaves gives the same artifact, but for the file's name in the metadata."""
+    (file,) = conversion["artifact"]["files"]
+    work_dir = conversion["path"].removesuffix("report.json")
+    again = tmp_path / "again.gguf"
+    arguments = ["--profile", "mlp-low-precision", "--imatrix", f"{work_dir}importance.gguf", "--samples", "128"]
+    arguments += [
+        "--sequence-length",
+        "64",
+        "--effort",
+        "fast",
+        "--no-quality",
+        "--output",
+        str(again),
+        str(smollm2_wide),
+    ]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.stderr
+    assert again.stat().st_size == file["bytes"]
+    assert again.read_bytes() == Path(file["path"]).read_bytes()
