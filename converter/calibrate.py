@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from calibration.control import ShouldStop
-from calibration.corpus import Corpus, load_corpus, resolve_corpus
+from calibration.corpus import load_corpus, resolve_corpus
 from calibration.imatrix_file import load_imatrix, save_imatrix
 from calibration.importance import ImportanceMatrix, compute_importance
 from converter.checkpoint import Checkpoint, open_checkpoint
@@ -89,14 +89,15 @@ def calibrate(
         return load_imatrix(job.imatrix)
     result = work_dir / "importance.gguf"
     if not result.exists():
-        checkpoint, model_map = runnable(checkpoint, model_map, work_dir)
-        corpus = calibration_corpus(job, checkpoint)
+        running, running_map = runnable(checkpoint, model_map, work_dir)
+        tokenizer = load_tokenizer(running.location)
+        corpus = load_corpus(job.calibration, tokenizer, job.samples, job.sequence_length, job.seed)
         if corpus.note:
             progress.say(corpus.note)
         importance = compute_importance(
-            checkpoint,
-            checkpoint.location,
-            observed_names(model_map),
+            running,
+            running.location,
+            observed_names(running_map),
             corpus,
             model=checkpoint.model_id,
             revision=checkpoint.revision,
@@ -108,10 +109,6 @@ def calibrate(
         )
         save_imatrix(result, importance)
     return load_imatrix(result)
-
-
-def calibration_corpus(job: Job, checkpoint: Checkpoint) -> Corpus:
-    return load_corpus(job.calibration, load_tokenizer(checkpoint.location), job.samples, job.sequence_length, job.seed)
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -146,19 +143,33 @@ def runnable(checkpoint: Checkpoint, model_map: ModelMap, work_dir: Path) -> tup
 
 
 def _save_as_directory(gguf: Path, directory: Path) -> None:
+    """What transformers reads from a GGUF, as a checkpoint of its own. The whole model is in memory, in float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    unfinished = directory.with_name("source.unfinished")
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    except (ValueError, KeyError, NotImplementedError, OSError, RuntimeError) as error:
-        raise ConvertError(
-            f"transformers cannot run this GGUF: {str(error).splitlines()[0]}",
-            str(gguf),
-            "give an importance matrix with --imatrix FILE, or convert from the Hugging Face checkpoint",
-        ) from None
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
+        )
+    except (ValueError, KeyError, NotImplementedError, OSError, RuntimeError, ImportError) as error:
+        raise _not_readable(gguf, str(error).splitlines()[0]) from None
+    # transformers fills what it could not match with random numbers and goes on.
+    if unmatched := sorted({str(name) for kind in ("missing_keys", "mismatched_keys") for name in loaded[kind]}):
+        raise _not_readable(gguf, f"it does not find the weights of {unmatched[0]} and {len(unmatched) - 1} others")
+    # It also marks what it has read from a GGUF as quantized, and refuses to save that; F32 weights are not.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    unfinished = directory.with_name("source.unfinished")
     tokenizer.save_pretrained(unfinished)
     model.save_pretrained(unfinished)
     unfinished.rename(directory)
+
+
+def _not_readable(gguf: Path, why: str) -> ConvertError:
+    return ConvertError(
+        f"transformers cannot run this GGUF: {why}",
+        str(gguf),
+        "give an importance matrix with --imatrix FILE and --no-quality, or convert from the Hugging Face checkpoint",
+    )

@@ -133,3 +133,39 @@ def test_the_computed_importance_can_be_used_again(conversion, smollm2_wide, tmp
     assert done.exit_code == 0, done.stderr
     assert again.stat().st_size == file["bytes"]
     assert again.read_bytes() == Path(file["path"]).read_bytes()
+
+
+def float_gguf(model: Path, path: Path) -> Path:
+    """The model as a GGUF in F32."""
+    arguments = ["--profile", "uniform-8bit", "--set", "*=F32", "--no-quality", "--output", str(path), str(model)]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    return path
+
+
+@pytest.fixture
+def short_calibration(tmp_path) -> list[str]:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    return ["--calibration", str(text), "--samples", "128", "--sequence-length", "16", "--json"]
+
+
+@pytest.mark.parametrize("name", ["llama-256", "qwen2"])
+def test_a_float_gguf_is_a_source_too(tiny, tmp_path, name, short_calibration):
+    """Calibrated and measured through transformers' reading of the GGUF; quantized as the checkpoint itself is."""
+    reports = []
+    for model, output in ((float_gguf(tiny(name), tmp_path / "f32.gguf"), "one.gguf"), (tiny(name), "two.gguf")):
+        done = CliRunner().invoke(main, [*short_calibration, "--output", str(tmp_path / output), str(model)])
+        assert done.exit_code == 0, done.stderr
+        reports.append(sorted(json.loads(done.stdout)["errors"], key=lambda error: error["tensor"]))
+    for one, two in zip(*reports, strict=True):
+        assert (one["tensor"], one["format"]) == (two["tensor"], two["format"])
+        assert one["relative_error"] == pytest.approx(two["relative_error"], rel=0.02)
+
+
+def test_a_gguf_that_transformers_misreads_is_refused(tiny, tmp_path, short_calibration):
+    """Of a qwen3 whose heads are not 128 wide, transformers takes the wrong shapes and random weights for them."""
+    source = float_gguf(tiny("qwen3"), tmp_path / "f32.gguf")
+    failed = CliRunner().invoke(main, [*short_calibration, "--output", str(tmp_path / "m.gguf"), str(source)])
+    assert failed.exit_code == 1
+    assert "transformers cannot run this GGUF" in failed.stderr and "--imatrix" in failed.stderr
+    assert not (tmp_path / "m.gguf").exists()
