@@ -2,8 +2,8 @@
 
 from gguf import GGMLQuantizationType as Type
 
-from formats import fp4, iq4, plain, q2_k, q4_0, q4_1, q4_k, q6_k, q8_0
-from formats.block_format import BlockFormat
+from formats import fp4, iq4, plain, q1_0, q2_k, q4_0, q4_1, q4_k, q6_k, q8_0, ternary
+from formats.block_format import BlockFormat, NewerType
 from formats.errors import ConvertError, nearest
 
 _ALL = (
@@ -24,6 +24,12 @@ _ALL = (
     BlockFormat(Type.IQ4_XS, iq4.IQ4_XS_BLOCK_SIZE, iq4.IQ4_XS_TYPE_SIZE, iq4.encode_iq4_xs, iq4.decode_iq4_xs),
     BlockFormat(Type.MXFP4, fp4.MXFP4_BLOCK_SIZE, fp4.MXFP4_TYPE_SIZE, fp4.encode_mxfp4, fp4.decode_mxfp4),
     BlockFormat(Type.NVFP4, fp4.NVFP4_BLOCK_SIZE, fp4.NVFP4_TYPE_SIZE, fp4.encode_nvfp4, fp4.decode_nvfp4),
+    BlockFormat(
+        NewerType.Q2_0, ternary.Q2_0_BLOCK_SIZE, ternary.Q2_0_TYPE_SIZE, ternary.encode_q2_0, ternary.decode_q2_0
+    ),
+    BlockFormat(Type.TQ2_0, ternary.TQ_BLOCK_SIZE, ternary.TQ2_0_TYPE_SIZE, ternary.encode_tq2_0, ternary.decode_tq2_0),
+    BlockFormat(Type.TQ1_0, ternary.TQ_BLOCK_SIZE, ternary.TQ1_0_TYPE_SIZE, ternary.encode_tq1_0, ternary.decode_tq1_0),
+    BlockFormat(Type.Q1_0, q1_0.BLOCK_SIZE, q1_0.TYPE_SIZE, q1_0.encode, q1_0.decode),
 )
 
 FORMATS: dict[str, BlockFormat] = {block_format.name: block_format for block_format in _ALL}

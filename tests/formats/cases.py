@@ -149,4 +149,36 @@ CASES = (
         block=bytes([0x38, 0x39, 0x01, 0x7E]) + 4 * bytes(low | (8 + low) << 4 for low in range(8)),
         weights=repeat([1, 1.125, 2**-9, 448], 16) * np.tile(E2M1, 4),
     ),
+    Case(
+        "Q2_0",
+        best=0.30,
+        fast=0.50,
+        block=MINUS_TWO + bytes([FIELDS_0123] * 16),  # d = -2, codes -1, 0, 1, 2 over and over
+        weights=-2 * np.tile([-1, 0, 1, 2], 16),
+    ),
+    Case(
+        "TQ2_0",
+        # What the optimum leaves on these weights, heavier in the tails than a gaussian; see test_ternary.py.
+        best=0.37,
+        fast=0.50,
+        # Codes -1, 0, 1, 0, each for 32 weights, twice; d = 2.
+        block=bytes([0b01_10_01_00] * 64) + TWO,
+        weights=2 * np.tile(repeat([-1, 0, 1, 0], 32), 2),
+    ),
+    Case(
+        "TQ1_0",
+        best=0.37,
+        fast=0.50,
+        # Digits 2 1 0 1 2 are the number 194, byte ceil(194 * 256 / 243) = 205; 2 1 0 1 0 are 192, byte 203. d = 0.5.
+        block=bytes([205] * 48 + [203] * 4) + HALF,
+        weights=0.5
+        * np.concatenate([repeat([1, 0, -1, 0, 1], 32), repeat([1, 0, -1, 0, 1], 16), repeat([1, 0, -1, 0], 4)]),
+    ),
+    Case(
+        "Q1_0",
+        best=1.0,
+        fast=1.0,
+        block=HALF + bytes([0x0F] * 16),  # d = 0.5; of each eight weights the first four positive
+        weights=0.5 * np.tile(repeat([1, -1], 4), 16),
+    ),
 )

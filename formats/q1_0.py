@@ -1,0 +1,57 @@
+"""Q1_0: 128 weights with one scale and a sign each. A weight is d or -d.
+
+ggml's block_q1_0: 18 bytes, 1.125 bits per weight
+    d     2     float16
+    qs   16     bit j, little endian: weight j is d where it is set, -d where it is not
+
+The signs are those of the weights; then the best d is the weighted mean of the magnitudes, so there is nothing to
+search, and both efforts are the same.
+"""
+
+import numpy as np
+from numba import njit
+
+from formats.block_format import Effort
+from formats.encoding import to_blocks
+
+BLOCK_SIZE, TYPE_SIZE = 128, 18
+
+ZERO = np.float32(0)
+F16_MAX = np.float32(65504)
+
+
+def encode(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
+    blocks, weights = to_blocks(rows, importance, BLOCK_SIZE)
+    means = np.empty(len(blocks), np.float32)
+    mean_magnitudes(blocks, weights, means)
+    d = np.minimum(means, F16_MAX).astype("<f2").view(np.uint8).reshape(-1, 2)
+    qs = np.packbits(blocks >= 0, axis=1, bitorder="little")
+    return np.concatenate([d, qs], axis=1).reshape(len(rows), -1)
+
+
+def decode(data: np.ndarray) -> np.ndarray:
+    blocks = data.reshape(-1, TYPE_SIZE)
+    d = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float32)
+    return np.where(np.unpackbits(blocks[:, 2:], axis=1, bitorder="little"), d, -d).reshape(len(data), -1)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def mean_magnitudes(blocks, weights, means):
+    """means[b]: the weighted mean of |x|; infinity where the sum leaves float32.
+
+    blocks float32 [n_blocks, block_size], weights float32 [blocks_per_row, block_size], means float32 [n_blocks].
+    """
+    for b in range(blocks.shape[0]):
+        x, w = blocks[b], weights[b % weights.shape[0]]
+        x0, x1, x2, x3, w0, w1, w2, w3 = ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO
+        # Four chains, as each sum has to wait for the one before.
+        for j in range(0, x.size, 4):
+            x0 += w[j] * abs(x[j])
+            x1 += w[j + 1] * abs(x[j + 1])
+            x2 += w[j + 2] * abs(x[j + 2])
+            x3 += w[j + 3] * abs(x[j + 3])
+            w0 += w[j]
+            w1 += w[j + 1]
+            w2 += w[j + 2]
+            w3 += w[j + 3]
+        means[b] = ((x0 + x1) + (x2 + x3)) / ((w0 + w1) + (w2 + w3))

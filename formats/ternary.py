@@ -1,0 +1,272 @@
+"""TQ1_0, TQ2_0 and Q2_0: a scale and the codes -1, 0 and 1, which Q2_0 extends by a 2. A weight is d * code.
+
+TQ1_0, ggml's block_tq1_0: 256 weights in 54 bytes, 1.6875 bits per weight
+    qs   48     five base-3 digits a byte, code + 1, the first weight's digit the most significant:
+                byte l < 32: weights l, 32 + l, .. 128 + l; byte 32 + l: weights 160 + l, 176 + l, .. 224 + l
+    qh    4     byte l: four digits, weights 240 + l, 244 + l, 248 + l, 252 + l, and a fifth of zero
+    d     2     float16
+    The byte of the number n < 243 is ceil(n * 256 / 243): digits come out on top of 8 bits as it is multiplied by 3.
+
+TQ2_0, ggml's block_tq2_0: 256 weights in 66 bytes, 2.0625 bits per weight
+    qs   64     byte l of each half: code + 1 of its weights l, 32 + l, 64 + l, 96 + l, two bits each, lowest first
+    d     2     float16
+
+Q2_0, ggml's block_q2_0: 64 weights in 18 bytes, 2.25 bits per weight
+    d     2     float16; of either sign, so that the 2 can serve the longer side of the weights
+    qs   16     byte l: code + 1 of weights 4 l .. 4 l + 3, two bits each, lowest first
+
+Which codes are the nearest changes, as d shrinks, at one magnitude a time: at |x| = d / 2 a code leaves zero, at
+x = 3 d / 2 it becomes a 2. `best` sorts a block's weights by the d of these events and keeps running sums of w x q and
+w q^2: after every event the best d of these codes, rounded to float16, and the error it leaves are known. So the result
+is the optimum over all codes and all float16 scales. `fast` tries a fixed choice of thresholds only.
+
+Weights that are ternary already come back exactly, if their blocks' scales are float16 numbers.
+"""
+
+import numpy as np
+from numba import njit
+
+from formats.block_format import Effort
+from formats.encoding import check_rows, to_blocks
+
+TQ_BLOCK_SIZE, TQ1_0_TYPE_SIZE, TQ2_0_TYPE_SIZE = 256, 54, 66
+Q2_0_BLOCK_SIZE, Q2_0_TYPE_SIZE = 64, 18
+
+# The trials of `fast`: where a code leaves zero, as a share of the block's largest magnitude.
+_THRESHOLDS = (0.75 ** np.arange(1, 17)).astype(np.float32)
+
+ZERO, HALF, ONE, TWO, THREE = np.float32(0), np.float32(0.5), np.float32(1), np.float32(2), np.float32(3)
+INFINITY = np.float32(np.inf)
+F16_MAX, F16_MIN_NORMAL = np.float32(65504), np.float32(2**-14)
+
+
+def encode_tq1_0(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
+    d, codes = _search(rows, importance, effort, TQ_BLOCK_SIZE, has_two=False)
+    qs = [_pack_trits(codes[:, :160], 32), _pack_trits(codes[:, 160:240], 16), _pack_trits(codes[:, 240:], 4)]
+    return np.concatenate([*qs, d], axis=1).reshape(len(rows), -1)
+
+
+def decode_tq1_0(data: np.ndarray) -> np.ndarray:
+    blocks = data.reshape(-1, TQ1_0_TYPE_SIZE)
+    codes = [_unpack_trits(blocks[:, :32], 5), _unpack_trits(blocks[:, 32:48], 5), _unpack_trits(blocks[:, 48:52], 4)]
+    return _decode(blocks[:, 52:], np.concatenate(codes, axis=1)).reshape(len(data), -1)
+
+
+def encode_tq2_0(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
+    d, codes = _search(rows, importance, effort, TQ_BLOCK_SIZE, has_two=False)
+    fields = codes.reshape(-1, 2, 4, 32)
+    qs = fields[:, :, 0] | fields[:, :, 1] << 2 | fields[:, :, 2] << 4 | fields[:, :, 3] << 6
+    return np.concatenate([qs.reshape(-1, 64), d], axis=1).reshape(len(rows), -1)
+
+
+def decode_tq2_0(data: np.ndarray) -> np.ndarray:
+    blocks = data.reshape(-1, TQ2_0_TYPE_SIZE)
+    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    codes = blocks[:, :64].reshape(-1, 2, 1, 32) >> shifts & 3
+    return _decode(blocks[:, 64:], codes.reshape(-1, TQ_BLOCK_SIZE)).reshape(len(data), -1)
+
+
+def encode_q2_0(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
+    d, codes = _search(rows, importance, effort, Q2_0_BLOCK_SIZE, has_two=True)
+    qs = codes[:, ::4] | codes[:, 1::4] << 2 | codes[:, 2::4] << 4 | codes[:, 3::4] << 6
+    return np.concatenate([d, qs], axis=1).reshape(len(rows), -1)
+
+
+def decode_q2_0(data: np.ndarray) -> np.ndarray:
+    blocks = data.reshape(-1, Q2_0_TYPE_SIZE)
+    codes = blocks[:, 2:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3
+    return _decode(blocks[:, :2], codes.reshape(-1, Q2_0_BLOCK_SIZE)).reshape(len(data), -1)
+
+
+def lossless_rows(rows: np.ndarray) -> np.ndarray:
+    """Which rows TQ1_0 and TQ2_0 reproduce exactly: bool [n_rows]. rows: float32 [n_rows, n_columns].
+
+    Those with one magnitude a block beside zero, and this magnitude a float16 number (BitNet, TriLM).
+    """
+    check_rows(rows, TQ_BLOCK_SIZE)
+    magnitudes = np.abs(rows).reshape(len(rows), -1, TQ_BLOCK_SIZE)
+    scale = magnitudes.max(axis=2, keepdims=True)
+    with np.errstate(over="ignore"):
+        stored = scale.astype(np.float16).astype(np.float32)
+    return (((magnitudes == 0) | (magnitudes == scale)) & (stored == scale)).all(axis=(1, 2))
+
+
+def _search(
+    rows: np.ndarray, importance: np.ndarray | None, effort: Effort, block_size: int, has_two: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """d as bytes, uint8 [n_blocks, 2], and code + 1, uint8 [n_blocks, block_size]."""
+    blocks, weights = to_blocks(rows, importance, block_size)
+    scales, codes = np.empty(len(blocks), np.float32), np.empty(blocks.shape, np.uint8)
+    if effort == "best":
+        events = _sort_events(blocks, has_two)
+        search_sorted(blocks, weights, events, (scales, codes))
+    else:
+        search_thresholds(blocks, weights, _THRESHOLDS, has_two, (scales, codes))
+    return scales.astype("<f2").view(np.uint8).reshape(-1, 2), codes
+
+
+def _sort_events(blocks: np.ndarray, has_two: bool) -> np.ndarray:
+    """The events of each block by rising magnitude, uint32 [n_blocks, n_events]; the lower bits are the event's index.
+
+    Event j: code j leaves zero. With has_two, event block_size + j: code j becomes a 2, at a third of its magnitude.
+    The magnitudes are those of float32 less the bits that hold the index, which are zeros in weights that were float16
+    or bfloat16.
+    """
+    size = blocks.shape[1]
+    events = np.empty((len(blocks), size * (1 + has_two)), np.uint32)
+    # The shift drops the sign.
+    np.left_shift(blocks.view(np.uint32), 1, out=events[:, :size])
+    if has_two:
+        np.left_shift((blocks / THREE).view(np.uint32), 1, out=events[:, size:])
+    index = np.arange(events.shape[1], dtype=np.uint32)
+    events &= ~index[-1]
+    events |= index
+    events.sort(axis=1)
+    return events
+
+
+def _pack_trits(digits: np.ndarray, n_bytes: int) -> np.ndarray:
+    """uint8 [n, n_digits * n_bytes], digit k of byte l at k * n_bytes + l, to uint8 [n, n_bytes]."""
+    digits = digits.reshape(len(digits), -1, n_bytes)
+    number = digits[:, 0]
+    for k in range(1, 5):
+        number = number * np.uint8(3)
+        if k < digits.shape[1]:
+            number += digits[:, k]
+    return ((number.astype(np.uint16) * np.uint16(256) + np.uint16(242)) // np.uint16(243)).astype(np.uint8)
+
+
+def _unpack_trits(data: np.ndarray, n_digits: int) -> np.ndarray:
+    shifted = data[:, None] * np.array([1, 3, 9, 27, 81], np.uint8)[:n_digits, None]
+    return ((shifted.astype(np.uint16) * np.uint16(3)) >> 8).astype(np.uint8).reshape(len(data), -1)
+
+
+def _decode(d: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(d).view("<f2").astype(np.float32) * (codes.view(np.int8) - np.int8(1))
+
+
+_jit = njit(nogil=True, cache=True, error_model="numpy")
+
+
+@_jit
+def round_f16(value):
+    """The float16 nearest to a value >= 0, as float32; beyond the range of float16 the largest one."""
+    value = min(value, F16_MAX)
+    split = value * np.float32(2**13 + 1)  # Veltkamp: leaves the upper 24 - 13 bits
+    # Subnormals are multiples of 2**-24, which is the spacing of float32 in [0.5, 1).
+    half = np.float32(0.5)
+    return (value + half) - half if value < F16_MIN_NORMAL else split - (split - value)
+
+
+@_jit
+def best_scale(sum_xq, sum_qq, largest, scale, gain):
+    """The float16 scale of the best codes, by their sums in units of the largest weight, and the error it takes away.
+
+    sum_xq, sum_qq: of each trial; scale, gain: room for as many.
+    """
+    for t in range(gain.size):
+        scale[t] = round_f16(largest * (sum_xq[t] / sum_qq[t]))
+        step = scale[t] / largest
+        gain[t] = step * (TWO * sum_xq[t] - step * sum_qq[t])
+    g0, g1, g2, g3 = gain[0], gain[1], gain[2], gain[3]
+    for t in range(4, gain.size, 4):
+        g0, g1 = max(g0, gain[t]), max(g1, gain[t + 1])
+        g2, g3 = max(g2, gain[t + 2]), max(g3, gain[t + 3])
+    most = max(g0, g1, g2, g3)
+    for t in range(gain.size):
+        if gain[t] == most:
+            return scale[t], most
+    return ZERO, ZERO
+
+
+@_jit
+def write_codes(x, d, has_two, codes):
+    """code + 1 of every weight under the scale d, of either sign."""
+    step = abs(d)
+    half = step * HALF
+    limit = half * THREE if has_two else INFINITY
+    sign = np.float32(-1) if d < ZERO else np.float32(1)
+    if step == ZERO:
+        codes[:] = 1
+        return
+    for j in range(x.size):
+        y = x[j] * sign
+        codes[j] = np.uint8(1) + np.uint8(y > half) + np.uint8(y > limit) - np.uint8(y < -half)
+
+
+@_jit
+def search_sorted(blocks, weights, events, out):
+    """The optimal scale of each block, and its codes.
+
+    blocks float32 [n_blocks, block_size], weights float32 [blocks_per_row, block_size].
+    events uint32 [n_blocks, n_events]: by rising magnitude, as _sort_events makes them.
+    out: (scales float32 [n_blocks], code + 1 uint8 like blocks).
+    """
+    scales, codes = out
+    size, n_events = blocks.shape[1], events.shape[1]
+    has_two = n_events > size
+    steps, sums = np.empty((2, n_events), np.float32), np.empty((2, n_events), np.float32)
+    trials = np.empty((2, n_events), np.float32)
+    for b in range(blocks.shape[0]):
+        x, w = blocks[b], weights[b % weights.shape[0]]
+        largest = abs(x[events[b, n_events - 1] & (size - 1)])
+        scales[b], most = ZERO, ZERO
+        for side in range(1 + has_two if largest > ZERO else 0):
+            sign = np.float32(1 - 2 * side)
+            for j in range(size):
+                steps[0, j], steps[1, j] = w[j] * (abs(x[j]) / largest), w[j]
+            for j in range(n_events - size):
+                longer = ONE if x[j] * sign > ZERO else ZERO
+                steps[0, size + j], steps[1, size + j] = longer * steps[0, j], longer * (THREE * w[j])
+            sum_xq, sum_qq = ZERO, ZERO
+            for k in range(n_events):
+                event = events[b, n_events - 1 - k] & (n_events - 1)
+                sum_xq += steps[0, event]
+                sum_qq += steps[1, event]
+                sums[0, k], sums[1, k] = sum_xq, sum_qq
+            scale, gain = best_scale(sums[0], sums[1], largest, trials[0], trials[1])
+            if gain > most:
+                scales[b], most = scale * sign, gain
+        write_codes(x, scales[b], has_two, codes[b])
+
+
+@_jit
+def sum_codes(a, w, longer, thresholds, sums):
+    """sums[0..1, lane] = Swxq, Swqq under each threshold; a: magnitudes, longer: 1 where a code may be a 2, else 0."""
+    sum_xq, sum_qq = sums[0], sums[1]
+    sum_xq[:], sum_qq[:] = ZERO, ZERO
+    for j in range(0, a.size, 2):
+        a0, a1, w0, w1 = a[j], a[j + 1], w[j], w[j + 1]
+        third0, third1 = longer[j] * a0 / THREE, longer[j + 1] * a1 / THREE
+        for t in range(thresholds.size):
+            q0 = (ONE if a0 > thresholds[t] else ZERO) + (ONE if third0 > thresholds[t] else ZERO)
+            q1 = (ONE if a1 > thresholds[t] else ZERO) + (ONE if third1 > thresholds[t] else ZERO)
+            wq0, wq1 = w0 * q0, w1 * q1
+            sum_xq[t] += wq0 * a0 + wq1 * a1
+            sum_qq[t] += wq0 * q0 + wq1 * q1
+
+
+@_jit
+def search_thresholds(blocks, weights, thresholds, has_two, out):
+    """As search_sorted, with the codes of a few thresholds alone: shares of the largest magnitude, below 1."""
+    scales, codes = out
+    size = blocks.shape[1]
+    may_be_two = ONE if has_two else ZERO
+    a, longer = np.empty(size, np.float32), np.empty(size, np.float32)
+    sums, trials = np.empty((2, thresholds.size), np.float32), np.empty((2, thresholds.size), np.float32)
+    for b in range(blocks.shape[0]):
+        x, w = blocks[b], weights[b % weights.shape[0]]
+        largest = ZERO
+        for j in range(size):
+            largest = max(largest, abs(x[j]))
+        scales[b], most = ZERO, ZERO
+        for side in range(1 + has_two if largest > ZERO else 0):
+            sign = np.float32(1 - 2 * side)
+            for j in range(size):
+                a[j] = abs(x[j]) / largest
+                longer[j] = may_be_two if x[j] * sign > ZERO else ZERO
+            sum_codes(a, w, longer, thresholds, sums)
+            scale, gain = best_scale(sums[0], sums[1], largest, trials[0], trials[1])
+            if gain > most:
+                scales[b], most = scale * sign, gain
+        write_codes(x, scales[b], has_two, codes[b])
