@@ -103,7 +103,7 @@ class StreamCheckpoint:
             header = json.loads(str(arrays.pop("header")))
             fingerprint = header["fingerprint"]
             self.layers_done, self.complete = header["layers_done"], header["complete"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise ConvertError(
                 f"the calibration checkpoint cannot be read ({error})", str(path), "start again with --fresh"
             ) from error

@@ -16,7 +16,7 @@ import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
@@ -25,6 +25,8 @@ from gguf.gguf_writer import GGUFValue
 from calibration.importance import ImportanceMatrix
 from formats.errors import ConvertError
 from formats.gguf_file import TensorEntry, lay_out, padded, read_gguf
+
+T = TypeVar("T")
 
 _TYPE, _DATASETS = "general.type", "imatrix.datasets"
 _CHUNK_COUNT, _CHUNK_SIZE = "imatrix.chunk_count", "imatrix.chunk_size"
@@ -84,7 +86,7 @@ def save_imatrix(path: Path, matrix: ImportanceMatrix) -> None:
 
 def _load_gguf(path: Path) -> ImportanceMatrix:
     reader = read_gguf(path)
-    if _contents(reader, _TYPE) != "imatrix":
+    if _value(path, reader, _TYPE, str) != "imatrix":
         raise ConvertError(
             "this GGUF file is no importance matrix",
             str(path),
@@ -99,26 +101,37 @@ def _load_gguf(path: Path) -> ImportanceMatrix:
         counted = tensors.get(weight + _COUNTS)
         if counted is None or {tensor.tensor_type, counted.tensor_type} != {GGMLQuantizationType.F32}:
             raise _damaged(path, f"{weight} lacks float32 sums and counts")
+        if tensor.n_elements == 0:
+            raise _damaged(path, f"{weight} has no columns")
         # A reader shows shapes fastest dimension first; a single matrix may be stored as a vector.
         sums[weight] = np.array(tensor.data, np.float64).reshape(-1, int(tensor.shape[0]))
         counts[weight] = _whole_counts(path, weight, np.array(counted.data, np.float64).reshape(-1))
     if not sums:
         raise _damaged(path, "it has no entries")
-    datasets, size = _contents(reader, _DATASETS) or [], _contents(reader, _CHUNK_SIZE)
+    datasets, size = _value(path, reader, _DATASETS, list), _value(path, reader, _CHUNK_SIZE, int)
     return ImportanceMatrix(
         sums,
         counts,
-        corpus=", ".join(datasets) or None,
-        samples=_contents(reader, _CHUNK_COUNT) or None,
+        corpus=", ".join(map(str, datasets or [])) or None,
+        samples=_value(path, reader, _CHUNK_COUNT, int) or None,
         sequence_length=size if size and size != _CHUNKS_ARE_ROWS else None,
         where=str(path),
-        **{field: _contents(reader, key) for key, field in _IDENTITY.items()},
+        **{field: _value(path, reader, key, str) for key, field in _IDENTITY.items()},
     )
 
 
-def _contents(reader: GGUFReader, key: str) -> Any:
+def _value(path: Path, reader: GGUFReader, key: str, kind: type[T]) -> T | None:
+    """The key's value, None when the file has no such key."""
     field = reader.get_field(key)
-    return None if field is None else field.contents()
+    if field is None:
+        return None
+    try:
+        value = field.contents()
+    except ValueError as error:
+        raise _damaged(path, f"{key} cannot be read ({error})") from error
+    if not isinstance(value, kind):
+        raise _damaged(path, f"{key} is {value!r}")
+    return value
 
 
 def _whole_counts(path: Path, weight: str, counts: np.ndarray) -> np.ndarray:

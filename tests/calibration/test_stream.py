@@ -1,0 +1,128 @@
+"""Interrupted, resumed, on other threads: the same bytes. Another run's checkpoint and a damaged one are refused."""
+
+import numpy as np
+import pytest
+
+from calibration.checkpointing import STATE_NAME
+from calibration.control import Interrupted
+from formats.errors import ConvertError
+from tests.calibration.streaming import DictSource, all_bytes, compute, random_corpus
+
+# Six layers of two kinds, and experts.
+MODELS = ("gemma3", "qwen3_moe")
+
+
+class StopAfter:
+    """should_stop that says so once that many layers are done."""
+
+    def __init__(self, n_layers: int):
+        self.remaining = n_layers
+
+    def __call__(self) -> bool:
+        self.remaining -= 1
+        return self.remaining <= 0
+
+
+class BreaksAt(DictSource):
+    """A source that fails when a weight is asked for, as a process that is killed leaves the stream."""
+
+    broken_name = ""
+
+    def read(self, name: str) -> np.ndarray:
+        if name == self.broken_name:
+            raise ConnectionError(name)
+        return super().read(name)
+
+
+def n_layers_of(name: str) -> int:
+    return 6 if name == "gemma3" else 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_resumed_after_any_layer_gives_the_same_bytes(name, tiny, tmp_path):
+    whole = compute(tiny(name), tmp_path / "whole")
+    for n_layers in range(1, n_layers_of(name) + 1):
+        work_dir = tmp_path / str(n_layers)
+        with pytest.raises(Interrupted, match=f"after layer {n_layers} of"):
+            compute(tiny(name), work_dir, should_stop=StopAfter(n_layers))
+        source = DictSource.of(tiny(name))
+        assert all_bytes(compute(tiny(name), work_dir, source=source)) == all_bytes(whole)
+        assert source.reads[f"model.layers.{n_layers - 1}.self_attn.q_proj.weight"] == 0
+
+
+@pytest.mark.parametrize("layer", range(6))
+def test_resumed_after_a_failure_amid_a_layer_gives_the_same_bytes(layer, tiny, tmp_path):
+    whole = compute(tiny("gemma3"), tmp_path / "whole")
+    source = BreaksAt.of(tiny("gemma3"))
+    source.broken_name = f"model.layers.{layer}.mlp.down_proj.weight"
+    with pytest.raises(ConnectionError):
+        compute(tiny("gemma3"), tmp_path / "work", source=source)
+    # What the layer that was cut short has written is in the other file of hidden states.
+    torn = tmp_path / "work" / f"hidden-{(layer + 1) % 2}.bin"
+    torn.write_bytes(b"\xff" * 1000)
+    assert all_bytes(compute(tiny("gemma3"), tmp_path / "work")) == all_bytes(whole)
+
+
+def test_interrupted_again_and_again_ends_with_the_same_bytes(tiny, tmp_path):
+    whole = compute(tiny("gemma3"), tmp_path / "whole")
+    for _ in range(6):
+        with pytest.raises(Interrupted):
+            compute(tiny("gemma3"), tmp_path / "work", should_stop=lambda: True)
+    assert all_bytes(compute(tiny("gemma3"), tmp_path / "work", should_stop=lambda: True)) == all_bytes(whole)
+
+
+@pytest.mark.parametrize("threads", [2, 8])
+@pytest.mark.parametrize("name", MODELS)
+def test_threads_change_no_byte(name, threads, tiny, tmp_path):
+    corpus = random_corpus(n_samples=7)
+    single = compute(tiny(name), tmp_path / "1", corpus=corpus, threads=1)
+    several = compute(tiny(name), tmp_path / "n", corpus=corpus, threads=threads)
+    assert all_bytes(several) == all_bytes(single)
+
+
+def test_finished_run_leaves_its_statistics_only_and_is_not_run_again(tiny, tmp_path):
+    first = compute(tiny("llama"), tmp_path / "work")
+    assert [path.name for path in (tmp_path / "work").iterdir()] == [STATE_NAME]
+    source = DictSource.of(tiny("llama"))
+    assert all_bytes(compute(tiny("llama"), tmp_path / "work", source=source)) == all_bytes(first)
+    assert set(source.reads.values()) == {0}
+
+
+def test_progress_counts_tokens_up_to_all(tiny, tmp_path):
+    seen = []
+    corpus = random_corpus()
+    compute(tiny("llama"), tmp_path / "work", corpus=corpus, progress=lambda *report: seen.append(report))
+    done = [report[1] for report in seen]
+    assert done == sorted(done)
+    assert seen[-1] == ("calibrate", corpus.tokens.size, corpus.tokens.size, "tokens")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"corpus": random_corpus(seed=1)}, "tokens"), ({"model": "another"}, "weights")],
+)
+def test_checkpoint_of_another_run_is_refused(change, named, tiny, tmp_path):
+    with pytest.raises(Interrupted):
+        compute(tiny("llama"), tmp_path, should_stop=lambda: True)
+    with pytest.raises(ConvertError, match=f"another run's: {named} is"):
+        compute(tiny("llama"), tmp_path, **change)
+
+
+def test_checkpoint_that_cannot_be_read_is_refused(tiny, tmp_path):
+    with pytest.raises(Interrupted):
+        compute(tiny("llama"), tmp_path, should_stop=lambda: True)
+    state = tmp_path / STATE_NAME
+    whole = state.read_bytes()
+    for content in (whole[:100], whole[:-10], b"", b"PK", b"\x00" * 1000):
+        state.write_bytes(content)
+        with pytest.raises(ConvertError, match="checkpoint cannot be read"):
+            compute(tiny("llama"), tmp_path)
+
+
+def test_hidden_states_cut_short_are_refused(tiny, tmp_path):
+    with pytest.raises(Interrupted):
+        compute(tiny("llama"), tmp_path, should_stop=StopAfter(1))
+    with (tmp_path / "hidden-1.bin").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(ConvertError, match="cut short"):
+        compute(tiny("llama"), tmp_path)
