@@ -128,10 +128,10 @@ def _score(source: "torch.Tensor", candidate: "torch.Tensor", following: "torch.
     """source, candidate: logits [n_positions, vocabulary]; following: the true next tokens [n_positions]."""
     import torch
 
+    agree = (source.argmax(-1) == candidate.argmax(-1)).float()
     log_p, log_q = source.float().log_softmax(-1), candidate.float().log_softmax(-1)
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
     likelihoods = [-log.gather(-1, following[:, None])[:, 0] for log in (log_p, log_q)]
-    agree = (log_p.argmax(-1) == log_q.argmax(-1)).float()
     return torch.stack([*likelihoods, divergence, agree]).cpu().numpy().astype(np.float64)
 
 

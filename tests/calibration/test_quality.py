@@ -1,0 +1,133 @@
+"""Quality through two streams equals the whole models' logits side by side; interruption changes nothing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from calibration.control import Interrupted
+from calibration.corpus import Corpus
+from calibration.quality import QualityReport, compare
+from formats.errors import ConvertError
+from tests.calibration.streaming import DictSource, load_whole, random_corpus, with_config
+
+
+def with_noise(source: DictSource, scale: float = 0.2) -> DictSource:
+    random = np.random.default_rng(1)
+    return DictSource(
+        {
+            name: (w * (1 + scale * random.standard_normal(w.shape))).astype(np.float32)
+            for name, w in source.tensors.items()
+        }
+    )
+
+
+def whole_logits(directory: Path, source: DictSource, tokens: np.ndarray, tmp_path: Path) -> np.ndarray:
+    """float64 [n_samples, sequence_length, vocabulary] of the model with these weights."""
+    from safetensors.numpy import save_file
+
+    changed = with_config(directory, tmp_path)
+    for shard in changed.glob("*.safetensors*"):
+        shard.unlink()
+    shapes = {name: p.shape for name, p in load_whole(directory).named_parameters()}
+    tensors = {n: np.ascontiguousarray(w.reshape(shapes.get(n, w.shape))) for n, w in source.tensors.items()}
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+    with torch.inference_mode():
+        return load_whole(changed)(torch.from_numpy(tokens).long()).logits.double().numpy()
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def uncertain(directory: Path) -> DictSource:
+    """The model's weights with an embedding so small that the layers, not the last token, decide what follows."""
+    source = DictSource.of(directory)
+    source.tensors["model.embed_tokens.weight"] *= 0.05
+    return source
+
+
+def run(
+    directory: Path, work_dir: Path, candidate: DictSource, corpus: Corpus, source: DictSource | None = None, **options
+) -> QualityReport:
+    source = source or DictSource.of(directory)
+    return compare(source, candidate, directory, corpus, work_dir=work_dir, device="cpu", **options)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma3", "qwen3_moe", "gemma3 softcapped"])
+def test_streamed_equals_the_whole_models_logits(name, tiny, tmp_path):
+    name, _, capped = name.partition(" ")
+    directory = tiny(name)
+    if capped:
+        directory = with_config(directory, tmp_path / "capped", final_logit_softcapping=0.5)
+    corpus, source = random_corpus(name), uncertain(directory)
+    candidate = with_noise(source)
+    report = run(directory, tmp_path / "work", candidate, corpus, source)
+
+    # The second half is scored: positions L // 2 to L - 2 predict the tokens that follow them.
+    length = corpus.tokens.shape[1]
+    following = corpus.tokens[:, length // 2 + 1 :, None].astype(int)
+    logits_p, logits_q = (
+        whole_logits(directory, weights, corpus.tokens, tmp_path / kind)[:, length // 2 : -1]
+        for kind, weights in (("source", source), ("candidate", candidate))
+    )
+    log_p, log_q = log_softmax(logits_p), log_softmax(logits_q)
+    divergence = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1).ravel()
+    expected = {
+        "source_perplexity": np.exp(-np.take_along_axis(log_p, following, -1).mean()),
+        "perplexity": np.exp(-np.take_along_axis(log_q, following, -1).mean()),
+        "mean_kld": divergence.mean(),
+        "kld_99": np.quantile(divergence, 0.99),
+        "kld_99_9": np.quantile(divergence, 0.999),
+        "max_kld": divergence.max(),
+        "top1_agreement": (logits_p.argmax(-1) == logits_q.argmax(-1)).mean(),
+        "tokens": divergence.size,
+    }
+    assert divergence.mean() > 0.001
+    measured = report.to_dict()
+    assert {key: measured[key] for key in expected} == pytest.approx(expected, rel=2e-4)
+    assert (report.corpus, report.samples, report.sequence_length) == ("random", *corpus.tokens.shape)
+
+
+def test_model_compared_with_itself_is_the_same(tiny, tmp_path):
+    report = run(tiny("qwen3"), tmp_path / "work", DictSource.of(tiny("qwen3")), random_corpus("qwen3"))
+    assert report.perplexity == report.source_perplexity
+    assert report.top1_agreement == 1
+    assert abs(report.max_kld) < 1e-6
+
+
+def test_interrupted_at_every_point_ends_with_the_same_report(tiny, tmp_path):
+    corpus, candidate = random_corpus(), with_noise(DictSource.of(tiny("llama")))
+    whole = run(tiny("llama"), tmp_path / "whole", candidate, corpus)
+    for _ in range(5):  # after each of two layers, twice, and amid the comparison
+        with pytest.raises(Interrupted):
+            run(tiny("llama"), tmp_path / "work", candidate, corpus, should_stop=lambda: True)
+    assert run(tiny("llama"), tmp_path / "work", candidate, corpus) == whole
+
+
+def test_checkpoint_of_other_weights_is_refused(tiny, tmp_path):
+    corpus, candidate = random_corpus(), with_noise(DictSource.of(tiny("llama")))
+    with pytest.raises(Interrupted):
+        run(tiny("llama"), tmp_path, candidate, corpus, identity="A", should_stop=lambda: True)
+    with pytest.raises(ConvertError, match="another run's: weights is 'A' there and 'B' here"):
+        run(tiny("llama"), tmp_path, candidate, corpus, identity="B")
+
+
+def test_nothing_is_left_of_a_finished_comparison(tiny, tmp_path):
+    run(tiny("llama"), tmp_path, with_noise(DictSource.of(tiny("llama"))), random_corpus())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_too_short_to_score_are_refused(tiny, tmp_path):
+    corpus = Corpus(random_corpus().tokens[:, :3], "short", "0" * 64)
+    with pytest.raises(ConvertError, match="samples of 3 tokens leave nothing to score"):
+        run(tiny("llama"), tmp_path, DictSource.of(tiny("llama")), corpus)
+
+
+def test_candidate_that_predicts_nothing_finite_is_refused(tiny, tmp_path):
+    candidate = DictSource.of(tiny("llama"))
+    candidate.tensors["lm_head.weight"][7] = np.inf
+    with pytest.raises(ConvertError, match="predictions are not finite"):
+        run(tiny("llama"), tmp_path, candidate, random_corpus())
