@@ -2,7 +2,7 @@
 
 from gguf import GGMLQuantizationType as Type
 
-from formats import fp4, iq4, plain, q1_0, q2_k, q4_0, q4_1, q4_k, q6_k, q8_0, ternary
+from formats import fp4, iq1, iq2, iq3, iq4, plain, q1_0, q2_k, q4_0, q4_1, q4_k, q6_k, q8_0, ternary
 from formats.block_format import BlockFormat, NewerType
 from formats.errors import ConvertError, nearest
 
@@ -22,6 +22,35 @@ _ALL = (
     BlockFormat(Type.Q4_0, q4_0.BLOCK_SIZE, q4_0.Q4_0_TYPE_SIZE, q4_0.encode_q4_0, q4_0.decode_q4_0),
     BlockFormat(Type.IQ4_NL, iq4.IQ4_NL_BLOCK_SIZE, iq4.IQ4_NL_TYPE_SIZE, iq4.encode_iq4_nl, iq4.decode_iq4_nl),
     BlockFormat(Type.IQ4_XS, iq4.IQ4_XS_BLOCK_SIZE, iq4.IQ4_XS_TYPE_SIZE, iq4.encode_iq4_xs, iq4.decode_iq4_xs),
+    BlockFormat(Type.IQ3_S, iq3.BLOCK_SIZE, iq3.IQ3_S_TYPE_SIZE, iq3.encode_iq3_s, iq3.decode_iq3_s),
+    BlockFormat(
+        Type.IQ3_XXS,
+        iq3.BLOCK_SIZE,
+        iq3.IQ3_XXS_TYPE_SIZE,
+        iq3.encode_iq3_xxs,
+        iq3.decode_iq3_xxs,
+        needs_importance=True,
+    ),
+    BlockFormat(
+        Type.IQ2_S, iq2.BLOCK_SIZE, iq2.IQ2_S_TYPE_SIZE, iq2.encode_iq2_s, iq2.decode_iq2_s, needs_importance=True
+    ),
+    BlockFormat(
+        Type.IQ2_XS, iq2.BLOCK_SIZE, iq2.IQ2_XS_TYPE_SIZE, iq2.encode_iq2_xs, iq2.decode_iq2_xs, needs_importance=True
+    ),
+    BlockFormat(
+        Type.IQ2_XXS,
+        iq2.BLOCK_SIZE,
+        iq2.IQ2_XXS_TYPE_SIZE,
+        iq2.encode_iq2_xxs,
+        iq2.decode_iq2_xxs,
+        needs_importance=True,
+    ),
+    BlockFormat(
+        Type.IQ1_M, iq1.BLOCK_SIZE, iq1.IQ1_M_TYPE_SIZE, iq1.encode_iq1_m, iq1.decode_iq1_m, needs_importance=True
+    ),
+    BlockFormat(
+        Type.IQ1_S, iq1.BLOCK_SIZE, iq1.IQ1_S_TYPE_SIZE, iq1.encode_iq1_s, iq1.decode_iq1_s, needs_importance=True
+    ),
     BlockFormat(Type.MXFP4, fp4.MXFP4_BLOCK_SIZE, fp4.MXFP4_TYPE_SIZE, fp4.encode_mxfp4, fp4.decode_mxfp4),
     BlockFormat(Type.NVFP4, fp4.NVFP4_BLOCK_SIZE, fp4.NVFP4_TYPE_SIZE, fp4.encode_nvfp4, fp4.decode_nvfp4),
     BlockFormat(

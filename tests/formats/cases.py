@@ -30,6 +30,10 @@ INDEX = np.arange(16)
 # The bytes whose four two-bit fields are 0, 1, 2, 3, lowest first.
 FIELDS_0123 = 0b11_10_01_00
 IQ4_LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+# Of 32 weights: minus in the first two (signs 3), and in the first and the last of the next eight (signs 1).
+SIGNS_3_1 = np.where(np.isin(np.arange(32), [0, 1, 8, 15]), -1, 1)
+# IQ1's points 1, 256, 0, 0.
+IQ1_POINTS = np.concatenate([[1], [-1] * 7, [-1, 0, 1, 0, 1, -1, 0, -1], [-1] * 16])
 # The values of the codes 0 .. 15.
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
@@ -180,5 +184,68 @@ CASES = (
         fast=1.0,
         block=HALF + bytes([0x0F] * 16),  # d = 0.5; of each eight weights the first four positive
         weights=0.5 * np.tile(repeat([1, -1], 4), 16),
+    ),
+    Case(
+        "IQ3_S",
+        best=0.96,
+        fast=1.0,
+        # Points 1 = (3, 1, 1, 1) and 256 = (7, 5, 9, 5), the ninth bits 0, 1, 0, 1 ..; of eight signs the first is
+        # minus; scales 0 .. 7, d = 1.
+        block=ONE + bytes([1, 0] * 32 + [0xAA] * 8 + [0x01] * 32 + [0x10, 0x32, 0x54, 0x76]),
+        weights=repeat(2 * np.arange(8) + 1, 32) * np.tile([-3, 1, 1, 1, 7, 5, 9, 5], 32),
+    ),
+    Case(
+        "IQ3_XXS",
+        best=0.96,
+        fast=1.0,
+        # Points 1 = (20, 4, 4, 4) and 0 = (4, 4, 4, 4). Signs 3 and 1 of 7 bits, the rest 0: two minus signs in the
+        # first eight weights; one in the second, so that the eighth is minus as well. Scales 0 .. 7.
+        block=ONE + bytes([1, 0] * 32) + b"".join((0x83 | i << 28).to_bytes(4, "little") for i in range(8)),
+        weights=0.5 * repeat(INDEX[:8] + 0.5, 32) * np.tile(np.tile([20, 4, 4, 4, 4, 4, 4, 4], 4) * SIGNS_3_1, 8),
+    ),
+    Case(
+        "IQ2_S",
+        best=0.95,
+        fast=1.0,
+        # Points 1 = (43, 8, ..) and 256 = (25, 25, 25, 25, 25, 8, 25, 8), the upper two bits 0, 1, 0, 1; of 16 signs
+        # the first is minus; scales 0 .. 15.
+        block=ONE + bytes([1, 0] * 16 + [0x01, 0x00] * 16 + [0x44] * 8) + bytes(range(0x10, 0x100, 0x22)),
+        weights=0.25 * repeat(INDEX + 0.5, 16) * np.tile([-43] + [8] * 7 + [25, 25, 25, 25, 25, 8, 25, 8], 16),
+    ),
+    Case(
+        "IQ2_XS",
+        best=0.95,
+        fast=1.0,
+        # Points 1 = (43, 8, ..) and 0 = (8, ..); above the 9 bits of the point the signs, 3 and 1; scales 0 .. 15.
+        block=ONE + b"\x01\x06\x00\x02" * 16 + bytes(range(0x10, 0x100, 0x22)),
+        weights=0.25 * repeat(INDEX + 0.5, 16) * np.tile(([43] + [8] * 15) * SIGNS_3_1[:16], 16),
+    ),
+    Case(
+        "IQ2_XXS",
+        best=0.95,
+        fast=1.0,
+        # As IQ3_XXS, four points for 32 weights: 1 = (43, 8, ..) and three times 0 = (8, ..).
+        block=ONE + b"".join(b"\x01\x00\x00\x00" + (0x83 | i << 28).to_bytes(4, "little") for i in range(8)),
+        weights=0.25 * repeat(INDEX[:8] + 0.5, 32) * np.tile(([43] + [8] * 31) * SIGNS_3_1, 8),
+    ),
+    Case(
+        "IQ1_M",
+        best=0.88,
+        fast=1.0,
+        # Points 1, 256, 0, 0 as IQ1_S, the shift of every second negative. Scales 0 .. 7, twice; above them, four bits
+        # at a time, the float16 2 = 0x4000.
+        block=bytes([1, 0, 0, 0] * 8 + [0x90, 0x80] * 8) + b"\x88\x06\xac\x0f\x88\x06\xac\x4f",
+        weights=2
+        * np.tile(repeat(2 * INDEX[:8] + 1, 16), 2)
+        * (np.tile(IQ1_POINTS, 8) + np.tile(repeat([1, -1], 8), 16) / 8),
+    ),
+    Case(
+        "IQ1_S",
+        best=0.88,
+        fast=1.0,
+        # Points 1, 256, 0, 0: the second one's upper bits are 1. Scales 0 .. 7 in bits 12 .. 14; of the odd ones the
+        # shift is negative.
+        block=TWO + bytes([1, 0, 0, 0] * 8) + b"".join(bytes([1 << 3, s << 4 | s % 2 << 7]) for s in range(8)),
+        weights=2 * repeat(2 * INDEX[:8] + 1, 32) * (np.tile(IQ1_POINTS, 8) + np.tile(repeat([1, -1], 32), 4) / 8),
     ),
 )

@@ -1,0 +1,88 @@
+"""Codebooks of the IQ formats: points of a grid in 4 or 8 dimensions, and which of them lie near a given place.
+
+The points are those of the `gguf` package. From them come, at first use and within some tens of milliseconds, lists of
+candidates: every coordinate of a group of weights is rounded to the codebook's levels on its own, which gives a cell,
+and a cell's candidates are the points nearest to its centre.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import gguf
+import numpy as np
+from numba import njit
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """points: int8 [n_points, n_dims]; coordinates are positive, or of both signs where the format stores no signs.
+    levels: float32 [3], the levels of a coordinate, taken as evenly spaced: lowest, spacing, and index of the highest.
+    candidates: int8 [n_cells, n_dims, n_candidates], coordinates; indices: uint16 [n_cells, n_candidates], of points.
+    A single cell holds all points."""
+
+    points: np.ndarray
+    levels: np.ndarray
+    candidates: np.ndarray
+    indices: np.ndarray
+
+
+@functools.cache
+def points(name: str) -> np.ndarray:
+    """The grid of gguf's decoder for that format, int8 [n_points, n_dims]; IQ1's -1, 0, 1 come as -8, 0, 8, for its
+    weights are shifted by an eighth."""
+    decoder = getattr(gguf.quants, name)
+    decoder.init_grid()
+    grid = decoder.grid.reshape(decoder.grid_shape)
+    return (grid * 8 if name.startswith("IQ1") else grid).astype(np.int8)
+
+
+@functools.cache
+def codebook(name: str, n_candidates: int | None = None) -> Codebook:
+    """The codebook of a format, with lists of n_candidates points a cell, or with one list of all points.
+
+    n_candidates: at most the number of points.
+    """
+    grid = points(name)
+    values = np.unique(grid).astype(np.float32)
+    levels = np.array([values[0], (values[-1] - values[0]) / (len(values) - 1), len(values) - 1], np.float32)
+    if n_candidates is None:
+        return Codebook(grid, levels, grid.T[None].copy(), np.arange(len(grid), dtype=np.uint16)[None])
+    digits = np.searchsorted(values, grid.astype(np.float32)).astype(np.int32)
+    indices = np.empty((len(values) ** grid.shape[1], n_candidates), np.uint16)
+    low, high = (_half_distances(half, len(values)) for half in np.split(digits, 2, axis=1))
+    _list_nearest(low, high, indices)
+    return Codebook(grid, levels, np.ascontiguousarray(grid[indices].transpose(0, 2, 1)), indices)
+
+
+def _half_distances(digits: np.ndarray, n_levels: int) -> np.ndarray:
+    """Squared distance, in levels, of every point from every cell of n_dims coordinates: int32 [n_cells, n_points].
+
+    digits: int32 [n_points, n_dims], levels of the points. The first coordinate is the cell number's lowest digit.
+    """
+    n_dims = digits.shape[1]
+    cells = np.arange(n_levels**n_dims)[:, None, None] // n_levels ** np.arange(n_dims) % n_levels
+    return ((cells - digits) ** 2).sum(axis=2, dtype=np.int32)
+
+
+@njit(nogil=True, cache=True)
+def _list_nearest(low, high, indices):
+    """indices[cell]: the points nearest to a cell's centre; low, high: distances of its lower and upper half.
+
+    Points are sorted by squared distance with a counting sort; equals keep their order.
+    """
+    n_points, n_wanted = low.shape[1], indices.shape[1]
+    distances, counts = np.empty(n_points, np.int32), np.empty(low.max() + high.max() + 2, np.int32)
+    for cell in range(indices.shape[0]):
+        lower, upper = low[cell % low.shape[0]], high[cell // low.shape[0]]
+        counts[:] = 0
+        for k in range(n_points):
+            distances[k] = lower[k] + upper[k]
+        for k in range(n_points):
+            counts[distances[k] + 1] += 1
+        for distance in range(counts.size - 1):
+            counts[distance + 1] += counts[distance]
+        for k in range(n_points):
+            place = counts[distances[k]]
+            counts[distances[k]] += 1
+            if place < n_wanted:
+                indices[cell, place] = k

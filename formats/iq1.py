@@ -1,0 +1,80 @@
+"""IQ1_S and IQ1_M: 32 groups of 8 weights; a group is a scale times a point of a ternary grid, shifted by an eighth.
+
+The grid has 2048 points with coordinates -1, 0 and 1 (gguf.quants). A weight is
+d * (2 scale + 1) * (coordinate +- 0.125). Both have 256 weights a block.
+
+IQ1_S, ggml's block_iq1_s: 50 bytes, 1.5625 bits per weight; a 3-bit scale and a shift for 32 weights
+    d        2     float16
+    qs      32     lower 8 bits of each group's point index
+    qh      16     16 bits for 32 weights, little endian: 4 x upper 3 bits of the indices, the scale in bits 12 .. 14,
+                   bit 15 set where the shift is negative
+
+IQ1_M, ggml's block_iq1_m: 56 bytes, 1.75 bits per weight; a 3-bit scale for 16 weights, a shift for 8
+    qs      32     lower 8 bits of each group's point index
+    qh      16     a nibble a group, the first in the low one: upper 3 bits of the index, bit 3 set for a negative shift
+    scales   8     16 bits for 64 weights, little endian: 4 x 3 bits, scales; bits 12 .. 15, a quarter of float16 d, its
+                   lowest bits in the first
+"""
+
+import numpy as np
+
+from formats.block_format import Effort
+from formats.grids import points
+from formats.iq_packing import pack_half, pack_nibbles, unpack_half, unpack_nibbles
+from formats.iq_search import SIGNED, Layout, SearchEffort, search_rows
+
+BLOCK_SIZE = 256
+IQ1_S_TYPE_SIZE, IQ1_M_TYPE_SIZE = 50, 56
+FIELD_SHIFTS = 3 * np.arange(4, dtype=np.uint16)
+D_SHIFTS = 4 * np.arange(4, dtype=np.uint16)
+
+_TOP_CODE, _UNIT = np.float32(7), np.float32(1 / 8)
+IQ1_S_LAYOUT = Layout(SIGNED, 2, 4, 8, _TOP_CODE, _UNIT)
+IQ1_M_LAYOUT = Layout(SIGNED, 2, 1, 16, _TOP_CODE, _UNIT)
+
+_RATIOS = np.geomspace(0.75, 1.3, 16, dtype=np.float32)
+_PEAKS, _UNIT_TRIALS = np.geomspace(4, 48, 32, dtype=np.float32), np.geomspace(21, 4, 64, dtype=np.float32)
+_EFFORTS = {
+    "best": SearchEffort(32, _PEAKS, _RATIOS, _UNIT_TRIALS, n_refits=1, n_rounds=2),
+    "fast": SearchEffort(16, _PEAKS, _RATIOS, _UNIT_TRIALS, n_refits=0, n_rounds=1),
+}
+
+
+def encode_iq1_s(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
+    d, scales, indices, negative = search_rows(rows, importance, "IQ1_S", IQ1_S_LAYOUT, _EFFORTS[effort])
+    high = np.bitwise_or.reduce((indices >> 8).reshape(-1, 8, 4) << FIELD_SHIFTS, axis=2)
+    qh = high | scales.astype(np.uint16) << 12 | negative[:, ::4].astype(np.uint16) << 15
+    parts = [pack_half(d), indices.astype(np.uint8), qh.astype("<u2").view(np.uint8)]
+    return np.concatenate(parts, axis=1).reshape(len(rows), -1)
+
+
+def encode_iq1_m(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
+    d, scales, indices, negative = search_rows(rows, importance, "IQ1_S", IQ1_M_LAYOUT, _EFFORTS[effort])
+    qh = pack_nibbles((indices >> 8).astype(np.uint8) | negative << 3)
+    fields = np.bitwise_or.reduce(scales.reshape(-1, 4, 4).astype(np.uint16) << FIELD_SHIFTS, axis=2)
+    quarters = pack_half(d).view("<u2") >> D_SHIFTS & 15
+    parts = [indices.astype(np.uint8), qh, (fields | quarters << 12).astype("<u2").view(np.uint8)]
+    return np.concatenate(parts, axis=1).reshape(len(rows), -1)
+
+
+def decode_iq1_s(data: np.ndarray) -> np.ndarray:
+    blocks = data.reshape(-1, IQ1_S_TYPE_SIZE)
+    qh = np.ascontiguousarray(blocks[:, 34:]).view("<u2")
+    high = (qh[:, :, None] >> FIELD_SHIFTS & 7).reshape(-1, 32)
+    scales = unpack_half(blocks[:, :2]) * (2 * (qh >> 12 & 7) + 1)
+    return _decode(scales, blocks[:, 2:34] | high << 8, np.repeat(qh >> 15, 4, axis=1)).reshape(len(data), -1)
+
+
+def decode_iq1_m(data: np.ndarray) -> np.ndarray:
+    blocks = data.reshape(-1, IQ1_M_TYPE_SIZE)
+    qh, fields = unpack_nibbles(blocks[:, 32:48]), np.ascontiguousarray(blocks[:, 48:]).view("<u2")
+    d = np.bitwise_or.reduce(fields >> 12 << D_SHIFTS, axis=1).view(np.float16).astype(np.float32)
+    scales = d[:, None] * (2 * (fields[:, :, None] >> FIELD_SHIFTS & 7).reshape(-1, 16) + 1)
+    return _decode(scales, blocks[:, :32] | (qh & 7).astype(np.uint16) << 8, qh >> 3).reshape(len(data), -1)
+
+
+def _decode(scales: np.ndarray, indices: np.ndarray, negative: np.ndarray) -> np.ndarray:
+    """scales float32 [n_blocks, n_sub]; indices and negative (the shift's sign) [n_blocks, 32]."""
+    shifts = np.where(negative, np.float32(-0.125), np.float32(0.125))
+    coordinates = points("IQ1_S")[indices].astype(np.float32) / 8 + shifts[:, :, None]
+    return (scales[:, :, None] * coordinates.reshape(len(scales), scales.shape[1], -1)).reshape(-1, BLOCK_SIZE)

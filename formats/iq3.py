@@ -1,0 +1,83 @@
+"""IQ3_XXS and IQ3_S: 64 groups of 4 weights; a group is a scale times a point of a grid, with signs.
+
+Both have 256 weights a block and a 4-bit scale for 32 of them.
+
+IQ3_XXS, ggml's block_iq3_xxs: 98 bytes, 3.0625 bits per weight. 256 points with coordinates 4, 12, .. 52, 62
+(gguf.quants). A weight is d * (scale + 0.5) * 0.5 * coordinate, with a sign; the number of minus signs of 8 weights is
+even, and the eighth sign is not stored.
+    d        2     float16
+    qs      64     point indices
+    scales  32     32 bits for 32 weights, little endian: 4 x 7 signs and the scale
+
+IQ3_S, ggml's block_iq3_s: 110 bytes, 3.4375 bits per weight. 512 points with coordinates 1, 3, .. 15 (gguf.quants).
+A weight is d * (2 scale + 1) * coordinate, with a sign.
+    d        2     float16
+    qs      64     lower 8 bits of the point indices
+    qh       8     bit g of byte i: the ninth bit of the index of group 8 i + g
+    signs   32     bit j of byte k set where weight 8 k + j is negative
+    scales   4     byte i: scale of sub-block 2 i in the low nibble, of 2 i + 1 in the high one
+"""
+
+import numpy as np
+
+from formats.block_format import Effort
+from formats.grids import points
+from formats.iq_packing import (
+    decode_points,
+    pack_half,
+    pack_nibbles,
+    pack_signs_and_scales,
+    unpack_half,
+    unpack_nibbles,
+    unpack_signs_and_scales,
+)
+from formats.iq_search import FREE, PARITY, Layout, SearchEffort, search_rows
+
+BLOCK_SIZE = 256
+IQ3_XXS_TYPE_SIZE, IQ3_S_TYPE_SIZE = 98, 110
+
+_TOP_CODE = np.float32(15)
+# Two groups of 4 share the parity of their signs: both even or both odd.
+IQ3_XXS_LAYOUT = Layout(PARITY, 2, 2, 8, _TOP_CODE, np.float32(1 / 4))
+IQ3_S_LAYOUT = Layout(FREE, 1, 1, 8, _TOP_CODE, np.float32(1))
+
+_RATIOS = np.geomspace(0.75, 1.3, 16, dtype=np.float32)
+_UNIT_TRIALS = np.geomspace(43, 8, 64, dtype=np.float32)
+
+
+def _efforts(top: float) -> dict[Effort, SearchEffort]:
+    peaks = np.geomspace(0.5 * top, 3 * top, 32, dtype=np.float32)
+    return {
+        "best": SearchEffort(32, peaks, _RATIOS, _UNIT_TRIALS, n_refits=1, n_rounds=2),
+        "fast": SearchEffort(16, peaks, _RATIOS, _UNIT_TRIALS, n_refits=0, n_rounds=1),
+    }
+
+
+_IQ3_XXS_EFFORTS, _IQ3_S_EFFORTS = _efforts(62), _efforts(15)
+
+
+def encode_iq3_xxs(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
+    d, scales, indices, signs = search_rows(rows, importance, "IQ3_XXS", IQ3_XXS_LAYOUT, _IQ3_XXS_EFFORTS[effort])
+    words = pack_signs_and_scales(pack_nibbles(signs), scales).view(np.uint8)
+    return np.concatenate([pack_half(d), indices.astype(np.uint8), words], axis=1).reshape(len(rows), -1)
+
+
+def encode_iq3_s(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
+    d, scales, indices, signs = search_rows(rows, importance, "IQ3_S", IQ3_S_LAYOUT, _IQ3_S_EFFORTS[effort])
+    qs, qh = indices.astype(np.uint8), np.packbits(indices >> 8, axis=1, bitorder="little")
+    parts = [pack_half(d), qs, qh, pack_nibbles(signs), pack_nibbles(scales)]
+    return np.concatenate(parts, axis=1).reshape(len(rows), -1)
+
+
+def decode_iq3_xxs(data: np.ndarray) -> np.ndarray:
+    blocks = data.reshape(-1, IQ3_XXS_TYPE_SIZE)
+    signs, codes = unpack_signs_and_scales(np.ascontiguousarray(blocks[:, 66:]).view("<u4"))
+    scales = unpack_half(blocks[:, :2]) * (np.float32(0.5) + codes) * np.float32(0.5)
+    return decode_points(scales, points("IQ3_XXS")[blocks[:, 2:66]], signs).reshape(len(data), -1)
+
+
+def decode_iq3_s(data: np.ndarray) -> np.ndarray:
+    blocks = data.reshape(-1, IQ3_S_TYPE_SIZE)
+    high = np.unpackbits(blocks[:, 66:74], axis=1, bitorder="little").astype(np.uint16)
+    scales = unpack_half(blocks[:, :2]) * (2 * unpack_nibbles(blocks[:, 106:]) + 1)
+    return decode_points(scales, points("IQ3_S")[blocks[:, 2:66] | high << 8], blocks[:, 74:106]).reshape(len(data), -1)
