@@ -12,7 +12,8 @@ Plain file reads keep the hidden states out of the process's memory; the page ca
 import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,19 @@ from formats.errors import ConvertError
 
 STATE_NAME = "stream.npz"
 NOT_STARTED = -1
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Failures to write, such as a full disk, in the user's terms."""
+    try:
+        yield
+    except OSError as error:
+        raise ConvertError(
+            f"the calibration checkpoint cannot be written ({error.strerror})",
+            str(path),
+            "free some space, or give another --work-dir; the same command continues after the last whole layer",
+        ) from error
 
 
 class HiddenStates:
@@ -45,11 +59,13 @@ class HiddenStates:
     def write(self, start: int, states: torch.Tensor) -> None:
         buffer = states.cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
         written = 0
-        while written < len(buffer):
-            written += os.pwrite(self.descriptor, buffer[written:], start * self.sample_bytes + written)
+        with _explained(self.path):
+            while written < len(buffer):
+                written += os.pwrite(self.descriptor, buffer[written:], start * self.sample_bytes + written)
 
     def sync(self) -> None:
-        os.fsync(self.descriptor)
+        with _explained(self.path):
+            os.fsync(self.descriptor)
 
     def __del__(self) -> None:
         os.close(self.descriptor)
@@ -84,7 +100,7 @@ class StreamCheckpoint:
         self.layers_done, self.complete, self.arrays = layers_done, complete, dict(arrays)
         header = {"fingerprint": self.fingerprint, "layers_done": layers_done, "complete": complete}
         temporary = self.directory / f"{STATE_NAME}.tmp"
-        with temporary.open("wb") as file:
+        with _explained(temporary), temporary.open("wb") as file:
             np.savez(file, allow_pickle=False, **{"header": np.array(json.dumps(header)), **arrays})
             file.flush()
             os.fsync(file.fileno())

@@ -21,19 +21,16 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_config(path: Path):
-    """The configuration of the text model, from a directory with config.json or a GGUF file."""
+def load_config(directory: Path):
+    """The configuration of the text model, from a directory with config.json; code beside it is never run."""
     from transformers import AutoConfig
 
     try:
-        if path.is_file():
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        else:
-            config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConvertError(
             f"transformers cannot read the model's configuration ({error})",
-            str(path),
+            str(directory),
             "check config.json; without calibration, give an importance matrix with --imatrix",
         ) from error
     return config.get_text_config()

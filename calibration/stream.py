@@ -26,6 +26,7 @@ from calibration.control import Interrupted, Progress, ShouldStop, never, silent
 from calibration.model import build_without_weights, choose_device, load_config
 from calibration.observer import NoStatistic, Observer, Owners, ProductTap, locate_matrices
 from calibration.weights import HEAD, ParameterReader, WeightSource
+from formats.errors import ConvertError
 
 # Tokens of a micro-batch: on a CPU few, so that a layer's activations stay in the cache; on a GPU many.
 _MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 8192, "mps": 2048}
@@ -36,7 +37,7 @@ Weights = dict[str, torch.Tensor]
 class LayerStream:
     """One pass of a model over one set of tokens.
 
-    source: the weights. config_dir: a directory with config.json, or a GGUF file that transformers can read.
+    source: the weights. config_dir: a directory with config.json.
     tokens: int [n_samples, sequence_length]. work_dir: the checkpoint's place, for this pass alone.
     observer: is shown every matrix product of the layers and, last, the inputs of the output head.
     identity: what tells the weights from others of the same shapes; a checkpoint of others is refused.
@@ -146,6 +147,12 @@ class LayerStream:
 
     def _embed(self) -> None:
         embedding, states = self.model.get_input_embeddings(), self._checkpoint.hidden(0)
+        if self.tokens.max() >= self.config.vocab_size:
+            raise ConvertError(
+                f"the text has the token {self.tokens.max()}, the model knows {self.config.vocab_size} tokens",
+                "tokenizer",
+                "fetch the tokenizer and config.json again, from the same revision",
+            )
         with self.resident(embedding):
             for start, stop in self._micro_batches():
                 tokens = torch.from_numpy(self.tokens[start:stop].astype(np.int64))

@@ -11,7 +11,7 @@ import transformers
 
 from calibration.corpus import Corpus
 from calibration.importance import ImportanceMatrix, compute_importance
-from converter.checkpoint import open_checkpoint
+from converter.source import open_checkpoint
 from tests.tiny_models import TINY_MODELS, VOCAB_SIZE
 
 

@@ -1,12 +1,16 @@
 """Interrupted, resumed, on other threads: the same bytes. Another run's checkpoint and a damaged one are refused."""
 
+import os
+
 import numpy as np
 import pytest
+import torch
 
-from calibration.checkpointing import STATE_NAME
+from calibration.checkpointing import STATE_NAME, HiddenStates
 from calibration.control import Interrupted
 from formats.errors import ConvertError
 from tests.calibration.streaming import DictSource, all_bytes, compute, random_corpus
+from tests.tiny_models import VOCAB_SIZE
 
 # Six layers of two kinds, and experts.
 MODELS = ("gemma3", "qwen3_moe")
@@ -126,3 +130,35 @@ def test_hidden_states_cut_short_are_refused(tiny, tmp_path):
         file.truncate(1000)
     with pytest.raises(ConvertError, match="cut short"):
         compute(tiny("llama"), tmp_path)
+
+
+def test_full_disk_is_explained_and_survived(tiny, tmp_path, monkeypatch):
+    whole = compute(tiny("llama"), tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        compute(tiny("llama"), tmp_path / "work", should_stop=StopAfter(1))
+
+    def disk_full(*_) -> int:
+        raise OSError(28, "No space left on device")
+
+    for call in ("pwrite", "fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, disk_full)
+            with pytest.raises(ConvertError, match=r"cannot be written \(No space left on device\)"):
+                compute(tiny("llama"), tmp_path / "work")
+    assert all_bytes(compute(tiny("llama"), tmp_path / "work")) == all_bytes(whole)
+
+
+def test_token_that_the_model_lacks_is_refused(tiny, tmp_path):
+    corpus = random_corpus()
+    corpus.tokens[1, 3] = VOCAB_SIZE
+    with pytest.raises(ConvertError, match=f"the token {VOCAB_SIZE}, the model knows {VOCAB_SIZE} tokens"):
+        compute(tiny("llama"), tmp_path, corpus=corpus)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_states_come_back_as_they_were(dtype, tmp_path):
+    states = HiddenStates(tmp_path / "hidden", (7, 12), dtype)
+    written = torch.randn(5, 7, 12).to(dtype)
+    states.write(3, written[3:])
+    states.write(0, written[:3].transpose(1, 2).contiguous().transpose(1, 2))
+    torch.testing.assert_close(states.read(1, 5), written[1:], rtol=0, atol=0)
