@@ -9,10 +9,11 @@ from calibration.control import ShouldStop
 from calibration.corpus import load_corpus, resolve_corpus
 from calibration.imatrix_file import load_imatrix, save_imatrix
 from calibration.importance import ImportanceMatrix, compute_importance
-from converter.checkpoint import Checkpoint, open_checkpoint
+from converter.checkpoint import Checkpoint
 from converter.job import Job
 from converter.model_map import describe
 from converter.progress import Progress
+from converter.source import open_checkpoint
 from formats.errors import ConvertError
 from formats.registry import get_format
 from profiles.plan import Plan
@@ -149,11 +150,12 @@ def _save_as_directory(gguf: Path, directory: Path) -> None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        read: Any = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
         )
     except (ValueError, KeyError, NotImplementedError, OSError, RuntimeError, ImportError) as error:
         raise _not_readable(gguf, str(error).splitlines()[0]) from None
+    model, loaded = read
     # transformers fills what it could not match with random numbers and goes on.
     if unmatched := sorted({str(name) for kind in ("missing_keys", "mismatched_keys") for name in loaded[kind]}):
         raise _not_readable(gguf, f"it does not find the weights of {unmatched[0]} and {len(unmatched) - 1} others")

@@ -1,4 +1,4 @@
-"""The stage `source`: from MODEL to a Checkpoint whose tensors stay on disk until rows of them are asked for."""
+"""A Checkpoint: a model as it is stored, whose tensors stay on disk until rows of them are asked for."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -128,27 +128,6 @@ class Checkpoint:
 
 def is_metadata_file(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in METADATA_PATTERNS)
-
-
-def open_checkpoint(model: str, *, metadata_only: bool = False, token: str | None = None) -> Checkpoint:
-    """MODEL, a local Hugging Face directory, a GGUF file, or a Hub id[@revision], as a Checkpoint.
-
-    metadata_only: of a Hub model fetch the small files and the headers of the weights only; `with_weights()` of the
-    result brings the weights. Local models are the same either way.
-    Raises ConvertError for anything that is no complete, unquantized safetensors or GGUF model.
-    """
-    from converter import gguf_source, hub, safetensors_source
-
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return safetensors_source.open_directory(path, model_id=path.resolve().name or "model")
-    if path.is_file():
-        return gguf_source.open_gguf(path)
-    if hub.is_hub_id(model):
-        return hub.open_hub(model, metadata_only=metadata_only, token=token)
-    raise ConvertError(
-        f"no such directory or file: {model}", model, "give a local checkpoint, a GGUF file, or a Hub id like org/name"
-    )
 
 
 def _to_float32(values: np.ndarray, dtype: str) -> np.ndarray:

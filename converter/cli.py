@@ -282,10 +282,10 @@ def evaluate(artifact: Path, model: str, as_json: bool, **options: Any) -> None:
 @fails_clearly
 def verify(artifact: Path, model: str, as_json: bool) -> None:
     """Decode every tensor of ARTIFACT with the gguf package and hold it against its source."""
-    from converter.checkpoint import open_checkpoint
     from converter.model_map import describe
     from converter.progress import Progress
     from converter.report import error_table
+    from converter.source import open_checkpoint
     from converter.verify import artifact_files
     from converter.verify import verify as verify_files
 

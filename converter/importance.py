@@ -6,11 +6,11 @@ from typing import Any
 from calibration.control import ShouldStop
 from calibration.imatrix_file import load_imatrix, save_imatrix
 from converter.calibrate import calibrate
-from converter.checkpoint import open_checkpoint
 from converter.job import Job, WorkDirectory, default_work_dir, stops_cleanly, tool_identity
 from converter.model_map import describe
 from converter.preflight import check_samples
 from converter.progress import Progress
+from converter.source import open_checkpoint
 from formats.gguf_file import read_gguf
 from profiles.schema import load_profile
 

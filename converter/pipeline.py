@@ -16,13 +16,14 @@ from calibration.control import ShouldStop, never
 from calibration.importance import ImportanceMatrix
 from converter.artifact import artifact_layout, artifact_metadata, file_name
 from converter.calibrate import calibrate, check_importance, planned_importance
-from converter.checkpoint import Checkpoint, open_checkpoint
+from converter.checkpoint import Checkpoint
 from converter.encode import Encoder
 from converter.job import Job, WorkDirectory, file_sha256, stops_cleanly, tool_identity, write_atomically
 from converter.model_map import describe
 from converter.preflight import check_output_is_free, check_samples, preflight
 from converter.progress import Progress
 from converter.report import fallback_lines, group_rows, quality_warning, source_bytes
+from converter.source import open_checkpoint
 from converter.verify import verify
 from formats.errors import ConvertError
 from formats.gguf_file import GgufLayout

@@ -9,10 +9,11 @@ from calibration.control import ShouldStop
 from calibration.corpus import load_corpus
 from calibration.quality import compare
 from converter.calibrate import load_tokenizer, runnable
-from converter.checkpoint import Checkpoint, open_checkpoint
+from converter.checkpoint import Checkpoint
 from converter.job import Job, write_atomically
 from converter.model_map import describe
 from converter.progress import Progress
+from converter.source import open_checkpoint
 from converter.verify import DecodedArtifact, artifact_files
 from profiles.vocabulary import ModelMap
 

@@ -19,9 +19,9 @@ import numpy as np
 
 from calibration.imatrix_file import save_imatrix
 from calibration.importance import ImportanceMatrix
-from converter.checkpoint import open_checkpoint
 from converter.model_map import describe
 from converter.progress import size_text
+from converter.source import open_checkpoint
 from scripts.smollm2 import VOCABULARY, build
 
 WIDTH, MLP_WIDTH, N_HEADS = 4096, 11008, 32
@@ -114,8 +114,9 @@ def main(profile: str, layers: int, sparse: bool, effort: str, directory: Path) 
         (model / "config.json").write_text(json.dumps(config(layers)))
         write_checkpoint(model, layers, sparse)
         write_importance(model, directory / "importance.gguf")
-        command = [sys.executable, "-m", "converter", "--profile", profile, "--effort", effort, "--no-quality", "--json"]
-        command += ["--imatrix", str(directory / "importance.gguf"), "--output", str(directory / "out.gguf"), str(model)]
+        importance, output = directory / "importance.gguf", directory / "out.gguf"
+        command = [sys.executable, "-m", "converter", "--profile", profile, "--effort", effort, "--no-quality"]
+        command += ["--json", "--imatrix", str(importance), "--output", str(output), str(model)]
         start = time.monotonic()
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         seconds = time.monotonic() - start
@@ -125,7 +126,8 @@ def main(profile: str, layers: int, sparse: bool, effort: str, directory: Path) 
         encode_seconds = report["seconds"]["encode"]
         print(f"source {size_text(report['source']['bytes'])}, artifact {size_text(report['artifact']['bytes'])}")
         print(f"peak resident memory {size_text(peak)} on {os.cpu_count()} cores")
-        print(f"encode {encode_seconds:.0f} s, {n_weights / encode_seconds / 1e6:.1f} M weights/s; whole run {seconds:.0f} s")
+        print(f"encode {encode_seconds:.0f} s, {n_weights / encode_seconds / 1e6:.1f} M weights/s")
+        print(f"whole run {seconds:.0f} s")
     finally:
         shutil.rmtree(directory)
 

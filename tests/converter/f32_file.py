@@ -4,8 +4,8 @@ from pathlib import Path
 
 from gguf import GGUFWriter
 
-from converter.checkpoint import open_checkpoint
 from converter.model_map import describe, read_rows
+from converter.source import open_checkpoint
 
 
 def write_f32(directory: Path, path: Path) -> None:

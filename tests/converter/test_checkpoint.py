@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from converter.checkpoint import open_checkpoint
 from converter.safetensors_source import read_header
+from converter.source import open_checkpoint
 from formats.errors import ConvertError
 
 GENERATOR = np.random.default_rng(3)

@@ -15,7 +15,7 @@ from tests.converter.hub_server import COMMIT, REPOSITORY, HubServer, serve
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, sys
-from converter.checkpoint import open_checkpoint
+from converter.source import open_checkpoint
 from converter.model_map import describe, read_rows
 from formats.errors import ConvertError
 

@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from converter.architecture import architectures
-from converter.checkpoint import open_checkpoint
 from converter.model_map import describe, read_rows, restore
+from converter.source import open_checkpoint
 from formats.errors import ConvertError
 from profiles.vocabulary import ModelMap, Role
 from tests import tiny_models
@@ -355,7 +355,7 @@ def test_a_gguf_with_an_unknown_tensor(tmp_path: Path) -> None:
 
 def test_describing_imports_neither_torch_nor_transformers() -> None:
     program = (
-        "import sys; from converter.checkpoint import open_checkpoint; from converter.model_map import describe; "
+        "import sys; from converter.source import open_checkpoint; from converter.model_map import describe; "
         "describe(open_checkpoint(sys.argv[1])); "
         "print([name for name in ('torch', 'transformers', 'numba') if name in sys.modules])"
     )

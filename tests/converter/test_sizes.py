@@ -9,9 +9,9 @@ from click.testing import CliRunner
 
 from calibration.imatrix_file import save_imatrix
 from calibration.importance import ImportanceMatrix
-from converter.checkpoint import open_checkpoint
 from converter.cli import main
 from converter.model_map import describe
+from converter.source import open_checkpoint
 from profiles.schema import preset_names
 
 
