@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 
-from calibration.corpus import Corpus
+from calibration.corpus import Corpus, load_corpus
 from calibration.importance import ImportanceMatrix, compute_importance
 from formats.errors import ConvertError
 from tests.calibration.streaming import DictSource, compute, load_whole, random_corpus, with_config
@@ -185,3 +186,10 @@ def test_plain_modules_import_no_torch():
     modules = "calibration.importance, calibration.imatrix_file, calibration.corpus, calibration.quality"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_of_the_real_model(smollm2_wide, tmp_path):
+    """The whole of SmolLM2, 768 wide, on real text."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_wide)
+    corpus = load_corpus("embedded", tokenizer, samples=4, sequence_length=128)
+    assert_equals_whole_model(smollm2_wide, tmp_path / "work", corpus)
