@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PROFILE ?= balanced-4bit
 # make batch JOBS=jobs.txt [-j 2]    one conversion a line; goes on past failures and lists them
 
-.PHONY: setup demo test lint bench bench-encoders bench-calibration bench-memory convert batch clean
+.PHONY: setup demo test lint bench bench-encoders bench-calibration bench-memory bench-kld convert batch clean
 
 setup: $(VENV)/.ready
 
@@ -48,6 +48,9 @@ bench-calibration: setup .cache/smollm2-wide
 
 bench-memory: setup
 	$(BIN)/python -m scripts.bench_memory
+
+bench-kld: setup .cache/smollm2-wide
+	$(BIN)/python -m scripts.bench_kld --model .cache/smollm2-wide
 
 .cache/smollm2-wide: | setup
 	$(BIN)/python -m scripts.smollm2 $@ --wide
