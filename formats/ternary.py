@@ -108,15 +108,8 @@ def _sort_events(blocks: np.ndarray, has_two: bool) -> np.ndarray:
     The magnitudes are those of float32 less the bits that hold the index, which are zeros in weights that were float16
     or bfloat16.
     """
-    size = blocks.shape[1]
-    events = np.empty((len(blocks), size * (1 + has_two)), np.uint32)
-    # The shift drops the sign.
-    np.left_shift(blocks.view(np.uint32), 1, out=events[:, :size])
-    if has_two:
-        np.left_shift((blocks / THREE).view(np.uint32), 1, out=events[:, size:])
-    index = np.arange(events.shape[1], dtype=np.uint32)
-    events &= ~index[-1]
-    events |= index
+    events = np.empty((len(blocks), blocks.shape[1] * (1 + has_two)), np.uint32)
+    list_events(blocks, events)
     events.sort(axis=1)
     return events
 
@@ -142,6 +135,21 @@ def _decode(d: np.ndarray, codes: np.ndarray) -> np.ndarray:
 
 
 _jit = njit(nogil=True, cache=True, error_model="numpy")
+
+
+@_jit
+def list_events(blocks, events):
+    """What _sort_events sorts: events uint32 [n_blocks, n_events] of blocks float32 [n_blocks, block_size]."""
+    size, n_events = blocks.shape[1], events.shape[1]
+    upper_bits = np.uint32(0xFFFFFFFF - (n_events - 1))
+    for b in range(blocks.shape[0]):
+        # The shift drops the sign.
+        for j in range(size):
+            bits = np.float32(blocks[b, j]).view(np.uint32)
+            events[b, j] = (bits << np.uint32(1)) & upper_bits | np.uint32(j)
+        for j in range(size, n_events):
+            bits = np.float32(blocks[b, j - size] / THREE).view(np.uint32)
+            events[b, j] = (bits << np.uint32(1)) & upper_bits | np.uint32(j)
 
 
 @_jit
@@ -217,12 +225,21 @@ def sum_events(x, w, events, sign, largest, steps, sums):
         longer = np.float32(x[j] * sign > ZERO)
         # The square of the code grows from 1 to 4.
         steps[0, size + j], steps[1, size + j] = longer * steps[0, j], longer * (THREE * w[j])
-    sum_xq, sum_qq = ZERO, ZERO
-    for k in range(n_events):
-        event = events[n_events - 1 - k] & (n_events - 1)
-        sum_xq += steps[0, event]
-        sum_qq += steps[1, event]
-        sums[0, k], sums[1, k] = sum_xq, sum_qq
+    # Two halves side by side, as each sum has to wait for the one before.
+    half, last = n_events // 2, n_events - 1
+    xq0, qq0, xq1, qq1 = ZERO, ZERO, ZERO, ZERO
+    for k in range(half):
+        event = events[last - k] & last
+        xq0 += steps[0, event]
+        qq0 += steps[1, event]
+        sums[0, k], sums[1, k] = xq0, qq0
+        event = events[last - half - k] & last
+        xq1 += steps[0, event]
+        qq1 += steps[1, event]
+        sums[0, half + k], sums[1, half + k] = xq1, qq1
+    for k in range(half, n_events):
+        sums[0, k] += xq0
+        sums[1, k] += qq0
 
 
 @_jit
