@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from calibration.weights import WeightSource
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImportanceMatrix:
     """Sums of squared inputs per column of each matrix, as llama.cpp's importance matrix has them.
 
@@ -35,7 +35,7 @@ class ImportanceMatrix:
     corpus_sha256: str | None = None
     samples: int | None = None
     sequence_length: int | None = None
-    where: str = field(default="importance matrix", compare=False, repr=False)
+    where: str = field(default="importance matrix", repr=False)
 
     def __post_init__(self) -> None:
         for name, sums in self.sums.items():
@@ -125,19 +125,18 @@ def compute_importance(
     )
     stream.run(progress, should_stop)
     stream.discard_hidden_states()
-    sums: dict[str, np.ndarray] = {}
-    counts: dict[str, np.ndarray] = {}
-    n_matrices = _matrices_by_tensor(names)
-    for parameter, parameter_sums in squared.sums.items():
-        matrices = stream.parameters.matrices(parameter, len(parameter_sums))
-        for i, stored_names in enumerate(matrices):
+    found: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
+    for parameter, sums in squared.sums.items():
+        stored = stream.parameters.matrices(parameter, len(sums))
+        step = len(sums) // len(stored)  # a checkpoint tensor holds one matrix, or all of a layer's experts
+        for i, stored_names in enumerate(stored):
+            rows = slice(i * step, (i + 1) * step)
             for tensor, matrix in (names[name] for name in stored_names if name in names):
-                shape = (n_matrices[tensor], parameter_sums.shape[1])
-                sums.setdefault(tensor, np.zeros(shape))[matrix] = parameter_sums[i]
-                counts.setdefault(tensor, np.zeros(shape[0], np.int64))[matrix] = squared.counts[parameter][i]
+                found.setdefault(tensor, {})[matrix] = (sums[rows], squared.counts[parameter][rows])
+    in_order = {tensor: [matrices[i] for i in sorted(matrices)] for tensor, matrices in sorted(found.items())}
     return ImportanceMatrix(
-        dict(sorted(sums.items())),
-        dict(sorted(counts.items())),
+        sums={tensor: np.concatenate([sums for sums, _ in matrices]) for tensor, matrices in in_order.items()},
+        counts={tensor: np.concatenate([counts for _, counts in matrices]) for tensor, matrices in in_order.items()},
         model=model,
         revision=revision,
         corpus=corpus.name,
@@ -145,10 +144,3 @@ def compute_importance(
         samples=len(corpus.tokens),
         sequence_length=corpus.tokens.shape[1],
     )
-
-
-def _matrices_by_tensor(names: Mapping[str, tuple[str, int]]) -> dict[str, int]:
-    n_matrices: dict[str, int] = {}
-    for tensor, matrix in names.values():
-        n_matrices[tensor] = max(n_matrices.get(tensor, 0), matrix + 1)
-    return n_matrices

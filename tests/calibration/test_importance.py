@@ -107,6 +107,25 @@ def test_text_model_inside_a_larger_model_is_found_under_its_prefix(tiny, tmp_pa
         np.testing.assert_array_equal(prefixed.sums[f"language_model.{name}"], sums)
 
 
+def test_experts_stored_stacked_are_the_same(tiny, tmp_path):
+    one_by_one = compute(tiny("qwen3_moe"), tmp_path / "one by one")
+    source = DictSource.of(tiny("qwen3_moe"))
+    for layer in range(2):
+        stem = f"model.layers.{layer}.mlp.experts"
+        gate, up, down = (
+            np.stack([source.tensors.pop(f"{stem}.{expert}.{kind}_proj.weight") for expert in range(8)])
+            for kind in ("gate", "up", "down")
+        )
+        source.tensors |= {f"{stem}.gate_up_proj": np.concatenate([gate, up], axis=1), f"{stem}.down_proj": down}
+    source.reads = dict.fromkeys(source.tensors, 0)
+    stacked = compute(tiny("qwen3_moe"), tmp_path / "stacked", source=source)
+    for layer in range(2):
+        stem = f"model.layers.{layer}.mlp.experts"
+        for theirs, ours in (("up_proj.weight", "gate_up_proj"), ("down_proj.weight", "down_proj")):
+            np.testing.assert_array_equal(stacked.sums[f"{stem}.{ours}"], one_by_one.sums[f"{stem}.{theirs}"])
+            np.testing.assert_array_equal(stacked.counts[f"{stem}.{ours}"], one_by_one.counts[f"{stem}.{theirs}"])
+
+
 def test_each_weight_is_read_once_and_the_head_never(tiny, tmp_path):
     source = DictSource.of(tiny("qwen3_moe"))
     compute(tiny("qwen3_moe"), tmp_path / "work", source=source)
