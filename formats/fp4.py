@@ -49,6 +49,10 @@ TOP_LEVEL = np.float32(12)
 ZERO, ONE, TWO, FOUR = np.float32(0), np.float32(1), np.float32(2), np.float32(4)
 HALF, QUARTER = np.float32(0.5), np.float32(0.25)
 INFINITY = np.float32(np.inf)
+# Weights side by side, where the lanes of a loop are weights: half of an MXFP4 block, a sub-block of NVFP4.
+WEIGHT_LANES = 16
+# From here on, a loop over trial scales fills the vector registers.
+MANY_SCALES = 8
 # NVFP4's code 0 is a scale of zero.
 SMALLEST_CODE = 1
 # Splits off the upper two bits of a float32 (Veltkamp): levels from 2 on have one bit behind the leading one.
@@ -130,17 +134,26 @@ def magnitude(bits):
 
 
 @_jit
+def total(lanes):
+    """The sum over lanes, in four chains, as each sum has to wait for the one before."""
+    s0, s1, s2, s3 = lanes[0], lanes[1], lanes[2], lanes[3]
+    for t in range(4, lanes.size, 4):
+        s0 += lanes[t]
+        s1 += lanes[t + 1]
+        s2 += lanes[t + 2]
+        s3 += lanes[t + 3]
+    return (s0 + s1) + (s2 + s3)
+
+
+@_jit
 def clipping_error(v, w, limit, lanes):
     """What the weights beyond `limit` lose under any code: a bound on the error of every smaller scale."""
     lanes[:] = ZERO
-    for j in range(0, v.size, lanes.size):
+    for first in range(0, v.size, lanes.size):
         for t in range(lanes.size):
-            excess = max(v[j + t] - limit, ZERO)
-            lanes[t] += w[j + t] * (excess * excess)
-    total = ZERO
-    for t in range(lanes.size):
-        total += lanes[t]
-    return total
+            excess = max(v[first + t] - limit, ZERO)
+            lanes[t] += w[first + t] * (excess * excess)
+    return total(lanes)
 
 
 @_jit
@@ -152,8 +165,22 @@ def nearest_level(u):
 
 
 @_jit
-def try_scales(v, w, unit, steps, top, lanes):
-    """lanes[2]: the error under the steps of code top, top - 1, ...; v and the errors are in units of `unit`."""
+def try_few_scales(v, w, unit, steps, top, error, lanes):
+    """error[i]: under the step of code top - i; v and errors are in units of `unit`. Two weights of a block in a lane."""
+    half = lanes.size
+    for i in range(error.size):
+        step = steps[max(top - i, SMALLEST_CODE)]
+        ratio, inverse = step / unit, unit / step
+        for t in range(half):
+            r0 = v[t] - ratio * nearest_level(v[t] * inverse)
+            r1 = v[half + t] - ratio * nearest_level(v[half + t] * inverse)
+            lanes[t] = w[t] * (r0 * r0) + w[half + t] * (r1 * r1)
+        error[i] = total(lanes)
+
+
+@_jit
+def try_many_scales(v, w, unit, steps, top, lanes):
+    """As try_few_scales, with lanes[2] as `error`: its lanes are trial scales, so that no lanes have to be summed."""
     ratio, inverse, error = lanes[0], lanes[1], lanes[2]
     for t in range(inverse.size):
         step = steps[max(top - t, SMALLEST_CODE)]
@@ -171,21 +198,21 @@ def try_scales(v, w, unit, steps, top, lanes):
 
 
 @_jit
-def search_blocks(blocks, bits, weights, steps, first, n_lanes, exhaustive, out):
+def search_blocks(blocks, bits, weights, steps, first, n_scales, exhaustive, out):
     """The best stored scale of each block and the codes of its weights.
 
     blocks float32 [n_blocks, block_size], bits the same as int32, weights float32 [blocks_per_row, block_size].
     steps float32 [n_codes]: half of the scale, by its code.
     first: (shift, offset, least): the first code is (bits of the largest scale worth trying >> shift) - offset, and not
     below `least`.
-    n_lanes: scales that are tried side by side; exhaustive: go on until no smaller scale can be better.
+    n_scales: scales that are tried at a time; exhaustive: go on until no smaller scale can be better.
     out: (scale codes uint8 [n_blocks], codes uint8 like blocks).
     """
     scales, codes = out
     shift, offset, least = first
     n = blocks.shape[1]
-    v, lanes = np.empty(n, np.float32), np.empty((3, n_lanes), np.float32)
-    error = lanes[2]
+    v, scale_lanes = np.empty(n, np.float32), np.empty((3, n_scales), np.float32)
+    error, weight_lanes = scale_lanes[2], np.empty(WEIGHT_LANES, np.float32)
     for b in range(blocks.shape[0]):
         x, w = blocks[b], weights[b % weights.shape[0]]
         largest = magnitude(bits[b])
@@ -199,14 +226,17 @@ def search_blocks(blocks, bits, weights, steps, first, n_lanes, exhaustive, out)
             v[j] = min(abs(x[j]) / unit, FAR)
         best_error, best, searching = INFINITY, 0, True
         while searching:
-            try_scales(v, w, unit, steps, top, lanes)
-            for t in range(n_lanes):
-                if error[t] < best_error:
-                    best_error, best = error[t], max(top - t, SMALLEST_CODE)
-            top -= n_lanes
+            if n_scales < MANY_SCALES:
+                try_few_scales(v, w, unit, steps, top, error, weight_lanes)
+            else:
+                try_many_scales(v, w, unit, steps, top, scale_lanes)
+            for i in range(n_scales):
+                if error[i] < best_error:
+                    best_error, best = error[i], max(top - i, SMALLEST_CODE)
+            top -= n_scales
             searching = exhaustive and top >= SMALLEST_CODE
             if searching:
-                searching = clipping_error(v, w, TOP_LEVEL * (steps[top] / unit), error) < best_error
+                searching = clipping_error(v, w, TOP_LEVEL * (steps[top] / unit), weight_lanes) < best_error
         scales[b] = best
         inverse = unit / steps[best]
         for j in range(n):
