@@ -166,7 +166,7 @@ def nearest_level(u):
 
 @_jit
 def try_few_scales(v, w, unit, steps, top, error, lanes):
-    """error[i]: under the step of code top - i; v and errors are in units of `unit`. Two weights of a block in a lane."""
+    """error[i]: under the step of code top - i; v and errors are in units of `unit`. A lane has two weights."""
     half = lanes.size
     for i in range(error.size):
         step = steps[max(top - i, SMALLEST_CODE)]
