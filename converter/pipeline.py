@@ -25,6 +25,7 @@ from converter.progress import Progress
 from converter.report import fallback_lines, group_rows, quality_warning, source_bytes
 from converter.source import open_checkpoint
 from converter.verify import verify
+from converter.write import ArtifactWriter
 from formats.errors import ConvertError
 from formats.gguf_file import GgufLayout
 from profiles.assign import assign
@@ -155,9 +156,9 @@ def _run_stages(
             check_importance(importance, plan, str(job.imatrix or work_dir / "importance.gguf"))
     with clock("encode"):
         layouts = prepared.layouts(importance)
-        encoder = Encoder(checkpoint, plan, importance, layouts, job.output.parent, work_dir / "encoded.jsonl")
-        encoder.run(job.n_threads, progress, should_stop)
-        paths = encoder.complete()
+        with Encoder(checkpoint, plan, importance, job.n_threads) as encoder:
+            writer = ArtifactWriter(encoder, layouts, job.output.parent, work_dir / "encoded.jsonl")
+            paths = writer.write(progress, should_stop)
     with clock("verify"):
         errors = verify(paths, checkpoint, model_map, importance, progress)
     quality = None

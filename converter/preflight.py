@@ -9,6 +9,7 @@ from converter.calibrate import check_importance
 from converter.checkpoint import Checkpoint
 from converter.job import SAMPLES_RANGE, Job
 from converter.progress import size_text
+from converter.write import partial_path
 from formats.errors import ConvertError
 from formats.gguf_file import GgufLayout
 from profiles.plan import Plan
@@ -73,8 +74,6 @@ def _check_writable(directory: Path, option: str) -> None:
 
 def _check_space(job: Job, checkpoint: Checkpoint, model_map: ModelMap, layouts: list[GgufLayout]) -> None:
     """Disk space by stage; what an earlier run has written of the artifact already counts as there."""
-    from converter.encode import partial_path
-
     assert job.output is not None and job.work_dir is not None
     written = 0
     for layout in layouts:

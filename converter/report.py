@@ -13,7 +13,7 @@ _GROUPS = {
     "attention": tuple(role for role in Role if role.startswith("attention_")),
     "mlp": tuple(role for role in Role if role.startswith("mlp_")),
     "experts": tuple(role for role in Role if role.startswith("expert_")),
-    "norms, routers": (Role.NORM, Role.BIAS, Role.ROPE, Role.ROUTER),
+    "norms, routers": (Role.NORM, Role.BIAS, Role.ROPE, Role.ROUTER, Role.SCALE),
 }
 
 # Mean KL divergence (nats a token) from which on a user will notice, and from which on the model is broken; about what

@@ -35,13 +35,21 @@ class TensorError:
 
 
 def artifact_tensors(paths: list[Path]) -> dict[str, EncodedTensor]:
-    """The tensors of an artifact's files by name; raises ConvertError for a damaged file or a tensor held twice."""
+    """The tensors of an artifact's files by name, second-level scales joined to the tensor they belong to.
+
+    Raises ConvertError for a damaged file or a tensor held twice.
+    """
     tensors: dict[str, EncodedTensor] = {}
     for path in paths:
         for tensor in read_tensors(path):
             if tensor.name in tensors:
                 raise ConvertError(f"the tensor {tensor.name!r} is there twice", str(path), "write the artifact again")
             tensors[tensor.name] = tensor
+    for name in [name for name in tensors if name.endswith(".scale")]:
+        weight = f"{name.removesuffix('.scale')}.weight"
+        if weight in tensors:
+            scales = tensors.pop(name).decode(0, 1)[0]
+            tensors[weight] = replace(tensors[weight], scales=tuple(scales.tolist()))
     return tensors
 
 

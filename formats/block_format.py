@@ -35,6 +35,8 @@ class BlockFormat:
     block_size: weights in a block; type_size: bytes of a block.
     encode, decode: the codec; decode maps uint8 [n_rows, row_bytes] to float32 [n_rows, n_columns].
     needs_importance: the format is so coarse that encoding without an importance matrix is refused.
+    tensor_scale: for a format with a second-level scale a matrix, the scale that suits the largest magnitude of its
+        weights; `encode` takes it as the keyword tensor_scale, and `decode` leaves it out.
     """
 
     ggml_type: IntEnum
@@ -43,6 +45,7 @@ class BlockFormat:
     encode: Encode
     decode: Callable[[np.ndarray], np.ndarray]
     needs_importance: bool = False
+    tensor_scale: Callable[[float], float] | None = None
 
     @property
     def name(self) -> str:

@@ -140,7 +140,8 @@ def read_gguf(path: Path) -> GGUFReader:
 
 @dataclass(frozen=True)
 class EncodedTensor:
-    """A tensor of a GGUF file. shape: slowest dimension first; offset: of its data in the file, in bytes."""
+    """A tensor of a GGUF file. shape: slowest dimension first; offset: of its data in the file, in bytes; scales: of
+    its matrices, where it has second-level scales."""
 
     path: Path
     name: str
@@ -148,6 +149,7 @@ class EncodedTensor:
     ggml_type: GGMLQuantizationType
     offset: int
     n_bytes: int
+    scales: tuple[float, ...] = ()
 
     @property
     def n_rows(self) -> int:
@@ -163,8 +165,13 @@ class EncodedTensor:
         return data.reshape(stop - start, row_bytes)
 
     def decode(self, start: int, stop: int) -> np.ndarray:
-        """Rows start to stop, decoded by the `gguf` package: float32 [stop - start, n_columns]."""
-        return dequantize(self.read(start, stop), self.ggml_type).reshape(stop - start, self.shape[-1])
+        """Rows start to stop, decoded by the `gguf` package, times the scale of their matrix: float32
+        [stop - start, n_columns]."""
+        rows = dequantize(self.read(start, stop), self.ggml_type).reshape(stop - start, self.shape[-1])
+        if not self.scales:
+            return rows
+        matrices = np.arange(start, stop) * len(self.scales) // self.n_rows
+        return rows * np.array(self.scales, np.float32)[matrices, None]
 
 
 def read_tensors(path: Path) -> list[EncodedTensor]:

@@ -52,7 +52,14 @@ _ALL = (
         Type.IQ1_S, iq1.BLOCK_SIZE, iq1.IQ1_S_TYPE_SIZE, iq1.encode_iq1_s, iq1.decode_iq1_s, needs_importance=True
     ),
     BlockFormat(Type.MXFP4, fp4.MXFP4_BLOCK_SIZE, fp4.MXFP4_TYPE_SIZE, fp4.encode_mxfp4, fp4.decode_mxfp4),
-    BlockFormat(Type.NVFP4, fp4.NVFP4_BLOCK_SIZE, fp4.NVFP4_TYPE_SIZE, fp4.encode_nvfp4, fp4.decode_nvfp4),
+    BlockFormat(
+        Type.NVFP4,
+        fp4.NVFP4_BLOCK_SIZE,
+        fp4.NVFP4_TYPE_SIZE,
+        fp4.encode_nvfp4,
+        fp4.decode_nvfp4,
+        tensor_scale=fp4.nvfp4_tensor_scale,
+    ),
     BlockFormat(
         NewerType.Q2_0, ternary.Q2_0_BLOCK_SIZE, ternary.Q2_0_TYPE_SIZE, ternary.encode_q2_0, ternary.decode_q2_0
     ),

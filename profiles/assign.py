@@ -47,6 +47,26 @@ def _plan_tensor(tensor: TensorSpec, wanted_name: str, reason: str) -> PlannedTe
     return planned
 
 
+def has_tensor_scale(planned: PlannedTensor, names: set[str]) -> bool:
+    """Whether a second-level scale goes with the tensor. llama.cpp multiplies the product with it, which it does for
+    the matrices of the layers only, and not where a bias is added to the product."""
+    stem = planned.tensor.name.removesuffix(".weight")
+    scaled = get_format(planned.format).tensor_scale is not None
+    return scaled and planned.tensor.layer is not None and f"{stem}.bias" not in names
+
+
+def _scale_of(planned: PlannedTensor) -> PlannedTensor:
+    tensor = planned.tensor
+    scale = TensorSpec(
+        f"{tensor.name.removesuffix('.weight')}.scale",
+        (tensor.n_matrices,),
+        Role.SCALE,
+        tensor.layer,
+        transform="scale",
+    )
+    return PlannedTensor(scale, "F32", f"second-level scale of {planned.format}")
+
+
 def assign(
     profile: QuantizationProfile,
     model_map: ModelMap,
@@ -64,7 +84,8 @@ def assign(
             raise ConvertError(
                 f"{pattern!r} matches no tensor that can be quantized", override.text, nearest(pattern, known)
             )
-    planned = []
+    planned: list[PlannedTensor] = []
+    names = {tensor.name for tensor in model_map.tensors}
     for tensor in model_map.tensors:
         if tensor not in matrices:
             planned.append(PlannedTensor(tensor, "F32", f"{tensor.role}: runtimes compute with it in F32"))
@@ -76,4 +97,6 @@ def assign(
             planned.append(_plan_tensor(tensor, profile.base, f"{profile.name}: base"))
         else:
             planned.append(_plan_tensor(tensor, rule.format, rule.text))
+        if has_tensor_scale(planned[-1], names):
+            planned.append(_scale_of(planned[-1]))
     return Plan(profile.name, effort, tuple(planned))

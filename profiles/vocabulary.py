@@ -16,6 +16,7 @@ class Role(StrEnum):
     BIAS = "bias"
     ROPE = "rope"
     ROUTER = "router"
+    SCALE = "scale"
     ATTENTION_QUERY = "attention_query"
     ATTENTION_KEY = "attention_key"
     ATTENTION_VALUE = "attention_value"
@@ -31,14 +32,15 @@ class Role(StrEnum):
 
 
 # Tensors that runtimes compute with in float32: a few values each, never quantized.
-UNQUANTIZED_ROLES = frozenset({Role.NORM, Role.BIAS, Role.ROPE, Role.ROUTER})
+UNQUANTIZED_ROLES = frozenset({Role.NORM, Role.BIAS, Role.ROPE, Role.ROUTER, Role.SCALE})
 
 # How the rows of a stored matrix are made from the rows of the checkpoint's.
 #   none      as they are
 #   rotary    the two halves of every head's rows interleaved, as llama.cpp's rotary embedding pairs neighbours
 #   plus_one  every value + 1 (gemma stores the norm's deviation from one)
 #   constant  no source: the values are computed from the configuration (rope factors)
-Transform = Literal["none", "rotary", "plus_one", "constant"]
+#   scale     no source: the second-level scales of the matrices of the tensor before it, found when that is encoded
+Transform = Literal["none", "rotary", "plus_one", "constant", "scale"]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from converter.encode import partial_path
+from converter.write import partial_path
 from formats.errors import ConvertError
 
 N_KILLS = 20

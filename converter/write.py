@@ -1,0 +1,157 @@
+"""The stage `write`: encoded tensors into files whose every byte has its place already.
+
+A file grows beside its final name, tensor by tensor; when all are there it is renamed. The journal in the work
+directory says which tensors are safely on the disk, and what their bytes were.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+from calibration.control import Interrupted, Progress, ShouldStop
+from converter.encode import Encoder
+from converter.job import sync_directory
+from formats.errors import ConvertError
+from formats.gguf_file import GgufLayout, padded
+from profiles.plan import PlannedTensor
+
+
+def partial_path(output: Path) -> Path:
+    """Where a file grows until it is whole: beside its final place, so that a rename completes it."""
+    return output.with_name(f".{output.name}.partial")
+
+
+class ArtifactWriter:
+    """Writes the files of an artifact, a checkpoint after every tensor.
+
+    journal: JSON lines, one {"tensor", "sha256"} for each tensor whose data is safely on the disk.
+    """
+
+    def __init__(self, encoder: Encoder, layouts: list[GgufLayout], directory: Path, journal: Path):
+        self.encoder, self.layouts, self.directory, self.journal = encoder, layouts, directory, journal
+        self._planned = {planned.tensor.name: planned for planned in encoder.plan.tensors}
+        self._total = encoder.plan.n_bytes
+
+    def write(self, progress: Progress, should_stop: ShouldStop) -> list[Path]:
+        """Encode and write whatever is not there yet; returns the finished files.
+
+        Raises Interrupted between layers when should_stop() says so, and ConvertError for weights that cannot be
+        encoded or a disk that is full; after any of these, and after a kill, a later call continues.
+        """
+        try:
+            self._write_files(progress, should_stop)
+            return self._complete()
+        except OSError as error:
+            raise ConvertError(
+                f"writing failed: {error}",
+                str(error.filename or self.directory),
+                "make room or choose another --output, then run the same command again: it continues from here",
+            ) from None
+
+    def _write_files(self, progress: Progress, should_stop: ShouldStop) -> None:
+        finished = self._finished_tensors()
+        done = 0
+        with self.journal.open("a", encoding="utf-8") as journal:
+            for layout in self.layouts:
+                path = partial_path(self.directory / layout.file_name)
+                if finished.issuperset(entry.name for entry in layout.tensors) and not path.exists():
+                    done += sum(entry.n_bytes for entry in layout.tensors)
+                    continue
+                with path.open("r+b" if path.exists() else "w+b") as file:
+                    if file.seek(0, os.SEEK_END) < len(layout.header):
+                        file.seek(0)
+                        file.write(layout.header)
+                    layer = None
+                    for entry, offset in zip(layout.tensors, layout.offsets, strict=True):
+                        planned = self._planned[entry.name]
+                        if entry.name not in finished:
+                            if planned.tensor.layer != layer and should_stop():
+                                raise Interrupted
+                            file.seek(offset)
+                            file.truncate()
+                            digest = self._write_tensor(file, planned, progress, done)
+                            os.fsync(file.fileno())
+                            journal.write(json.dumps({"tensor": entry.name, "sha256": digest}) + "\n")
+                            journal.flush()
+                            os.fsync(journal.fileno())
+                        layer = planned.tensor.layer
+                        done += entry.n_bytes
+                        progress("encode", done, self._total, "B")
+                    file.truncate(layout.n_bytes)
+                    file.flush()
+                    os.fsync(file.fileno())
+
+    def _write_tensor(self, file: BinaryIO, planned: PlannedTensor, progress: Progress, done: int) -> str:
+        """Append a tensor's data and padding; returns the data's SHA-256."""
+        digest = hashlib.sha256()
+        for data in self.encoder.encode(planned):
+            file.write(data.data)
+            digest.update(data.data)
+            done += data.nbytes
+            progress("encode", done, self._total, "B")
+        file.write(bytes(padded(planned.n_bytes) - planned.n_bytes))
+        file.flush()
+        return digest.hexdigest()
+
+    def _finished_tensors(self) -> set[str]:
+        """The tensors of the journal whose bytes are in the partial files as they were written."""
+        recorded = read_journal(self.journal)
+        finished = set()
+        for layout in self.layouts:
+            final = self.directory / layout.file_name
+            partial = partial_path(final)
+            if partial.exists():
+                sound = _sound_tensors(partial, layout, recorded)
+                if not sound:
+                    partial.unlink()
+                finished.update(sound)
+            elif final.exists():  # a run that was killed while it renamed the files of a split artifact
+                sound = _sound_tensors(final, layout, recorded)
+                finished.update(sound if len(sound) == len(layout.tensors) else ())
+        return finished
+
+    def _complete(self) -> list[Path]:
+        """Rename the partial files to their final names; returns these. A file already renamed is left."""
+        paths = [self.directory / layout.file_name for layout in self.layouts]
+        for path in paths:
+            if partial_path(path).exists():
+                partial_path(path).rename(path)
+        sync_directory(self.directory)
+        return paths
+
+
+def read_journal(path: Path) -> dict[str, str]:
+    """SHA-256 by tensor name; a last line cut short by a kill does not count."""
+    entries = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        entries[entry["tensor"]] = entry["sha256"]
+    return entries
+
+
+def _sound_tensors(path: Path, layout: GgufLayout, recorded: dict[str, str]) -> list[str]:
+    """The leading tensors of a file whose bytes are those on record: files are written in order, so nothing behind the
+    first gap counts."""
+    sound: list[str] = []
+    with path.open("rb") as file:
+        if file.read(len(layout.header)) != layout.header:
+            return sound
+        for entry, offset in zip(layout.tensors, layout.offsets, strict=True):
+            if entry.name not in recorded or _digest(file, offset, entry.n_bytes) != recorded[entry.name]:
+                break
+            sound.append(entry.name)
+    return sound
+
+
+def _digest(file, offset: int, n_bytes: int) -> str:
+    file.seek(offset)
+    digest = hashlib.sha256()
+    while n_bytes and (data := file.read(min(n_bytes, 1 << 24))):
+        digest.update(data)
+        n_bytes -= len(data)
+    return digest.hexdigest() if not n_bytes else ""
