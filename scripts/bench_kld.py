@@ -32,6 +32,7 @@ from converter.job import Job
 from converter.model_map import describe
 from converter.progress import Progress
 from converter.source import open_checkpoint
+from converter.write import ArtifactWriter
 from formats.block_format import Effort
 from formats.registry import FORMATS, get_format
 from profiles.assign import assign
@@ -115,13 +116,13 @@ def default_importance(model: Path) -> Path:
 
 @contextmanager
 def ggmls_codes(name: str) -> Iterator[None]:
-    """Within it, the format's encoder is ggml's."""
+    """Within it, the format's encoder is ggml's, which knows of no second-level scale."""
     ours = FORMATS[name]
 
     def encode(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
         return ggml.quantize(rows, name, importance)
 
-    FORMATS[name] = replace(ours, encode=encode)
+    FORMATS[name] = replace(ours, encode=encode, tensor_scale=None)
     try:
         yield
     finally:
@@ -143,10 +144,9 @@ def write_model(
         check_importance(importance, plan, "--imatrix")
     metadata = artifact_metadata(job, checkpoint, model_map, plan, importance)
     layouts = artifact_layout(output.name, metadata, plan, None)
-    encoder = Encoder(checkpoint, plan, importance, layouts, directory, directory / "journal.jsonl")
-    encoder.run(job.n_threads, silent, never)
+    with Encoder(checkpoint, plan, importance, job.n_threads) as encoder:
+        (path,) = ArtifactWriter(encoder, layouts, directory, directory / "journal.jsonl").write(silent, never)
     (directory / "journal.jsonl").unlink()
-    (path,) = encoder.complete()
     return path
 
 
