@@ -12,13 +12,18 @@ import gguf
 import numpy as np
 from numba import njit
 
+# Lowest and highest level of a coordinate and how many there are; they are evenly spaced, or nearly so.
+_LEVELS = {"IQ1_S": (-8, 8, 3), "IQ1_M": (-8, 8, 3), "IQ3_XXS": (4, 62, 8), "IQ3_S": (1, 15, 8)}
+_LEVELS |= dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S"), (8, 43, 3))
+
 
 @dataclass(frozen=True)
 class Codebook:
     """points: int8 [n_points, n_dims]; coordinates are positive, or of both signs where the format stores no signs.
     levels: float32 [3], the levels of a coordinate, taken as evenly spaced: lowest, spacing, and index of the highest.
-    candidates: int8 [n_cells, n_dims, n_candidates], coordinates; indices: uint16 [n_cells, n_candidates], of points.
-    A single cell holds all points."""
+    candidates: int8 [n_cells, n_dims, n_candidates], coordinates of the points nearest to each cell's centre.
+    indices: uint16 [n_cells, n_candidates], which points they are.
+    """
 
     points: np.ndarray
     levels: np.ndarray
@@ -28,28 +33,28 @@ class Codebook:
 
 @functools.cache
 def points(name: str) -> np.ndarray:
-    """The grid of gguf's decoder for that format, int8 [n_points, n_dims]; IQ1's -1, 0, 1 come as -8, 0, 8, for its
-    weights are shifted by an eighth."""
+    """The grid of gguf's decoder for that format, int8 [n_points, n_dims].
+
+    IQ1's -1, 0, 1 come as -8, 0, 8, for its weights are shifted by an eighth: point k of IQ1_M's 4096 is point k % 2048
+    of IQ1_S, shifted by +1 or, in the second half, by -1.
+    """
+    if name == "IQ1_M":
+        return np.concatenate([points("IQ1_S") + np.int8(1), points("IQ1_S") - np.int8(1)])
     decoder = getattr(gguf.quants, name)
     decoder.init_grid()
     grid = decoder.grid.reshape(decoder.grid_shape)
-    return (grid * 8 if name.startswith("IQ1") else grid).astype(np.int8)
+    return (grid * 8 if name == "IQ1_S" else grid).astype(np.int8)
 
 
 @functools.cache
-def codebook(name: str, n_candidates: int | None = None) -> Codebook:
-    """The codebook of a format, with lists of n_candidates points a cell, or with one list of all points.
-
-    n_candidates: at most the number of points.
-    """
+def codebook(name: str, n_candidates: int) -> Codebook:
+    """The codebook of a format, with lists of n_candidates points a cell, at most all of them."""
     grid = points(name)
-    values = np.unique(grid).astype(np.float32)
-    levels = np.array([values[0], (values[-1] - values[0]) / (len(values) - 1), len(values) - 1], np.float32)
-    if n_candidates is None:
-        return Codebook(grid, levels, grid.T[None].copy(), np.arange(len(grid), dtype=np.uint16)[None])
-    digits = np.searchsorted(values, grid.astype(np.float32)).astype(np.int32)
-    indices = np.empty((len(values) ** grid.shape[1], n_candidates), np.uint16)
-    low, high = (_half_distances(half, len(values)) for half in np.split(digits, 2, axis=1))
+    bottom, top, n_levels = _LEVELS[name]
+    levels = np.array([bottom, (top - bottom) / (n_levels - 1), n_levels - 1], np.float32)
+    digits = np.rint((grid - levels[0]) / levels[1]).astype(np.int32)
+    indices = np.empty((n_levels ** grid.shape[1], n_candidates), np.uint16)
+    low, high = (_half_distances(half, n_levels) for half in np.split(digits, 2, axis=1))
     _list_nearest(low, high, indices)
     return Codebook(grid, levels, np.ascontiguousarray(grid[indices].transpose(0, 2, 1)), indices)
 

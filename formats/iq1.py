@@ -20,8 +20,9 @@ import numpy as np
 
 from formats.block_format import Effort
 from formats.grids import points
+from formats.iq_kernels import SIGNED
 from formats.iq_packing import pack_half, pack_nibbles, unpack_half, unpack_nibbles
-from formats.iq_search import SIGNED, Layout, SearchEffort, search_rows
+from formats.iq_search import Layout, search_efforts, search_rows
 
 BLOCK_SIZE = 256
 IQ1_S_TYPE_SIZE, IQ1_M_TYPE_SIZE = 50, 56
@@ -30,18 +31,14 @@ D_SHIFTS = 4 * np.arange(4, dtype=np.uint16)
 
 _TOP_CODE, _UNIT = np.float32(7), np.float32(1 / 8)
 IQ1_S_LAYOUT = Layout(SIGNED, 2, 4, 8, _TOP_CODE, _UNIT)
-IQ1_M_LAYOUT = Layout(SIGNED, 2, 1, 16, _TOP_CODE, _UNIT)
+IQ1_M_LAYOUT = Layout(SIGNED, 1, 1, 16, _TOP_CODE, _UNIT)
 
-_RATIOS = np.geomspace(0.75, 1.3, 16, dtype=np.float32)
-_PEAKS, _UNIT_TRIALS = np.geomspace(4, 48, 32, dtype=np.float32), np.geomspace(21, 4, 64, dtype=np.float32)
-_EFFORTS = {
-    "best": SearchEffort(32, _PEAKS, _RATIOS, _UNIT_TRIALS, n_refits=1, n_rounds=2),
-    "fast": SearchEffort(16, _PEAKS, _RATIOS, _UNIT_TRIALS, n_refits=0, n_rounds=1),
-}
+_IQ1_S_EFFORTS = search_efforts(IQ1_S_LAYOUT, 8, 6, n_candidates=(64, 16), n_rounds=1)
+_IQ1_M_EFFORTS = search_efforts(IQ1_M_LAYOUT, 8, 6, n_candidates=(96, 16), n_rounds=1)
 
 
 def encode_iq1_s(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    d, scales, indices, negative = search_rows(rows, importance, "IQ1_S", IQ1_S_LAYOUT, _EFFORTS[effort])
+    d, scales, indices, negative = search_rows(rows, importance, "IQ1_S", IQ1_S_LAYOUT, _IQ1_S_EFFORTS[effort])
     high = np.bitwise_or.reduce((indices >> 8).reshape(-1, 8, 4) << FIELD_SHIFTS, axis=2)
     qh = high | scales.astype(np.uint16) << 12 | negative[:, ::4].astype(np.uint16) << 15
     parts = [pack_half(d), indices.astype(np.uint8), qh.astype("<u2").view(np.uint8)]
@@ -49,8 +46,8 @@ def encode_iq1_s(rows: np.ndarray, importance: np.ndarray | None = None, effort:
 
 
 def encode_iq1_m(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    d, scales, indices, negative = search_rows(rows, importance, "IQ1_S", IQ1_M_LAYOUT, _EFFORTS[effort])
-    qh = pack_nibbles((indices >> 8).astype(np.uint8) | negative << 3)
+    d, scales, indices, _ = search_rows(rows, importance, "IQ1_M", IQ1_M_LAYOUT, _IQ1_M_EFFORTS[effort])
+    qh = pack_nibbles((indices >> 8).astype(np.uint8))  # bit 11 of IQ1_M's index is the shift's sign
     fields = np.bitwise_or.reduce(scales.reshape(-1, 4, 4).astype(np.uint16) << FIELD_SHIFTS, axis=2)
     quarters = pack_half(d).view("<u2") >> D_SHIFTS & 15
     parts = [indices.astype(np.uint8), qh, (fields | quarters << 12).astype("<u2").view(np.uint8)]
@@ -62,7 +59,8 @@ def decode_iq1_s(data: np.ndarray) -> np.ndarray:
     qh = np.ascontiguousarray(blocks[:, 34:]).view("<u2")
     high = (qh[:, :, None] >> FIELD_SHIFTS & 7).reshape(-1, 32)
     scales = unpack_half(blocks[:, :2]) * (2 * (qh >> 12 & 7) + 1)
-    return _decode(scales, blocks[:, 2:34] | high << 8, np.repeat(qh >> 15, 4, axis=1)).reshape(len(data), -1)
+    negative = np.repeat(qh >> 15, 4, axis=1)
+    return _decode(scales, blocks[:, 2:34] | high << 8 | negative << 11).reshape(len(data), -1)
 
 
 def decode_iq1_m(data: np.ndarray) -> np.ndarray:
@@ -70,11 +68,10 @@ def decode_iq1_m(data: np.ndarray) -> np.ndarray:
     qh, fields = unpack_nibbles(blocks[:, 32:48]), np.ascontiguousarray(blocks[:, 48:]).view("<u2")
     d = np.bitwise_or.reduce(fields >> 12 << D_SHIFTS, axis=1).view(np.float16).astype(np.float32)
     scales = d[:, None] * (2 * (fields[:, :, None] >> FIELD_SHIFTS & 7).reshape(-1, 16) + 1)
-    return _decode(scales, blocks[:, :32] | (qh & 7).astype(np.uint16) << 8, qh >> 3).reshape(len(data), -1)
+    return _decode(scales, blocks[:, :32] | qh.astype(np.uint16) << 8).reshape(len(data), -1)
 
 
-def _decode(scales: np.ndarray, indices: np.ndarray, negative: np.ndarray) -> np.ndarray:
-    """scales float32 [n_blocks, n_sub]; indices and negative (the shift's sign) [n_blocks, 32]."""
-    shifts = np.where(negative, np.float32(-0.125), np.float32(0.125))
-    coordinates = points("IQ1_S")[indices].astype(np.float32) / 8 + shifts[:, :, None]
+def _decode(scales: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """scales float32 [n_blocks, n_sub]; indices [n_blocks, 32] of IQ1_M's points."""
+    coordinates = points("IQ1_M")[indices].astype(np.float32) / 8
     return (scales[:, :, None] * coordinates.reshape(len(scales), scales.shape[1], -1)).reshape(-1, BLOCK_SIZE)

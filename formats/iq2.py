@@ -25,6 +25,7 @@ import numpy as np
 
 from formats.block_format import Effort
 from formats.grids import points
+from formats.iq_kernels import FREE, PARITY
 from formats.iq_packing import (
     EVEN_BYTES,
     decode_points,
@@ -35,7 +36,7 @@ from formats.iq_packing import (
     unpack_nibbles,
     unpack_signs_and_scales,
 )
-from formats.iq_search import FREE, PARITY, Layout, SearchEffort, search_rows
+from formats.iq_search import Layout, search_efforts, search_rows
 
 BLOCK_SIZE = 256
 IQ2_XXS_TYPE_SIZE, IQ2_XS_TYPE_SIZE, IQ2_S_TYPE_SIZE = 66, 74, 82
@@ -46,29 +47,26 @@ IQ2_XXS_LAYOUT = Layout(PARITY, 1, 1, 8, _TOP_CODE, _UNIT)
 IQ2_XS_LAYOUT = Layout(PARITY, 1, 1, 16, _TOP_CODE, _UNIT)
 IQ2_S_LAYOUT = Layout(FREE, 1, 1, 16, _TOP_CODE, _UNIT)
 
-_RATIOS = np.geomspace(0.75, 1.3, 16, dtype=np.float32)
-_PEAKS, _UNIT_TRIALS = np.geomspace(21, 260, 32, dtype=np.float32), np.geomspace(43, 8, 64, dtype=np.float32)
-_EFFORTS = {
-    "best": SearchEffort(32, _PEAKS, _RATIOS, _UNIT_TRIALS, n_refits=1, n_rounds=2),
-    "fast": SearchEffort(16, _PEAKS, _RATIOS, _UNIT_TRIALS, n_refits=0, n_rounds=1),
-}
+_IQ2_XXS_EFFORTS = search_efforts(IQ2_XXS_LAYOUT, 43, 6, n_candidates=(64, 16), n_rounds=2)
+_IQ2_XS_EFFORTS = search_efforts(IQ2_XS_LAYOUT, 43, 6, n_candidates=(64, 16), n_rounds=2)
+_IQ2_S_EFFORTS = search_efforts(IQ2_S_LAYOUT, 43, 6, n_candidates=(64, 16), n_rounds=1)
 
 
 def encode_iq2_xxs(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    d, scales, indices, signs = search_rows(rows, importance, "IQ2_XXS", IQ2_XXS_LAYOUT, _EFFORTS[effort])
+    d, scales, indices, signs = search_rows(rows, importance, "IQ2_XXS", IQ2_XXS_LAYOUT, _IQ2_XXS_EFFORTS[effort])
     words = pack_signs_and_scales(signs, scales)[:, :, None]
     qs = np.concatenate([indices.astype(np.uint8).reshape(-1, 8, 4), words.view(np.uint8)], axis=2)
     return np.concatenate([pack_half(d), qs.reshape(-1, 64)], axis=1).reshape(len(rows), -1)
 
 
 def encode_iq2_xs(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    d, scales, indices, signs = search_rows(rows, importance, "IQ2_XS", IQ2_XS_LAYOUT, _EFFORTS[effort])
+    d, scales, indices, signs = search_rows(rows, importance, "IQ2_XS", IQ2_XS_LAYOUT, _IQ2_XS_EFFORTS[effort])
     qs = (indices | (signs & 127).astype(np.uint16) << 9).astype("<u2").view(np.uint8)
     return np.concatenate([pack_half(d), qs, pack_nibbles(scales)], axis=1).reshape(len(rows), -1)
 
 
 def encode_iq2_s(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    d, scales, indices, signs = search_rows(rows, importance, "IQ2_S", IQ2_S_LAYOUT, _EFFORTS[effort])
+    d, scales, indices, signs = search_rows(rows, importance, "IQ2_S", IQ2_S_LAYOUT, _IQ2_S_EFFORTS[effort])
     qs, high = indices.astype(np.uint8), (indices >> 8).astype(np.uint8).reshape(-1, 8, 4)
     qh = np.bitwise_or.reduce(high << QH_SHIFTS, axis=2)
     return np.concatenate([pack_half(d), qs, signs, qh, pack_nibbles(scales)], axis=1).reshape(len(rows), -1)

@@ -22,6 +22,7 @@ import numpy as np
 
 from formats.block_format import Effort
 from formats.grids import points
+from formats.iq_kernels import FREE, PARITY
 from formats.iq_packing import (
     decode_points,
     pack_half,
@@ -31,7 +32,7 @@ from formats.iq_packing import (
     unpack_nibbles,
     unpack_signs_and_scales,
 )
-from formats.iq_search import FREE, PARITY, Layout, SearchEffort, search_rows
+from formats.iq_search import Layout, search_efforts, search_rows
 
 BLOCK_SIZE = 256
 IQ3_XXS_TYPE_SIZE, IQ3_S_TYPE_SIZE = 98, 110
@@ -41,19 +42,8 @@ _TOP_CODE = np.float32(15)
 IQ3_XXS_LAYOUT = Layout(PARITY, 2, 2, 8, _TOP_CODE, np.float32(1 / 4))
 IQ3_S_LAYOUT = Layout(FREE, 1, 1, 8, _TOP_CODE, np.float32(1))
 
-_RATIOS = np.geomspace(0.75, 1.3, 16, dtype=np.float32)
-_UNIT_TRIALS = np.geomspace(43, 8, 64, dtype=np.float32)
-
-
-def _efforts(top: float) -> dict[Effort, SearchEffort]:
-    peaks = np.geomspace(0.5 * top, 3 * top, 32, dtype=np.float32)
-    return {
-        "best": SearchEffort(32, peaks, _RATIOS, _UNIT_TRIALS, n_refits=1, n_rounds=2),
-        "fast": SearchEffort(16, peaks, _RATIOS, _UNIT_TRIALS, n_refits=0, n_rounds=1),
-    }
-
-
-_IQ3_XXS_EFFORTS, _IQ3_S_EFFORTS = _efforts(62), _efforts(15)
+_IQ3_XXS_EFFORTS = search_efforts(IQ3_XXS_LAYOUT, 62, 3, n_candidates=(48, 16), n_rounds=2)
+_IQ3_S_EFFORTS = search_efforts(IQ3_S_LAYOUT, 15, 3, n_candidates=(32, 16), n_rounds=2)
 
 
 def encode_iq3_xxs(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:

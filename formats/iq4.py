@@ -17,6 +17,7 @@ import numpy as np
 from formats.block_format import Effort
 from formats.encoding import to_blocks
 from formats.iq4_search import LEVELS, search_blocks, search_super_blocks
+from formats.iq_packing import pack_half, unpack_half
 
 IQ4_NL_BLOCK_SIZE, IQ4_NL_TYPE_SIZE = 32, 18
 IQ4_XS_BLOCK_SIZE, IQ4_XS_TYPE_SIZE = 256, 136
@@ -47,7 +48,7 @@ def encode_iq4_nl(rows: np.ndarray, importance: np.ndarray | None = None, effort
     blocks, weights = to_blocks(rows, importance, IQ4_NL_BLOCK_SIZE)
     scales, codes = np.empty(len(blocks), np.float32), np.empty(blocks.shape, np.uint8)
     search_blocks(blocks, weights, *_IQ4_NL_EFFORTS[effort], (scales, codes))
-    return np.concatenate([_half_bytes(scales), _pack_nibbles(codes)], axis=1).reshape(len(rows), -1)
+    return np.concatenate([pack_half(scales), _pack_nibbles(codes)], axis=1).reshape(len(rows), -1)
 
 
 def encode_iq4_xs(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
@@ -59,12 +60,12 @@ def encode_iq4_xs(rows: np.ndarray, importance: np.ndarray | None = None, effort
     scales_h = np.bitwise_or.reduce(stored >> 4 << SCALE_SHIFTS, axis=1, keepdims=True).astype("<u2").view(np.uint8)
     scales_l = (stored[:, 0::2] & 15 | (stored[:, 1::2] & 15) << 4).astype(np.uint8)
     qs = _pack_nibbles(codes.reshape(-1, 32)).reshape(len(blocks), -1)
-    return np.concatenate([_half_bytes(d), scales_h, scales_l, qs], axis=1).reshape(len(rows), -1)
+    return np.concatenate([pack_half(d), scales_h, scales_l, qs], axis=1).reshape(len(rows), -1)
 
 
 def decode_iq4_nl(data: np.ndarray) -> np.ndarray:
     blocks = data.reshape(-1, IQ4_NL_TYPE_SIZE)
-    return (_halves(blocks[:, :2]) * LEVELS[_unpack_nibbles(blocks[:, 2:])]).reshape(len(data), -1)
+    return (unpack_half(blocks[:, :2]) * LEVELS[_unpack_nibbles(blocks[:, 2:])]).reshape(len(data), -1)
 
 
 def decode_iq4_xs(data: np.ndarray) -> np.ndarray:
@@ -73,15 +74,7 @@ def decode_iq4_xs(data: np.ndarray) -> np.ndarray:
     high = np.ascontiguousarray(blocks[:, 2:4]).view("<u2") >> SCALE_SHIFTS & 3
     scales = (low | high << 4).astype(np.int8) - np.int8(SCALE_OFFSET)
     levels = LEVELS[_unpack_nibbles(blocks[:, 8:].reshape(-1, 16))].reshape(-1, N_SUB_BLOCKS, 32)
-    return ((_halves(blocks[:, :2]) * scales)[:, :, None] * levels).reshape(len(data), -1)
-
-
-def _half_bytes(d: np.ndarray) -> np.ndarray:
-    return d.astype("<f2").view(np.uint8).reshape(-1, 2)
-
-
-def _halves(data: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(data).view("<f2").astype(np.float32)
+    return ((unpack_half(blocks[:, :2]) * scales)[:, :, None] * levels).reshape(len(data), -1)
 
 
 def _pack_nibbles(codes: np.ndarray) -> np.ndarray:

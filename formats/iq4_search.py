@@ -196,7 +196,7 @@ def propose_units(fits, curvature, unit_trials, up, lanes, units):
 
     unit_trials: the codes that the scale of the largest magnitude may land on.
     """
-    trial, error = lanes
+    trial, error = lanes[0], lanes[1]
     largest = peak(fits)
     for t in range(trial.size):
         trial[t] = round_f16(largest / unit_trials[t] * up)
@@ -265,7 +265,7 @@ def search_super_blocks(blocks, weights, trials, unit_trials, n_refits, out):
     trial_lanes, trial_sums = np.empty((2, trials.size), np.float32), np.empty((3, trials.size), np.float32)
     lanes = np.empty((3, N_UNITS * N_NEIGHBOURS), np.float32)
     sums, unit_lanes = np.empty(lanes.shape, np.float32), np.empty((2, unit_trials.size), np.float32)
-    fits, curvature, sum_xx = np.empty((3, n_sub), np.float32)
+    fits, curvature, sum_xx = np.empty(n_sub, np.float32), np.empty(n_sub, np.float32), np.empty(n_sub, np.float32)
     stored, best_stored = np.empty((N_UNITS, n_sub), np.float32), np.empty(n_sub, np.float32)
     units, d, result = np.empty(N_UNITS, np.float32), np.empty(N_UNITS, np.float32), np.empty((3, N_UNITS), np.float32)
     for b in range(blocks.shape[0]):

@@ -1,4 +1,4 @@
-"""Bit fields that IQ2 and IQ3 have in common."""
+"""Bit fields that several IQ formats have in common."""
 
 import numpy as np
 
