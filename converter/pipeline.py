@@ -20,7 +20,7 @@ from converter.checkpoint import Checkpoint
 from converter.encode import Encoder
 from converter.job import Job, WorkDirectory, file_sha256, stops_cleanly, tool_identity, write_atomically
 from converter.model_map import describe
-from converter.preflight import check_output_is_free, check_samples, preflight
+from converter.preflight import check_output_is_free, check_samples, preflight, ternary_warning
 from converter.progress import Progress
 from converter.report import fallback_lines, group_rows, quality_warning, source_bytes
 from converter.source import open_checkpoint
@@ -137,6 +137,8 @@ def run(
         if (report := _finished_report(work.path)) is not None:
             progress.say("already done: the artifact is there and its hashes are right")
             return prepared, report
+        if warning := ternary_warning(checkpoint, prepared.plan):
+            progress.say(f"warning: {warning}")
         with stops_cleanly(work.path, job.command):
             report = _run_stages(prepared, work.path, progress, should_stop, clock)
     if warning := quality_warning(report["quality"]):

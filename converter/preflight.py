@@ -4,16 +4,26 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
+
 from calibration.importance import ImportanceMatrix, work_bytes
 from converter.calibrate import check_importance
 from converter.checkpoint import Checkpoint
 from converter.job import SAMPLES_RANGE, Job
+from converter.model_map import read_rows
 from converter.progress import size_text
 from converter.write import partial_path
 from formats.errors import ConvertError
 from formats.gguf_file import GgufLayout
+from formats.registry import get_format
+from formats.ternary import lossless_rows
 from profiles.plan import Plan
 from profiles.vocabulary import ModelMap
+
+_TERNARY = ("TQ1_0", "TQ2_0", "Q2_0", "Q1_0")
+_SAMPLED_ROWS = 16
+# The share of a model's weights from which on losing them is losing the model.
+_MUCH = 0.2
 
 # Statistics, journals and reports beside the larger things that are counted one by one.
 _SMALL_FILES = 64 << 20
@@ -47,6 +57,30 @@ def preflight(
     _check_writable(job.output.parent, "--output")
     _check_writable(job.work_dir, "--work-dir")
     _check_space(job, checkpoint, model_map, layouts)
+
+
+def ternary_warning(checkpoint: Checkpoint, plan: Plan) -> str | None:
+    """What to tell when much of a model that was not trained ternary goes into ternary formats; None otherwise.
+
+    A few rows of each such tensor are encoded to see what is lost: rows that are ternary already lose nothing.
+    """
+    damaged, errors = 0, []
+    for planned in plan.tensors:
+        if planned.format not in _TERNARY:
+            continue
+        rows = read_rows(checkpoint, planned.tensor, 0, min(_SAMPLED_ROWS, planned.tensor.n_rows))
+        if not lossless_rows(rows).all():
+            damaged += planned.tensor.n_weights
+            block_format = get_format(planned.format)
+            decoded = block_format.decode(block_format.encode(rows, None, plan.effort))
+            errors.append(float(np.square(decoded - rows).sum() / max(np.square(rows).sum(), 1e-30)))
+    if damaged < _MUCH * plan.n_weights:
+        return None
+    return (
+        f"{damaged / plan.n_weights:.0%} of the weights go into ternary formats, and they are not ternary: about"
+        " models trained that way. --profile mlp-low-precision keeps this one usable"
+        " models trained that way. --profile mlp-low-precision keeps this one alive"
+    )
 
 
 def check_output_is_free(job: Job, layouts: list[GgufLayout]) -> None:

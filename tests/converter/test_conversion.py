@@ -10,7 +10,11 @@ import torch
 import transformers
 from click.testing import CliRunner
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_torch
 
+from calibration.imatrix_file import save_imatrix
+from calibration.importance import ImportanceMatrix
 from converter.cli import main
 from converter.model_map import describe
 from converter.source import open_checkpoint
@@ -212,3 +216,31 @@ def test_nvfp4_has_a_second_level_scale_that_llama_cpp_applies(tiny, tmp_path, s
     # llama.cpp rounds the activations to 8 bits before a product with quantized weights; a scale that it did not apply
     # would be a factor of 2**-8 or so.
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.1
+
+
+def test_ternary_formats_warn_unless_the_model_is_ternary(tiny, tmp_path):
+    """A model whose matrices are -s, 0 or s row by row is kept bit for bit, without a word; another is warned about."""
+    arguments = ["--profile", "uniform-8bit", "--set", "mlp_*=TQ2_0", "--set", "attention_*=TQ1_0", "--no-quality"]
+    arguments += ["--imatrix", str(uniform_importance(tiny("llama-256"), tmp_path / "i.gguf")), "--json"]
+    done = CliRunner().invoke(main, [*arguments, "--output", str(tmp_path / "m.gguf"), str(tiny("llama-256"))])
+    assert done.exit_code == 0 and "not ternary" in done.stderr
+
+    ternary = shutil.copytree(tiny("llama-256"), tmp_path / "ternary")
+    weights = load_file(ternary / "model.safetensors")
+    for name, weight in weights.items():
+        if "_proj" in name:
+            weights[name] = torch.sign(weight) * (weight.abs() > 0.05) * torch.tensor(0.0625, dtype=weight.dtype)
+    save_torch(weights, ternary / "model.safetensors", metadata={"format": "pt"})
+    done = CliRunner().invoke(main, [*arguments, "--output", str(tmp_path / "t.gguf"), str(ternary)])
+    assert done.exit_code == 0 and "not ternary" not in done.stderr
+    errors = {
+        e["tensor"]: e["relative_error"] for e in json.loads(done.stdout)["errors"] if e["format"].startswith("TQ")
+    }
+    assert len(errors) == 4 * 7 and not any(errors.values())
+
+
+def uniform_importance(model: Path, path: Path) -> Path:
+    matrices = [t for t in describe(open_checkpoint(str(model))).tensors if t.layer is not None and len(t.shape) > 1]
+    sums = {t.name: np.ones((t.n_matrices, t.n_columns)) for t in matrices}
+    save_imatrix(path, ImportanceMatrix(sums, {name: np.ones(len(s), np.int64) for name, s in sums.items()}))
+    return path
