@@ -78,8 +78,8 @@ def ternary_warning(checkpoint: Checkpoint, plan: Plan) -> str | None:
         return None
     return (
         f"{damaged / plan.n_weights:.0%} of the weights go into ternary formats, and they are not ternary: about"
+        f" {np.mean(errors):.0%} of their energy will be lost, which no ordinary model survives; these formats are for"
         " models trained that way. --profile mlp-low-precision keeps this one usable"
-        " models trained that way. --profile mlp-low-precision keeps this one alive"
     )
 
 
