@@ -1,8 +1,8 @@
 """F32, F16 and BF16: one weight a block, rounded to nearest even.
 
-    F32   4 bytes   IEEE binary32, little endian
-    F16   2 bytes   IEEE binary16; a weight beyond +-65504 is refused, never turned into an infinity
-    BF16  2 bytes   the upper half of a binary32
+F32   4 bytes   IEEE binary32, little endian
+F16   2 bytes   IEEE binary16; a weight beyond +-65504 is refused, never turned into an infinity
+BF16  2 bytes   the upper half of a binary32
 """
 
 import numpy as np
