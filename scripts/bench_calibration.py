@@ -47,10 +47,10 @@ def plain(model, tokens: np.ndarray) -> float:
 
 @click.command(help=__doc__)
 @click.option("--model", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--samples", default=16, show_default=True)
+@click.option("--samples", default=32, show_default=True)
 @click.option("--sequence-length", default=512, show_default=True)
 @click.option("--threads", type=int, help="Of both; the default is torch's, one a core.")
-@click.option("--rounds", default=5, show_default=True)
+@click.option("--rounds", default=3, show_default=True)
 def main(model: Path, samples: int, sequence_length: int, threads: int | None, rounds: int) -> None:
     import torch
     from transformers import AutoModelForCausalLM
@@ -61,14 +61,14 @@ def main(model: Path, samples: int, sequence_length: int, threads: int | None, r
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa").eval()
     plain(whole, corpus.tokens[:1])
     rates: dict[str, list[float]] = {"ours": [], "plain": []}
+    print(f"{corpus.tokens.size} tokens, samples of {sequence_length}, {torch.get_num_threads()} threads")
     for _ in range(rounds):
         rates["ours"].append(corpus.tokens.size / ours(checkpoint, corpus, torch.get_num_threads()))
         rates["plain"].append(corpus.tokens.size / plain(whole, corpus.tokens))
+        print("   ".join(f"{name} {measured[-1]:.0f} tokens/s" for name, measured in rates.items()), flush=True)
     ratio = statistics.median(a / b for a, b in zip(rates["ours"], rates["plain"], strict=True))
-    print(f"{corpus.tokens.size} tokens, samples of {sequence_length}, {torch.get_num_threads()} threads")
-    print(f"ours / plain   {ratio:.2f}")
-    for name, measured in rates.items():
-        print(f"{name:12s}   {statistics.median(measured):.0f} tokens/s   ({', '.join(f'{r:.0f}' for r in measured)})")
+    medians = "   ".join(f"{name} {statistics.median(measured):.0f} tokens/s" for name, measured in rates.items())
+    print(f"ours / plain {ratio:.2f}   medians: {medians}")
 
 
 if __name__ == "__main__":
