@@ -58,7 +58,7 @@ def search_efforts(
 
     def effort(n_candidates: int, n_trials: int, refine: bool, n_refits: int, n_rounds: int) -> SearchEffort:
         peaks = np.geomspace(0.5 * highest, reach * highest, n_trials, dtype=np.float32)
-        ratios = np.geomspace(0.75, 1.3, N_LANES, dtype=np.float32)
+        ratios = np.geomspace(0.65, 1.9, N_LANES, dtype=np.float32)
         unit_trials = np.geomspace(1.4 * largest_scale, largest_scale / 4, 2 * n_trials, dtype=np.float32)
         return SearchEffort(n_candidates, peaks, refine, ratios, unit_trials, n_refits, n_rounds)
 
