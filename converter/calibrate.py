@@ -33,11 +33,11 @@ def observed_names(model_map: ModelMap) -> dict[str, tuple[str, int]]:
     }
 
 
-def planned_importance(job: Job, checkpoint: Checkpoint, model_map: ModelMap) -> ImportanceMatrix:
+def planned_importance(job: Job, checkpoint: Checkpoint, model_map: ModelMap, plan: Plan) -> ImportanceMatrix:
     """What `calibrate` will give, without running the model: the file that is named, or the identity of what will be
     computed, with statistics of zero."""
     if job.imatrix is not None:
-        return load_imatrix(job.imatrix)
+        return given_importance(job.imatrix, plan)
     names = {name for name, _ in observed_names(model_map).values()}
     observed = [tensor for tensor in model_map.tensors if tensor.name in names]
     corpus, _ = resolve_corpus(job.calibration)
@@ -51,6 +51,14 @@ def planned_importance(job: Job, checkpoint: Checkpoint, model_map: ModelMap) ->
         samples=job.samples,
         sequence_length=job.sequence_length,
     )
+
+
+def given_importance(path: Path, plan: Plan) -> ImportanceMatrix:
+    """A file's importance matrix, for this plan's model; raises ConvertError as check_importance does."""
+    shapes = {p.tensor.name: (p.tensor.n_matrices, p.tensor.n_columns) for p in plan.tensors}
+    importance = load_imatrix(path).shaped_as(shapes)
+    check_importance(importance, plan, str(path))
+    return importance
 
 
 def check_importance(importance: ImportanceMatrix, plan: Plan, where: str) -> None:
@@ -85,9 +93,7 @@ def calibrate(
     progress: Progress,
     should_stop: ShouldStop,
 ) -> ImportanceMatrix:
-    """The importance matrix of the job. A computed one stays in the work directory and is not computed again."""
-    if job.imatrix is not None:
-        return load_imatrix(job.imatrix)
+    """Compute the importance matrix of the job. It stays in the work directory and is not computed again."""
     result = work_dir / "importance.gguf"
     if not result.exists():
         running, running_map = runnable(checkpoint, model_map, work_dir)

@@ -171,6 +171,8 @@ def print_plan(job, as_json: bool, explain: str | None) -> None:
     from formats.errors import nearest
 
     prepared = prepare(job)
+    for note in prepared.notes:
+        click.echo(note, err=as_json)
     data = prepared.to_dict()
     if explain is not None:
         rows = [r for r in data["tensors"] if fnmatchcase(r["tensor"], explain) or fnmatchcase(r["role"], explain)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.control import ShouldStop, never
+from calibration.corpus import resolve_corpus
 from calibration.importance import ImportanceMatrix
 from converter.artifact import artifact_layout, artifact_metadata, file_name
 from converter.calibrate import calibrate, check_importance, planned_importance
@@ -35,14 +36,18 @@ from profiles.vocabulary import ModelMap
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that is known before anything runs. importance: the identity of what the encoders will use, None when
-    no format asks for it."""
+    """Everything that is known before anything runs.
+
+    importance: the identity of what the encoders will use, None when no format asks for it. notes: what was decided in
+    the user's place and should be said.
+    """
 
     job: Job
     checkpoint: Checkpoint
     model_map: ModelMap
     plan: Plan
     importance: ImportanceMatrix | None
+    notes: tuple[str, ...]
 
     def layouts(self, importance: ImportanceMatrix | None) -> list[GgufLayout]:
         """The artifact's files; equally long for the planned identity of the importance and for the final one."""
@@ -76,10 +81,16 @@ def prepare(job: Job) -> Prepared:
     model_map = describe(checkpoint, job.pre_tokenizer)
     plan = assign(job.profile, model_map, job.overrides, job.effort)
     job = job.with_output(file_name(model_map, checkpoint, job.profile.name))
-    wanted = plan.uses_importance or job.imatrix is not None
-    return Prepared(
-        job, checkpoint, model_map, plan, planned_importance(job, checkpoint, model_map) if wanted else None
-    )
+    notes = fallback_lines(plan)
+    importance = None
+    if plan.uses_importance and job.imatrix is None and job.calibration is None:
+        # Decided once: the network may come and go while the job runs.
+        corpus, reason = resolve_corpus(None)
+        job = replace(job, calibration=corpus)
+        notes.append(f"calibration on {corpus}: {reason}")
+    if plan.uses_importance or job.imatrix is not None:
+        importance = planned_importance(job, checkpoint, model_map, plan)
+    return Prepared(job, checkpoint, model_map, plan, importance, tuple(notes))
 
 
 def fingerprint(prepared: Prepared) -> dict[str, Any]:
@@ -122,9 +133,9 @@ def run(
         job = prepared.job
         assert job.output is not None and job.work_dir is not None
         layouts = prepared.layouts(prepared.importance)
-        preflight(job, prepared.checkpoint, prepared.model_map, prepared.plan, layouts, prepared.importance)
-    for line in fallback_lines(prepared.plan):
-        progress.say(line)
+        preflight(job, prepared.checkpoint, prepared.model_map, layouts)
+    for note in prepared.notes:
+        progress.say(note)
     work = WorkDirectory(job.work_dir)
     with work.locked():
         checkpoint = prepared.checkpoint.with_weights()
@@ -151,11 +162,11 @@ def _run_stages(
 ) -> dict[str, Any]:
     job, checkpoint, model_map, plan = prepared.job, prepared.checkpoint, prepared.model_map, prepared.plan
     assert job.output is not None
-    importance = None
-    if prepared.importance is not None:
+    importance = prepared.importance
+    if importance is not None and job.imatrix is None:
         with clock("calibrate"):
             importance = calibrate(job, checkpoint, model_map, work_dir, progress, should_stop)
-            check_importance(importance, plan, str(job.imatrix or work_dir / "importance.gguf"))
+            check_importance(importance, plan, str(work_dir / "importance.gguf"))
     with clock("encode"):
         layouts = prepared.layouts(importance)
         with Encoder(checkpoint, plan, importance, job.n_threads) as encoder:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from calibration.importance import ImportanceMatrix, work_bytes
-from converter.calibrate import check_importance
+from calibration.importance import work_bytes
 from converter.checkpoint import Checkpoint
 from converter.job import SAMPLES_RANGE, Job
 from converter.model_map import read_rows
@@ -45,15 +44,11 @@ def preflight(
     job: Job,
     checkpoint: Checkpoint,
     model_map: ModelMap,
-    plan: Plan,
     layouts: list[GgufLayout],
-    importance: ImportanceMatrix | None,
 ) -> None:
     """Raises ConvertError for the first thing that would stop the job. Architecture, tokenizer and profile have been
     checked by then: there would be no model map and no plan otherwise."""
     assert job.output is not None and job.work_dir is not None
-    if importance is not None and job.imatrix is not None:
-        check_importance(importance, plan, str(job.imatrix))
     _check_writable(job.output.parent, "--output")
     _check_writable(job.work_dir, "--work-dir")
     _check_space(job, checkpoint, model_map, layouts)

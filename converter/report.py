@@ -82,7 +82,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def plan_text(plan: Plan, file_bytes: int) -> str:
-    """The plan by groups of tensors, with every fallback and the exact size of the artifact."""
+    """The plan by groups of tensors, with the exact size of the artifact."""
     rows = [
         [
             row["group"],
@@ -95,11 +95,8 @@ def plan_text(plan: Plan, file_bytes: int) -> str:
         for row in group_rows(plan)
     ]
     text = table(["group", "formats", "weights", "bytes", "bits/weight", "share"], rows)
-    lines = [text, "", *fallback_lines(plan)]
-    lines.append(
-        f"{plan.profile}: {file_bytes} bytes ({size_text(file_bytes)}), {plan.bits_per_weight:.3f} bits per weight"
-    )
-    return "\n".join(lines)
+    size = f"{file_bytes} bytes ({size_text(file_bytes)}), {plan.bits_per_weight:.3f} bits per weight"
+    return f"{text}\n\n{plan.profile}: {size}"
 
 
 def quality_warning(quality: dict | None) -> str | None:
