@@ -33,6 +33,8 @@ from formats.encoding import check_rows, to_blocks
 TQ_BLOCK_SIZE, TQ1_0_TYPE_SIZE, TQ2_0_TYPE_SIZE = 256, 54, 66
 Q2_0_BLOCK_SIZE, Q2_0_TYPE_SIZE = 64, 18
 
+_BATCH_WEIGHTS = 1 << 16
+
 ZERO, HALF, ONE, TWO, THREE = (np.float32(value) for value in (0, 0.5, 1, 2, 3))
 INFINITY = np.float32(np.inf)
 F16_MAX, F16_MIN_NORMAL = np.float32(65504), np.float32(2**-14)
@@ -97,7 +99,12 @@ def _search(
     """d as bytes, uint8 [n_blocks, 2], and code + 1, uint8 [n_blocks, block_size]."""
     blocks, weights = to_blocks(rows, importance, block_size)
     scales, codes = np.empty(len(blocks), np.float32), np.empty(blocks.shape, np.uint8)
-    search_blocks(blocks, weights, _sort_events(blocks, has_two), effort == "best", (scales, codes))
+    # Whole rows at a time, as many as keep their events in the cache.
+    step = len(weights) * max(1, _BATCH_WEIGHTS // weights.size)
+    for first in range(0, len(blocks), step):
+        batch = slice(first, first + step)
+        events = _sort_events(blocks[batch], has_two)
+        search_blocks(blocks[batch], weights, events, effort == "best", (scales[batch], codes[batch]))
     return scales.astype("<f2").view(np.uint8).reshape(-1, 2), codes
 
 
