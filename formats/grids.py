@@ -52,21 +52,21 @@ def codebook(name: str, n_candidates: int) -> Codebook:
     grid = points(name)
     bottom, top, n_levels = _LEVELS[name]
     levels = np.array([bottom, (top - bottom) / (n_levels - 1), n_levels - 1], np.float32)
-    digits = np.rint((grid - levels[0]) / levels[1]).astype(np.int32)
     indices = np.empty((n_levels ** grid.shape[1], n_candidates), np.uint16)
-    low, high = (_half_distances(half, n_levels) for half in np.split(digits, 2, axis=1))
+    low, high = (_half_distances(half, n_levels) for half in np.split((grid - levels[0]) / levels[1], 2, axis=1))
     _list_nearest(low, high, indices)
     return Codebook(grid, levels, np.ascontiguousarray(grid[indices].transpose(0, 2, 1)), indices)
 
 
-def _half_distances(digits: np.ndarray, n_levels: int) -> np.ndarray:
-    """Squared distance, in levels, of every point from every cell of n_dims coordinates: int32 [n_cells, n_points].
+def _half_distances(coordinates: np.ndarray, n_levels: int) -> np.ndarray:
+    """Squared distance of every point from every cell of n_dims coordinates, in quarters: int32 [n_cells, n_points].
 
-    digits: int32 [n_points, n_dims], levels of the points. The first coordinate is the cell number's lowest digit.
+    coordinates: float32 [n_points, n_dims], in levels. The first one is the cell number's lowest digit. Quarters of a
+    level tell IQ1_M's two shifts of a point apart.
     """
-    n_dims = digits.shape[1]
+    n_dims = coordinates.shape[1]
     cells = np.arange(n_levels**n_dims)[:, None, None] // n_levels ** np.arange(n_dims) % n_levels
-    return ((cells - digits) ** 2).sum(axis=2, dtype=np.int32)
+    return np.rint(16 * ((cells - coordinates) ** 2).sum(axis=2)).astype(np.int32)
 
 
 @njit(nogil=True, cache=True)

@@ -9,7 +9,8 @@ floating point does not stop the compiler from using vector registers. The least
 belongs to is asked for the winning scale alone.
 
 What the formats do about signs:
-  SIGNED   the points have signs; a variant shifts all coordinates of a group by +1 (variant 0) or -1 (variant 1)
+  SIGNED   the points have signs; where there are variants, all coordinates of a group are shifted by +1 (variant 0)
+           or -1 (variant 1)
   FREE     a sign bit a weight
   PARITY   sign bits that must be even in number over 8 weights. The cheapest sign to get wrong costs 4 s min(w |x| g),
            which goes into A: so the search stays exact. A variant is the parity of a group's signs.
