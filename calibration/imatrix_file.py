@@ -99,13 +99,12 @@ def _load_gguf(path: Path) -> ImportanceMatrix:
             continue
         weight = name.removesuffix(_SUMS)
         counted = tensors.get(weight + _COUNTS)
-        if counted is None or {tensor.tensor_type, counted.tensor_type} != {GGMLQuantizationType.F32}:
+        if counted is None or {tensor.ggml_type, counted.ggml_type} != {GGMLQuantizationType.F32}:
             raise _damaged(path, f"{weight} lacks float32 sums and counts")
-        if tensor.n_elements == 0:
+        if tensor.n_bytes == 0:
             raise _damaged(path, f"{weight} has no columns")
-        # A reader shows shapes fastest dimension first; a single matrix may be stored as a vector.
-        sums[weight] = np.array(tensor.data, np.float64).reshape(-1, int(tensor.shape[0]))
-        counts[weight] = _whole_counts(path, weight, np.array(counted.data, np.float64).reshape(-1))
+        sums[weight] = tensor.decode(0, tensor.n_rows).astype(np.float64)
+        counts[weight] = _whole_counts(path, weight, counted.decode(0, counted.n_rows).astype(np.float64).reshape(-1))
     if not sums:
         raise _damaged(path, "it has no entries")
     datasets, size = _value(path, reader, _DATASETS, list), _value(path, reader, _CHUNK_SIZE, int)

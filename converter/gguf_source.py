@@ -30,15 +30,14 @@ def open_gguf(path: Path) -> Checkpoint:
         )
     tensors = {}
     for tensor in reader.tensors:
-        dtype = tensor.tensor_type.name
+        dtype = tensor.ggml_type.name
         if dtype not in DTYPE_BYTES:
             raise ConvertError(
                 f"{tensor.name!r} is quantized already ({dtype}); quantizing rounded weights again adds the errors up",
                 str(path),
                 "convert from the original checkpoint, or from its GGUF in F32, F16 or BF16",
             )
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        tensors[tensor.name] = StoredTensor(dtype, shape, path, int(tensor.data_offset))
+        tensors[tensor.name] = StoredTensor(dtype, tensor.shape, path, tensor.offset)
     architecture = metadata.get(Keys.General.ARCHITECTURE)
     config = {"model_type": architecture.value if architecture else None}
     return Checkpoint(path, path.stem, None, config, tensors, metadata)

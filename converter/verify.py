@@ -14,7 +14,7 @@ from converter.checkpoint import Checkpoint
 from converter.model_map import read_rows, restore
 from converter.progress import Progress
 from formats.errors import ConvertError
-from formats.gguf_file import EncodedTensor, read_gguf, read_tensors
+from formats.gguf_file import EncodedTensor, read_gguf
 from profiles.vocabulary import ModelMap, TensorSpec
 
 _CHUNK_WEIGHTS = 1 << 22
@@ -41,7 +41,7 @@ def artifact_tensors(paths: list[Path]) -> dict[str, EncodedTensor]:
     """
     tensors: dict[str, EncodedTensor] = {}
     for path in paths:
-        for tensor in read_tensors(path):
+        for tensor in read_gguf(path).tensors:
             if tensor.name in tensors:
                 raise ConvertError(f"the tensor {tensor.name!r} is there twice", str(path), "write the artifact again")
             tensors[tensor.name] = tensor

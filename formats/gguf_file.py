@@ -9,16 +9,19 @@ tensor has to be whole in memory and the size is known in advance.
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from math import prod
 from pathlib import Path
 from typing import cast
 
 import numpy as np
-from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFReader, GGUFWriter, Keys
+from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFReader, GGUFWriter, Keys
 from gguf.constants import GGUFValueType
+from gguf.gguf_reader import ReaderField
 from gguf.gguf_writer import SHARD_NAME_FORMAT, GGUFValue
 from gguf.quants import dequantize
 
+from formats.block_format import BlockFormat, NewerType
 from formats.errors import ConvertError
 
 
@@ -113,31 +116,6 @@ def lay_out(
     return layouts
 
 
-def read_gguf(path: Path) -> GGUFReader:
-    """The `gguf` package's reader (memory-mapped), behind the checks that it leaves out.
-
-    Raises ConvertError when the file is missing, is no GGUF, is truncated, or names data outside of itself.
-    """
-    try:
-        size = path.stat().st_size
-        reader = GGUFReader(path)
-    except OSError as error:
-        raise ConvertError(f"the file cannot be read: {error}", str(path), "name a readable GGUF file") from None
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeDecodeError, MemoryError) as error:
-        raise ConvertError(
-            f"this is no complete GGUF file: {error}", str(path), "fetch or write the file again"
-        ) from None
-    for tensor in reader.tensors:
-        end = tensor.data_offset + tensor.n_bytes
-        if end > size or tensor.data_offset < 0:
-            raise ConvertError(
-                f"the tensor's data would end at byte {end}, but the file has {size}",
-                f"{path}, tensor {tensor.name}",
-                "the file is truncated: fetch or write it again",
-            )
-    return reader
-
-
 @dataclass(frozen=True)
 class EncodedTensor:
     """A tensor of a GGUF file. shape: slowest dimension first; offset: of its data in the file, in bytes; scales: of
@@ -146,7 +124,7 @@ class EncodedTensor:
     path: Path
     name: str
     shape: tuple[int, ...]
-    ggml_type: GGMLQuantizationType
+    ggml_type: IntEnum
     offset: int
     n_bytes: int
     scales: tuple[float, ...] = ()
@@ -165,20 +143,73 @@ class EncodedTensor:
         return data.reshape(stop - start, row_bytes)
 
     def decode(self, start: int, stop: int) -> np.ndarray:
-        """Rows start to stop, decoded by the `gguf` package, times the scale of their matrix: float32
-        [stop - start, n_columns]."""
-        rows = dequantize(self.read(start, stop), self.ggml_type).reshape(stop - start, self.shape[-1])
+        """Rows start to stop, times the scale of their matrix: float32 [stop - start, n_columns].
+
+        The decoder is the `gguf` package's, which shares no mistake with our encoders; the tests hold our own, of the
+        types that it cannot decode, against ggml's.
+        """
+        data = self.read(start, stop)
+        try:
+            rows = dequantize(data, cast(GGMLQuantizationType, self.ggml_type))
+        except NotImplementedError:
+            rows = _codec(self.ggml_type).decode(data)
+        rows = rows.reshape(stop - start, self.shape[-1])
         if not self.scales:
             return rows
         matrices = np.arange(start, stop) * len(self.scales) // self.n_rows
         return rows * np.array(self.scales, np.float32)[matrices, None]
 
 
-def read_tensors(path: Path) -> list[EncodedTensor]:
-    """The tensors of a GGUF file; raises ConvertError as read_gguf does."""
-    return [
-        EncodedTensor(
-            path, t.name, tuple(int(n) for n in t.shape[::-1]), t.tensor_type, int(t.data_offset), int(t.n_bytes)
-        )
-        for t in read_gguf(path).tensors
-    ]
+class GgufFile(GGUFReader):
+    """The `gguf` package's reader (memory-mapped), whose tensors are EncodedTensors: types that the package does not
+    know yet are read too, and no tensor may lie outside of the file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.tensors: list[EncodedTensor] = []  # type: ignore[assignment]
+        super().__init__(path)
+
+    def _build_tensors(self, start_offs: int, fields: list[ReaderField]) -> None:
+        tensors: dict[str, EncodedTensor] = {}
+        for field in fields:
+            _, _, _, dimensions, type_id, offset = field.parts
+            if field.name in tensors:
+                raise ValueError(f"the tensor {field.name!r} is there twice")
+            shape = tuple(int(n) for n in dimensions[::-1])
+            ggml_type, block_size, type_size = _geometry(int(type_id[0]))
+            if shape[-1] % block_size:
+                raise ValueError(f"rows of {shape[-1]} in {field.name!r} are no multiple of {block_size}")
+            n_bytes = prod(shape) // block_size * type_size
+            start = start_offs + int(offset[0])
+            if start + n_bytes > len(self.data):
+                raise ValueError(f"the data of {field.name!r} would end at byte {start + n_bytes} of {len(self.data)}")
+            tensors[field.name] = EncodedTensor(self.path, field.name, shape, ggml_type, start, n_bytes)
+        self.tensors = list(tensors.values())  # type: ignore[assignment]
+
+
+def _geometry(type_id: int) -> tuple[IntEnum, int, int]:
+    """The type of that id with its block size and bytes; ValueError for an unknown one."""
+    if type_id in list(NewerType):
+        block_format = _codec(NewerType(type_id))
+        return block_format.ggml_type, block_format.block_size, block_format.type_size
+    ggml_type = GGMLQuantizationType(type_id)
+    return ggml_type, *GGML_QUANT_SIZES[ggml_type]
+
+
+def _codec(ggml_type: IntEnum) -> BlockFormat:
+    """Our own codec; the registry brings the compiler, which reading a file's header can do without."""
+    from formats.registry import get_format
+
+    return get_format(ggml_type.name)
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """A GGUF file. Raises ConvertError when it is missing, no GGUF, cut short, or names data outside of itself."""
+    try:
+        return GgufFile(path)
+    except OSError as error:
+        raise ConvertError(f"the file cannot be read: {error}", str(path), "name a readable GGUF file") from None
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeDecodeError, MemoryError) as error:
+        raise ConvertError(
+            f"this is no complete GGUF file: {error}", str(path), "fetch or write the file again"
+        ) from None

@@ -7,7 +7,7 @@ from gguf.constants import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
 from formats.errors import ConvertError
-from formats.gguf_file import TensorEntry, lay_out, read_gguf, read_tensors
+from formats.gguf_file import TensorEntry, lay_out, read_gguf
 
 METADATA = {
     Keys.General.ARCHITECTURE: GGUFValue("llama", GGUFValueType.STRING),
@@ -42,8 +42,8 @@ def test_a_file_of_the_layout_reads_back(tmp_path):
     assert path.stat().st_size == layout.n_bytes
     reader = read_gguf(path)
     assert reader.get_field("tokenizer.ggml.tokens").contents() == ["a", "ü", "漢"]
-    assert [(t.name, tuple(map(int, t.shape[::-1]))) for t in reader.tensors] == [(e.name, e.shape) for e in ENTRIES]
-    tensors = read_tensors(path)
+    assert [(t.name, t.shape) for t in reader.tensors] == [(e.name, e.shape) for e in ENTRIES]
+    tensors = reader.tensors
     for tensor in tensors:
         assert tensor.read(0, tensor.n_rows).tobytes() == data[tensor.name]
     assert tensors[1].read(1, 3).tobytes() == data["b.weight"][34 : 3 * 34]
@@ -74,7 +74,7 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
     (layout,) = lay_out("m.gguf", METADATA, ENTRIES)
     path, _ = write(tmp_path, layout)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ConvertError, match=r"complete GGUF|would end at byte"):
+    with pytest.raises(ConvertError, match="complete GGUF"):
         read_gguf(path)
 
 
@@ -89,7 +89,7 @@ def test_random_damage_never_escapes_as_another_exception(tmp_path):
             damaged[position] = random.integers(0, 256)
         path.write_bytes(damaged)
         try:
-            for tensor in read_tensors(path):
+            for tensor in read_gguf(path).tensors:
                 tensor.read(0, tensor.n_rows)
         except ConvertError:
             pass
