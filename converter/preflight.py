@@ -2,9 +2,11 @@
 
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from calibration.importance import work_bytes
 from converter.checkpoint import Checkpoint
@@ -52,6 +54,7 @@ def preflight(
     _check_writable(job.output.parent, "--output")
     _check_writable(job.work_dir, "--work-dir")
     _check_space(job, checkpoint, model_map, layouts)
+    _check_memory(job, checkpoint, model_map)
 
 
 def ternary_warning(checkpoint: Checkpoint, plan: Plan) -> str | None:
@@ -99,6 +102,24 @@ def _check_writable(directory: Path, option: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConvertError(f"the directory cannot be made: {error}", str(directory), f"use {option}") from None
+
+
+def _check_memory(job: Job, checkpoint: Checkpoint, model_map: ModelMap) -> None:
+    """Memory of the layer stream, by far the largest: one layer computes in float32 while the next one loads. A GGUF is
+    read by transformers as a whole."""
+    weights: Counter[int | None] = Counter()
+    for tensor in model_map.tensors:
+        weights[tensor.layer] += tensor.n_weights
+    streamed = 2 * max((n for layer, n in weights.items() if layer is not None), default=0)
+    runs = job.quality or job.imatrix is None
+    resident = 0 if not runs else streamed if checkpoint.location.is_dir() else sum(weights.values())
+    needed, available = 4 * resident, psutil.virtual_memory().available
+    if needed > available:
+        raise ConvertError(
+            f"{size_text(available)} of memory are available, and running this model takes {size_text(needed)}",
+            "the calibration and the quality report",
+            "use a machine with more, or run no model here: --imatrix FILE --no-quality",
+        )
 
 
 def _check_space(job: Job, checkpoint: Checkpoint, model_map: ModelMap, layouts: list[GgufLayout]) -> None:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from click.testing import CliRunner, Result
 
@@ -287,6 +288,14 @@ def test_a_disk_too_small_is_noticed_before_any_work(tiny, tmp_path, monkeypatch
     failed = convert("--profile", "uniform-8bit", "--output", tmp_path / "m.gguf", tiny("llama-256"))
     assert failed.exit_code == 1
     assert "1.00 MiB free" in failed.stderr and "for the artifact" in failed.stderr
+
+
+def test_a_memory_too_small_is_noticed_before_any_work(tiny, tmp_path, monkeypatch):
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=1 << 20))
+    failed = convert("--profile", "uniform-8bit", "--output", tmp_path / "m.gguf", tiny("llama-256"))
+    assert failed.exit_code == 1
+    assert "1.00 MiB of memory are available" in failed.stderr and "--no-quality" in failed.stderr
 
 
 def test_a_disk_that_fills_up_loses_nothing(tiny, tmp_path):
