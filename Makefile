@@ -40,8 +40,8 @@ lint: setup
 
 bench: bench-encoders bench-calibration bench-memory
 
-bench-encoders: setup .cache/smollm2-wide
-	$(BIN)/python -m scripts.bench_encoders --model .cache/smollm2-wide
+bench-encoders: setup .cache/smollm2-wide.gguf
+	$(BIN)/python -m scripts.bench_encoders --model .cache/smollm2-wide --imatrix .cache/smollm2-wide.gguf
 
 bench-calibration: setup .cache/smollm2-wide
 	$(BIN)/python -m scripts.bench_calibration --model .cache/smollm2-wide
@@ -54,6 +54,10 @@ bench-kld: setup .cache/smollm2-wide
 
 .cache/smollm2-wide: | setup
 	$(BIN)/python -m scripts.smollm2 $@ --wide
+
+# Its importance.
+.cache/smollm2-wide.gguf: .cache/smollm2-wide
+	$(BIN)/convert imatrix --calibration embedded --samples 128 --output $@ $<
 
 convert: setup
 	$(BIN)/convert --profile '$(PROFILE)' $(if $(OUTPUT),--output '$(OUTPUT)') $(OPTIONS) '$(MODEL)'

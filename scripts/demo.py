@@ -27,7 +27,8 @@ def generate(artifact: Path) -> str:
 @click.argument("directory", default="demo", type=click.Path(path_type=Path))
 def main(directory: Path) -> None:
     model = build(directory / "SmolLM2-135M-Instruct")
-    arguments = ["--profile", "mlp-low-precision", "--samples", "128", "--output", str(directory), str(model)]
+    arguments = ["--profile", "mlp-low-precision", "--samples", "128", "--sequence-length", "256"]
+    arguments += ["--output", str(directory), str(model)]
     click.echo(f"$ convert {' '.join(arguments)}")
     convert(arguments, standalone_mode=False)
     (artifact,) = directory.glob("*.gguf")
