@@ -10,6 +10,7 @@ The texts come with the package dataset-build: the importance is of the beginnin
 predictions of the beginning of philosophy.txt.
 """
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
@@ -96,8 +97,9 @@ def packaged_text(parts: dict[str, int]) -> str:
 
 
 def default_importance(model: Path) -> Path:
-    """The importance matrix of the model over the calibration texts; computed once."""
-    path = CACHE / "importance.gguf"
+    """The importance matrix of the model over the calibration texts; computed once for a model's files."""
+    files = open_checkpoint(str(model), metadata_only=True).files()
+    path = CACHE / f"importance-{hashlib.sha256(repr(files).encode()).hexdigest()[:12]}.gguf"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=CACHE) as directory:
             text = Path(directory) / "calibration.txt"
