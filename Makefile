@@ -44,10 +44,10 @@ bench-encoders: setup .cache/smollm2-wide.gguf
 	$(BIN)/python -m scripts.bench_encoders --model .cache/smollm2-wide --imatrix .cache/smollm2-wide.gguf
 
 bench-calibration: setup .cache/smollm2-wide
-	$(BIN)/python -m scripts.bench_calibration --model .cache/smollm2-wide
+	$(BIN)/python -m scripts.bench_calibration --model .cache/smollm2-wide --samples 48
 
 bench-memory: setup
-	$(BIN)/python -m scripts.bench_memory
+	$(BIN)/python -m scripts.bench_memory --effort fast
 
 bench-kld: setup .cache/smollm2-wide
 	$(BIN)/python -m scripts.bench_kld --model .cache/smollm2-wide
