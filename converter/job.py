@@ -61,7 +61,10 @@ class Job:
 
     @property
     def n_threads(self) -> int:
-        return self.threads or len(os.sched_getaffinity(0))
+        if self.threads:
+            return self.threads
+        # The cores that this process may use, where the system tells.
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Stopped(ConvertError):

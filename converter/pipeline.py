@@ -94,7 +94,7 @@ def prepare(job: Job) -> Prepared:
 
 
 def fingerprint(prepared: Prepared) -> dict[str, Any]:
-    """What decides the artifact's bytes and the report: finished work is reused only where all of it is the same."""
+    """What decides the artifact's bytes: finished work is reused only where all of it is the same."""
     job, checkpoint = prepared.job, prepared.checkpoint
     return {
         "tool": tool_identity(),
@@ -115,7 +115,6 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
         "device": job.device,
         "pre_tokenizer": job.pre_tokenizer,
         "shard_bytes": job.shard_bytes,
-        "quality": job.quality,
         "output": str(job.output.absolute()) if job.output else None,
     }
 
@@ -145,7 +144,7 @@ def run(
         if not (work.path / "job.json").exists() and not fresh:
             check_output_is_free(job, layouts)
         work.claim(fingerprint(prepared))
-        if (report := _finished_report(work.path)) is not None:
+        if (report := _finished_report(work.path, job.quality)) is not None:
             progress.say("already done: the artifact is there and its hashes are right")
             return prepared, report
         if warning := ternary_warning(checkpoint, prepared.plan):
@@ -201,12 +200,17 @@ def _run_stages(
     return report
 
 
-def _finished_report(work_dir: Path) -> dict[str, Any] | None:
-    """The report of a job that is done and whose files are as it left them; a changed or missing file is an error."""
+def _finished_report(work_dir: Path, with_quality: bool) -> dict[str, Any] | None:
+    """The report of a job that is done and whose files are as it left them; a changed or missing file is an error.
+
+    A report without the quality that is asked for now does not count: what it lacks is still to be measured.
+    """
     path = work_dir / "report.json"
     if not path.exists():
         return None
     report = json.loads(path.read_bytes())
+    if with_quality and report["quality"] is None:
+        return None
     for file in report["artifact"]["files"]:
         if not Path(file["path"]).exists() or file_sha256(Path(file["path"])) != file["sha256"]:
             raise ConvertError(

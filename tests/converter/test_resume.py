@@ -126,7 +126,10 @@ def test_a_finished_job_says_so_and_a_changed_artifact_is_noticed(tiny, text, tm
         "quality": False,
     }
     first = converter.convert(**options)
+    assert first["quality"] is None
     assert converter.convert(**options) == first
+    measured = converter.convert(**{**options, "quality": True}, calibration=None)
+    assert measured["quality"]["mean_kld"] >= 0 and measured["artifact"] == first["artifact"]
     assert "already done" in capsys.readouterr().err
     with (tmp_path / "model.gguf").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
