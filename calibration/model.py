@@ -7,8 +7,6 @@ from torch import nn
 
 from formats.errors import ConvertError
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
-
 
 def choose_device(name: str) -> torch.device:
     """The device of that name; "auto" takes a GPU where torch finds one."""
