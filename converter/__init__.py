@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+DEFAULT_PROFILE = "balanced-4bit"
+
 
 def convert(
     model: str,
-    profile: str = "balanced-4bit",
+    profile: str = DEFAULT_PROFILE,
     output: str | Path | None = None,
     overrides: tuple[str, ...] = (),
     fresh: bool = False,

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from converter import DEFAULT_PROFILE
 from formats.errors import ConvertError
 
 PATH = click.Path(path_type=Path)
@@ -62,7 +63,7 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that describe a job: the same for `convert MODEL` and `convert plan MODEL`."""
     options = [
         click.argument("model"),
-        click.option("--profile", default="balanced-4bit", show_default=True, help="A preset, or a TOML file."),
+        click.option("--profile", default=DEFAULT_PROFILE, show_default=True, help="A preset, or a TOML file."),
         click.option("--output", type=PATH, help="The artifact's file or directory. [default: by GGUF naming]"),
         click.option("--set", "overrides", multiple=True, metavar="PATTERN=FORMAT", help="Override a role or tensor."),
         click.option(

@@ -5,6 +5,7 @@ from typing import Any
 
 from calibration.control import ShouldStop
 from calibration.imatrix_file import load_imatrix, save_imatrix
+from converter import DEFAULT_PROFILE
 from converter.calibrate import calibrate
 from converter.job import Job, WorkDirectory, default_work_dir, stops_cleanly, tool_identity
 from converter.model_map import describe
@@ -34,7 +35,7 @@ def write_importance(model: str, output: Path, progress: Progress, should_stop: 
         save_imatrix(output, load_imatrix(Path(model)))
         return
     work_dir = options.pop("work_dir") or default_work_dir(output)
-    job = Job(model=model, profile=load_profile("balanced-4bit"), output=output, work_dir=work_dir, **options)
+    job = Job(model=model, profile=load_profile(DEFAULT_PROFILE), output=output, work_dir=work_dir, **options)
     check_samples(job.samples, job.sequence_length)
     checkpoint = open_checkpoint(model, metadata_only=True)
     model_map = describe(checkpoint)
