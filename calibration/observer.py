@@ -1,4 +1,4 @@
-"""Seeing the input of every matrix product, by the identity of its weight, without touching the model's code."""
+"""Seeing every matrix product, by the identity of its weight, without touching the model's code."""
 
 import weakref
 from collections.abc import Mapping
@@ -17,8 +17,11 @@ class Observer(Protocol):
 
     def fresh(self) -> Self: ...
 
-    def observe(self, parameter: str, matrix: int, n_matrices: int, inputs: torch.Tensor) -> None:
-        """inputs: [..., n_columns], multiplied with the transposed matrix of that index in the parameter."""
+    def observe(
+        self, parameter: str, matrix: int, n_matrices: int, inputs: torch.Tensor, outputs: torch.Tensor | None
+    ) -> None:
+        """inputs: [..., n_columns], multiplied with the transposed matrix of that index in the parameter; outputs:
+        [..., n_rows], that product, or None where it is not computed."""
 
     def merge(self, other: Self) -> None: ...
 
@@ -50,13 +53,16 @@ class ProductTap(TorchFunctionMode):
         self.owners, self.observer = owners, observer
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
         if func is torch.nn.functional.linear:
-            self._show(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            self._show(result, *args, **(kwargs or {}))
+        return result
 
-    def _show(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def _show(
+        self, outputs: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> None:
         if owner := self.owners.get(weight.data_ptr()):
-            self.observer.observe(*owner, input)
+            self.observer.observe(*owner, input, outputs)
 
 
 class NoStatistic:
@@ -65,7 +71,9 @@ class NoStatistic:
     def fresh(self) -> Self:
         return self
 
-    def observe(self, parameter: str, matrix: int, n_matrices: int, inputs: torch.Tensor) -> None:
+    def observe(
+        self, parameter: str, matrix: int, n_matrices: int, inputs: torch.Tensor, outputs: torch.Tensor | None
+    ) -> None:
         pass
 
     def merge(self, other: Self) -> None:
@@ -93,7 +101,9 @@ class SquaredInputs:
     def fresh(self) -> "SquaredInputs":
         return SquaredInputs()
 
-    def observe(self, parameter: str, matrix: int, n_matrices: int, inputs: torch.Tensor) -> None:
+    def observe(
+        self, parameter: str, matrix: int, n_matrices: int, inputs: torch.Tensor, outputs: torch.Tensor | None
+    ) -> None:
         # Query, key and value are fed the same tensor, and so are gate and up: it is summed once. The reference is
         # weak, so that micro-batches that wait to be merged keep no activations alive.
         if self._latest is None or self._latest[0]() is not inputs:

@@ -198,7 +198,7 @@ class LayerStream:
         with self.resident(self.final_norm):
             for start, stop in self._micro_batches():
                 seen = self.observer.fresh()
-                seen.observe(HEAD, 0, 1, self.final_norm(self.hidden_states(start, stop)))
+                seen.observe(HEAD, 0, 1, self.final_norm(self.hidden_states(start, stop)), None)
                 self.observer.merge(seen)
         self._commit(len(self.layers), complete=True)
 
