@@ -12,7 +12,6 @@
 Layouts as of llama.cpp's tools/imatrix (July 2025 for GGUF).
 """
 
-import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +22,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
 from calibration.importance import ImportanceMatrix
+from calibration.whole_file import whole_file
 from formats.errors import ConvertError
 from formats.gguf_file import TensorEntry, lay_out, padded, read_gguf
 
@@ -67,21 +67,8 @@ def save_imatrix(path: Path, matrix: ImportanceMatrix) -> None:
 
     .dat: an expert without rows gets the columns that ImportanceMatrix.columns gives it, and all experts one count.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.writelines(_dat_parts(matrix) if path.suffix == ".dat" else _gguf_parts(path.name, matrix))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ConvertError(
-            f"the importance matrix cannot be written ({error.strerror})",
-            str(path),
-            "check the directory and its space",
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path, "importance matrix") as file:
+        file.writelines(_dat_parts(matrix) if path.suffix == ".dat" else _gguf_parts(path.name, matrix))
 
 
 def _load_gguf(path: Path) -> ImportanceMatrix:

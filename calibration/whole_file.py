@@ -1,0 +1,30 @@
+"""Writing a file whole or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from formats.errors import ConvertError
+
+
+@contextmanager
+def whole_file(path: Path, what: str) -> Iterator[BinaryIO]:
+    """A file that takes its name when the block ends well, flushed to the disk; until then the old one is there.
+
+    what: the file's kind, for the ConvertError when it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConvertError(
+            f"the {what} cannot be written ({error.strerror})", str(path), "check the directory and its space"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
