@@ -30,6 +30,7 @@ from converter.calibrate import check_importance
 from converter.encode import Encoder
 from converter.importance import write_importance
 from converter.job import Job
+from converter.llama_cpp import LlamaCpp
 from converter.model_map import describe
 from converter.progress import Progress
 from converter.source import open_checkpoint
@@ -39,7 +40,6 @@ from formats.registry import FORMATS, get_format
 from profiles.assign import assign
 from profiles.schema import parse_profile
 from scripts import ggml
-from scripts.llama_cpp import LlamaCpp
 from scripts.smollm2 import build
 
 CACHE = Path(".cache/bench-kld")

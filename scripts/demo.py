@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from converter.cli import main as convert
-from scripts.llama_cpp import LlamaCpp
+from converter.llama_cpp import LlamaCpp
 from scripts.smollm2 import build
 
 PROMPT = "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n"

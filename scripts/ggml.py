@@ -5,11 +5,11 @@ The functions are those of the shared object in the `xllamacpp` wheel, called th
 
 import ctypes
 import functools
-import importlib.util
-from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType
+
+from converter.llama_cpp import shared_object
 
 # Newer than some releases of the gguf package.
 _TYPE_IDS = {"NVFP4": 40, "Q1_0": 41, "Q2_0": 42} | {kind.name: kind.value for kind in GGMLQuantizationType}
@@ -18,11 +18,7 @@ _TYPE_IDS = {"NVFP4": 40, "Q1_0": 41, "Q2_0": 42} | {kind.name: kind.value for k
 @functools.cache
 def library() -> ctypes.CDLL:
     """The shared object, with the signatures of the functions that are used here."""
-    spec = importlib.util.find_spec("xllamacpp")
-    if spec is None or spec.origin is None:
-        raise ImportError("ggml's reference encoders come with the package xllamacpp: pip install xllamacpp")
-    (path,) = Path(spec.origin).parent.glob("xllamacpp*.so")
-    ggml = ctypes.CDLL(str(path))
+    ggml = shared_object()
     ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
     ggml.ggml_quantize_chunk.argtypes = [
         ctypes.c_int,  # enum ggml_type type

@@ -16,13 +16,13 @@ from safetensors.torch import save_file as save_torch
 from calibration.imatrix_file import save_imatrix
 from calibration.importance import ImportanceMatrix
 from converter.cli import main
+from converter.llama_cpp import LlamaCpp
 from converter.model_map import describe
 from converter.source import open_checkpoint
 from converter.verify import DecodedArtifact
 from formats.gguf_file import read_gguf
 from formats.registry import FORMATS
 from scripts.demo import PROMPT
-from scripts.llama_cpp import LlamaCpp
 from tests import tiny_models
 
 TEXT = (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-from scripts.llama_cpp import LlamaCpp
+from converter.llama_cpp import LlamaCpp
 from tests import tiny_models
 from tests.converter.f32_file import write_f32
 from tests.tiny_models import TINY_MODELS

@@ -13,10 +13,10 @@ import pytest
 from gguf import GGUFValueType, TokenType
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
+from converter.llama_cpp import LlamaCpp
 from converter.pre_tokenizer import find_name
 from converter.tokenizer import tokenizer_metadata
 from formats.errors import ConvertError
-from scripts.llama_cpp import LlamaCpp
 from scripts.smollm2 import save_tokenizer
 from tests import tiny_tokenizers as tiny
 

@@ -1,6 +1,7 @@
-"""llama.cpp itself, through its C API: the shared object of the `xllamacpp` wheel exports it.
+"""llama.cpp itself, through its C API: the shared object of the optional `xllamacpp` wheel exports it.
 
-The runtime that tests, the demo and benchmarks hold artifacts against; the product never imports it.
+The true runtime of a GGUF: the coherence guard generates with it, tests and benchmarks hold artifacts against it.
+Whatever llama.cpp cannot recover from ends its process, so a conversion runs it in one of its own (converter.generate).
 
     with LlamaCpp(path) as model:
         tokens = model.tokenize("Once upon a time")
@@ -10,13 +11,12 @@ The runtime that tests, the demo and benchmarks hold artifacts against; the prod
 
 import ctypes
 import os
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-
-from scripts import ggml
 
 _N_CTX_DEFAULT, _N_BATCH_DEFAULT, _N_UBATCH_DEFAULT = 512, 2048, 512
 _F32, _F16 = 0, 1
@@ -131,19 +131,30 @@ class LlamaCpp:
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         return self._decode(tokens, start=0, all_positions=True)
 
-    def generate(self, tokens: Sequence[int], n_tokens: int) -> list[int]:
-        """Up to n_tokens that follow, each the most probable one; ends before an end-of-generation token."""
+    def generate(
+        self, tokens: Sequence[int], n_tokens: int, seen: Callable[[np.ndarray], bool] | None = None
+    ) -> list[int]:
+        """Up to n_tokens that follow, each the most probable one; ends before an end-of-generation token.
+
+        seen: is shown the logits [n_vocab] of every step, the last one's too; False from it ends the generation there.
+        """
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         generated: list[int] = []
         pending, position = list(tokens), 0
         while len(generated) < n_tokens:
-            token = int(self._decode(pending, position, all_positions=False)[-1].argmax())
-            if self._lib.llama_vocab_is_eog(self._vocab, token):
+            logits = self._decode(pending, position, all_positions=False)[-1]
+            token = int(logits.argmax())
+            if (seen is not None and not seen(logits)) or token in self.end_tokens:
                 break
             position += len(pending)
             generated.append(token)
             pending = [token]
         return generated
+
+    @cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a generation."""
+        return frozenset(i for i in range(self.n_vocab) if self._lib.llama_vocab_is_eog(self._vocab, i))
 
     def _decode(self, tokens: Sequence[int], start: int, all_positions: bool) -> np.ndarray:
         if start + len(tokens) > self.n_ctx:
@@ -190,10 +201,25 @@ def _log(level: int, message: bytes, _: object) -> None:
         _errors.append(message.decode(errors="replace"))
 
 
+def installed() -> bool:
+    """Whether the package that brings llama.cpp is there."""
+    return find_spec("xllamacpp") is not None
+
+
+@cache
+def shared_object() -> ctypes.CDLL:
+    """llama.cpp and ggml as the wheel has them, no function declared yet. Raises ImportError when it is not there."""
+    spec = find_spec("xllamacpp")
+    if spec is None or spec.origin is None:
+        raise ImportError("llama.cpp comes with the package xllamacpp: pip install 'bitwright[llama-cpp]'")
+    (path,) = Path(spec.origin).parent.glob("xllamacpp*.so")
+    return ctypes.CDLL(str(path))
+
+
 @cache
 def _library() -> ctypes.CDLL:
     """The shared object, its functions declared, its log silenced (errors are kept for the exceptions)."""
-    lib = ggml.library()
+    lib = shared_object()
     pointer, text, number, flag = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_bool
     tokens = ctypes.POINTER(ctypes.c_int32)
     for name, result, arguments in (
@@ -232,4 +258,4 @@ def _check_layout(lib: ctypes.CDLL) -> None:
     expected = (_N_CTX_DEFAULT, _N_BATCH_DEFAULT, _N_UBATCH_DEFAULT, 1, params.n_threads)
     types = (params.type_k, params.type_v, params.flash_attn_type, params.rope_scaling_type)
     if found != expected or types != (_F16, _F16, _FLASH_ATTENTION_AUTO, -1) or not 0 < params.n_threads < 1024:
-        raise ImportError("this build of xllamacpp has another llama_context_params: adapt scripts/llama_cpp.py")
+        raise ImportError("this build of xllamacpp has another llama_context_params: adapt converter/llama_cpp.py")
