@@ -6,7 +6,8 @@ from gguf.gguf_writer import GGUFValue
 
 from calibration.importance import ImportanceMatrix
 from converter.checkpoint import Checkpoint
-from converter.job import Job, tool_identity
+from converter.job import Job
+from converter.recipe import importance_name, recipe
 from formats.gguf_file import GgufLayout, TensorEntry, lay_out
 from formats.registry import get_format
 from profiles.plan import Plan
@@ -55,33 +56,14 @@ def artifact_metadata(
     metadata[Keys.General.FILE_TYPE] = GGUFValue(_file_type(plan), GGUFValueType.UINT32)
     metadata[Keys.General.QUANTIZATION_VERSION] = GGUFValue(GGML_QUANT_VERSION, GGUFValueType.UINT32)
     metadata[Keys.General.QUANTIZED_BY] = string("bitwright")
-    recipe: dict[str, str | int] = {
-        "version": tool_identity(),
-        "profile": job.profile.name,
-        "profile_toml": job.profile.text,
-        "overrides": "\n".join(rule.text for rule in job.overrides),
-        "effort": plan.effort,
-        "plan_sha256": plan.digest(),
-        "source.model": checkpoint.model_id,
-        "source.revision": checkpoint.revision or "",
-    }
     if importance is not None:
-        metadata["quantize.imatrix.file"] = string(job.imatrix.name if job.imatrix else "importance.gguf")
+        metadata["quantize.imatrix.file"] = string(importance_name(job))
         metadata["quantize.imatrix.dataset"] = string(importance.corpus or "unknown")
         for key, n in (("entries_count", len(importance.sums)), ("chunks_count", importance.samples or 0)):
             metadata[f"quantize.imatrix.{key}"] = GGUFValue(n, GGUFValueType.INT32)
-        recipe |= {
-            "calibration.model": importance.model or "",
-            "calibration.corpus": importance.corpus or "",
-            "calibration.corpus_sha256": importance.corpus_sha256 or "",
-            "calibration.samples": importance.samples or 0,
-            "calibration.sequence_length": importance.sequence_length or 0,
-            "calibration.seed": job.seed,
-        }
-    for key, value in recipe.items():
-        if value != "":
-            kind = GGUFValueType.STRING if isinstance(value, str) else GGUFValueType.UINT32
-            metadata[f"bitwright.{key}"] = GGUFValue(value, kind)
+    for key, value in recipe(job, checkpoint, plan, importance).items():
+        kind = GGUFValueType.STRING if isinstance(value, str) else GGUFValueType.UINT32
+        metadata[f"bitwright.{key}"] = GGUFValue(value, kind)
     return metadata
 
 

@@ -13,6 +13,7 @@ from converter.checkpoint import Checkpoint
 from converter.job import Job
 from converter.model_map import describe
 from converter.progress import Progress
+from converter.recipe import IMPORTANCE_FILE
 from converter.source import open_checkpoint
 from formats.errors import ConvertError
 from formats.registry import get_format
@@ -94,7 +95,7 @@ def calibrate(
     should_stop: ShouldStop,
 ) -> ImportanceMatrix:
     """Compute the importance matrix of the job. It stays in the work directory and is not computed again."""
-    result = work_dir / "importance.gguf"
+    result = work_dir / IMPORTANCE_FILE
     if not result.exists():
         running, running_map = runnable(checkpoint, model_map, work_dir)
         tokenizer = load_tokenizer(running.location)

@@ -3,10 +3,11 @@
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import yaml
-from gguf import GGUFType, GGUFValueType, GGUFWriter, Metadata, size_label
+from gguf import GGUFType, GGUFValueType, GGUFWriter, Keys, Metadata, size_label
 from gguf.gguf_writer import GGUFValue
 
 from converter.checkpoint import Checkpoint
@@ -32,6 +33,30 @@ def model_metadata(
     own |= rope_metadata(configuration.rope)
     general = _general(checkpoint, architecture.gguf_name, tensors)
     return general | {f"{architecture.gguf_name}.{key}": value for key, value in own.items()}
+
+
+def source_card(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the source says of itself that a card about a conversion of it repeats: license (with its name and link),
+    pipeline_tag, language, tags; texts or lists of texts. From the model card's front matter or a GGUF's own keys."""
+    if checkpoint.metadata is not None:
+        stated = {
+            "license": checkpoint.metadata.get(Keys.General.LICENSE),
+            "license_name": checkpoint.metadata.get(Keys.General.LICENSE_NAME),
+            "license_link": checkpoint.metadata.get(Keys.General.LICENSE_LINK),
+            "language": checkpoint.metadata.get(Keys.General.LANGUAGES),
+            "tags": checkpoint.metadata.get(Keys.General.TAGS),
+        }
+        card = {key: entry.value for key, entry in stated.items() if entry is not None}
+    else:
+        card = {"license": checkpoint.config.get("license"), **Metadata.load_model_card(checkpoint.location)}
+    known: dict[str, Any] = {}
+    for key in ("license", "license_name", "license_link", "pipeline_tag", "language", "tags"):
+        value = card.get(key)
+        if isinstance(value, list):
+            known[key] = [str(item) for item in value]
+        elif value is not None:
+            known[key] = str(value)
+    return known
 
 
 def _general(checkpoint: Checkpoint, gguf_name: str, tensors: Iterable[TensorSpec]) -> dict[str, GGUFValue]:

@@ -20,9 +20,11 @@ from converter.calibrate import calibrate, check_importance, planned_importance
 from converter.checkpoint import Checkpoint
 from converter.encode import Encoder
 from converter.job import Job, WorkDirectory, file_sha256, stops_cleanly, tool_identity, write_atomically
+from converter.metadata import source_card
 from converter.model_map import describe
 from converter.preflight import check_output_is_free, check_samples, preflight, ternary_warning
 from converter.progress import Progress
+from converter.recipe import IMPORTANCE_FILE, calibration_manifest, recipe, reproducing_arguments
 from converter.report import fallback_lines, group_rows, quality_warning, source_bytes
 from converter.source import open_checkpoint
 from converter.verify import verify
@@ -165,7 +167,7 @@ def _run_stages(
     if importance is not None and job.imatrix is None:
         with clock("calibrate"):
             importance = calibrate(job, checkpoint, model_map, work_dir, progress, should_stop)
-            check_importance(importance, plan, str(work_dir / "importance.gguf"))
+            check_importance(importance, plan, str(work_dir / IMPORTANCE_FILE))
     with clock("encode"):
         layouts = prepared.layouts(importance)
         with Encoder(checkpoint, plan, importance, job.n_threads) as encoder:
@@ -188,7 +190,10 @@ def _run_stages(
         "profile": plan.profile,
         "plan_sha256": plan.digest(),
         "tool": tool_identity(),
-        "source": {"bytes": source_bytes(checkpoint)},
+        "recipe": recipe(job, checkpoint, plan, importance),
+        "arguments": reproducing_arguments(job, checkpoint, plan.uses_importance),
+        "calibration": calibration_manifest(job, importance, work_dir),
+        "source": {"bytes": source_bytes(checkpoint), "card": source_card(checkpoint)},
         "artifact": {"bytes": sum(file["bytes"] for file in files), "files": files},
         "groups": group_rows(plan),
         "errors": [error.to_dict() for error in errors],
@@ -196,6 +201,7 @@ def _run_stages(
         "seconds": clock.seconds,
         "path": str(work_dir / "report.json"),
     }
+    write_atomically(work_dir / "plan.json", json.dumps(prepared.to_dict(), indent=1).encode())
     write_atomically(work_dir / "report.json", json.dumps(report, indent=1).encode())
     return report
 

@@ -1,0 +1,125 @@
+"""The recipe of an artifact: what made it, as plain data, and as the command that makes it again."""
+
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from calibration.importance import ImportanceMatrix
+from converter.checkpoint import Checkpoint
+from converter.job import Job, file_sha256, tool_identity
+from profiles.plan import Plan
+from profiles.schema import load_profile, preset_names
+
+IMPORTANCE_FILE = "importance.gguf"
+# Fields of a Job that count only where it calibrates, and those of the command that are said even where they are the
+# default.
+_CALIBRATION_FIELDS = ("calibration", "samples", "sequence_length")
+_STATED_FIELDS = (*_CALIBRATION_FIELDS, "seed")
+# Fields of a Job that do not decide a byte, and those that the command spells in a way of their own.
+_LOCAL_FIELDS = ("output", "work_dir", "quality", "threads", "command")
+_SPELT_FIELDS = ("model", "profile", "overrides", "imatrix", "shard_bytes")
+
+
+def recipe(job: Job, checkpoint: Checkpoint, plan: Plan, importance: ImportanceMatrix | None) -> dict[str, str | int]:
+    """What the artifact says of its making, under `bitwright.`: nothing in it depends on paths, dates or threads."""
+    entries: dict[str, str | int] = {
+        "version": tool_identity(),
+        "profile": job.profile.name,
+        "profile_toml": job.profile.text,
+        "overrides": "\n".join(rule.text for rule in job.overrides),
+        "effort": plan.effort,
+        "plan_sha256": plan.digest(),
+        "source.model": checkpoint.model_id,
+        "source.revision": checkpoint.revision or "",
+    }
+    if importance is not None:
+        entries |= {
+            "calibration.model": importance.model or "",
+            "calibration.corpus": importance.corpus or "",
+            "calibration.corpus_sha256": importance.corpus_sha256 or "",
+            "calibration.samples": importance.samples or 0,
+            "calibration.sequence_length": importance.sequence_length or 0,
+            "calibration.seed": job.seed,
+        }
+    return {key: value for key, value in entries.items() if value != ""}
+
+
+def importance_name(job: Job) -> str:
+    """The name under which an artifact knows its importance matrix."""
+    return job.imatrix.name if job.imatrix else IMPORTANCE_FILE
+
+
+def calibration_manifest(job: Job, importance: ImportanceMatrix | None, work_dir: Path) -> dict[str, Any] | None:
+    """The importance matrix that was used, and the text it was computed from; None where none was used.
+
+    Seed and split are known only where the matrix was computed here; of a text file there is no split.
+    """
+    if importance is None:
+        return None
+    path = job.imatrix or work_dir / IMPORTANCE_FILE
+    split = None if job.calibration and Path(job.calibration).expanduser().is_file() else "train"
+    return {
+        "file": importance_name(job),
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "sha256": file_sha256(path),
+        "computed": job.imatrix is None,
+        "model": importance.model,
+        "corpus": importance.corpus,
+        "corpus_sha256": importance.corpus_sha256,
+        "samples": importance.samples,
+        "sequence_length": importance.sequence_length,
+        "seed": job.seed if job.imatrix is None else None,
+        "split": split if job.imatrix is None else None,
+    }
+
+
+def reproducing_arguments(job: Job, checkpoint: Checkpoint, uses_importance: bool) -> list[str]:
+    """What to write after `convert` to get the same bytes: options, each followed by its value, and the model. Files go
+    by their names, wherever they lie. Every field of Job that decides bytes is an option of its own name."""
+    preset = job.profile.name in preset_names() and load_profile(job.profile.name).text == job.profile.text
+    arguments = ["--profile", job.profile.name if preset else profile_file(job.profile.name)]
+    for rule in job.overrides:
+        arguments += ["--set", f"{(rule.roles or rule.tensors)[0]}={rule.format}"]
+    if job.imatrix is not None:
+        arguments += ["--imatrix", job.imatrix.name]
+    calibrates = uses_importance and job.imatrix is None
+    for field in fields(job):
+        value = getattr(job, field.name)
+        if field.name in (*_LOCAL_FIELDS, *_SPELT_FIELDS):
+            continue
+        if field.name in _CALIBRATION_FIELDS and not calibrates:
+            continue
+        if field.name == "calibration" and Path(value).expanduser().is_file():
+            value = Path(value).name
+        if value != field.default or field.name in _STATED_FIELDS:
+            arguments += [_option(field.name), str(value)]
+    if job.shard_bytes:
+        arguments += ["--split-size", str(job.shard_bytes)]
+    revision = f"@{checkpoint.revision}" if checkpoint.revision else ""
+    return [*arguments, f"{checkpoint.model_id}{revision}"]
+
+
+def with_importance(arguments: list[str], directory: str, imatrix: str) -> list[str]:
+    """The same with profile and importance matrix taken from files in a directory instead of computing the latter."""
+    *pairs, model = arguments
+    replaced = []
+    for option, value in zip(pairs[::2], pairs[1::2], strict=True):
+        if option == "--profile":
+            replaced += [option, f"{directory}/{profile_file(value.removesuffix('.toml'))}"]
+        elif option != "--imatrix" and option not in map(_option, _CALIBRATION_FIELDS):
+            replaced += [option, value]
+    return [*replaced, "--imatrix", f"{directory}/{imatrix}", model]
+
+
+def command_text(arguments: list[str]) -> str:
+    return shlex.join(["convert", *arguments])
+
+
+def profile_file(name: str) -> str:
+    return f"{name}.toml"
+
+
+def _option(field: str) -> str:
+    return f"--{field.replace('_', '-')}"

@@ -1,0 +1,123 @@
+"""The recipe in a report is the command that makes the same bytes again."""
+
+import json
+import shutil
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from converter.cli import main
+from converter.job import Job
+from converter.recipe import reproducing_arguments, with_importance
+from converter.source import open_checkpoint
+from profiles.schema import load_profile
+
+OWN_PROFILE = """
+description = "one of its own"
+good_for = "this test"
+base = "Q4_0"
+
+[[rule]]
+roles = ["mlp_down"]
+layers = ["first:1"]
+format = "IQ4_NL"
+"""
+SHORT = ["--calibration", "embedded", "--samples", "128", "--sequence-length", "16", "--effort", "fast"]
+
+
+def convert(*arguments: object) -> dict:
+    done = CliRunner().invoke(main, [*map(str, arguments), "--json"])
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def hashes(report: dict) -> list[str]:
+    return [file["sha256"] for file in report["artifact"]["files"]]
+
+
+@pytest.fixture
+def here(tiny, tmp_path, monkeypatch) -> Path:
+    """A directory to work in, with a model whose card says what it is."""
+    shutil.copytree(tiny("llama"), tmp_path / "model")
+    card = "---\nlicense: other\nlicense_name: tiny\nlanguage: [en, de]\npipeline_tag: text-generation\n---\n# Tiny\n"
+    (tmp_path / "model" / "README.md").write_text(card)
+    (tmp_path / "own.toml").write_text(OWN_PROFILE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+def test_the_arguments_of_a_report_make_the_same_bytes(here):
+    first = convert(
+        "--profile", here / "own.toml", "--set", "attention_v*=Q8_0", "--seed", "3", *SHORT,
+        "--split-size", "40K", "--output", "first/a.gguf", "--threads", "1", "--no-quality", here / "model",
+    )  # fmt: skip
+    assert len(hashes(first)) > 1
+    assert str(here) not in " ".join(first["arguments"])
+    again = convert(*first["arguments"], "--output", "again/a.gguf")
+    assert hashes(again) == hashes(first)
+    assert again["arguments"] == first["arguments"]
+
+    # With the importance matrix that was left, nothing is calibrated.
+    manifest = first["calibration"]
+    (here / "recipe").mkdir()
+    shutil.copy("own.toml", "recipe/own.toml")
+    shutil.copy(manifest["path"], "recipe")
+    arguments = with_importance(first["arguments"], "recipe", manifest["file"])
+    assert "--calibration" not in arguments
+    from_importance = convert(*arguments, "--output", "third/a.gguf", "--no-quality")
+    assert "calibrate" not in from_importance["seconds"]
+    assert hashes(from_importance) == hashes(first)
+    assert from_importance["calibration"]["sha256"] == manifest["sha256"]
+    assert from_importance["calibration"]["seed"] is None
+
+
+def test_what_a_report_says_of_its_making(here):
+    report = convert("--profile", "balanced-4bit", *SHORT, "--output", "out/a.gguf", "--no-quality", "model")
+    assert report["source"]["card"] == {
+        "license": "other",
+        "license_name": "tiny",
+        "language": ["en", "de"],
+        "pipeline_tag": "text-generation",
+    }
+    manifest = report["calibration"]
+    assert (manifest["corpus"], manifest["split"], manifest["seed"], manifest["samples"]) == (
+        "embedded",
+        "train",
+        0,
+        128,
+    )
+    assert report["recipe"]["profile_toml"] == load_profile("balanced-4bit").text
+    plan = json.loads(Path("out/a.bitwright/plan.json").read_text())
+    assert plan["plan_sha256"] == report["plan_sha256"] == report["recipe"]["plan_sha256"]
+    assert len(plan["tensors"]) == len(report["errors"])
+
+
+def test_eight_bits_calibrate_nothing_and_say_so(here):
+    report = convert("--profile", "uniform-8bit", "--output", "out/a.gguf", "--no-quality", "model")
+    assert report["calibration"] is None
+    assert report["arguments"] == ["--profile", "uniform-8bit", "--seed", "0", "model"]
+
+
+def test_every_field_that_decides_bytes_is_an_option(here):
+    """What a new field of Job needs to be part of the command: an option of its name."""
+    known = {option for parameter in main.commands["convert-model"].params for option in parameter.opts}
+    checkpoint = open_checkpoint(str(here / "model"))
+    plain = Job("model", load_profile("balanced-4bit"), calibration="embedded")
+
+    def options(job: Job) -> dict[str, str]:
+        *pairs, _ = reproducing_arguments(job, checkpoint, uses_importance=True)
+        return dict(zip(pairs[::2], pairs[1::2], strict=True))
+
+    spelt = {"shard_bytes": "--split-size"}
+    for field in fields(Job):
+        if field.name in ("model", "profile", "overrides", "imatrix", "output", "work_dir", "command"):
+            continue
+        changed = options(replace(plain, **{field.name: 77 if isinstance(field.default, int) else "changed"}))
+        differing = {option for option in changed if options(plain).get(option) != changed[option]}
+        if field.name in ("quality", "threads"):
+            assert not differing
+        else:
+            assert differing == {spelt.get(field.name, f"--{field.name.replace('_', '-')}")} <= known
