@@ -20,9 +20,12 @@ import numpy as np
 import torch
 
 from formats.errors import ConvertError
+from formats.whole_file import whole_file
 
 STATE_NAME = "stream.npz"
 NOT_STARTED = -1
+
+_REMEDY = "free some space, or give another --work-dir; the same command continues after the last whole layer"
 
 
 @contextmanager
@@ -34,7 +37,7 @@ def _explained(path: Path) -> Iterator[None]:
         raise ConvertError(
             f"the calibration checkpoint cannot be written ({error.strerror})",
             str(path),
-            "free some space, or give another --work-dir; the same command continues after the last whole layer",
+            _REMEDY,
         ) from error
 
 
@@ -99,12 +102,8 @@ class StreamCheckpoint:
         self.hidden(layers_done).sync()
         self.layers_done, self.complete, self.arrays = layers_done, complete, dict(arrays)
         header = {"fingerprint": self.fingerprint, "layers_done": layers_done, "complete": complete}
-        temporary = self.directory / f"{STATE_NAME}.tmp"
-        with _explained(temporary), temporary.open("wb") as file:
+        with whole_file(self.directory / STATE_NAME, "calibration checkpoint", _REMEDY) as file:
             np.savez(file, allow_pickle=False, **{"header": np.array(json.dumps(header)), **arrays})
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.directory / STATE_NAME)
 
     def discard_hidden_states(self) -> None:
         self._open.clear()

@@ -22,9 +22,9 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
 from calibration.importance import ImportanceMatrix
-from calibration.whole_file import whole_file
 from formats.errors import ConvertError
 from formats.gguf_file import TensorEntry, lay_out, padded, read_gguf
+from formats.whole_file import whole_file
 
 T = TypeVar("T")
 

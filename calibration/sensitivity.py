@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from calibration.fisher import FisherFactors, Labels
-from calibration.whole_file import whole_file
 from formats.block_format import Effort
 from formats.errors import ConvertError
+from formats.whole_file import whole_file
 
 _KEY = "bitwright.sensitivity"
 _VERSION = 1

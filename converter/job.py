@@ -16,6 +16,7 @@ from typing import Any
 from calibration.control import Interrupted
 from formats.block_format import Effort
 from formats.errors import ConvertError
+from formats.whole_file import whole_file
 from profiles.schema import LayerQuantizationConfig, QuantizationProfile
 
 DEFAULT_SAMPLES = 512
@@ -105,26 +106,6 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: a temporary neighbour, flushed to the disk, then renamed."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.rename(path)
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the renames in a directory survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class WorkDirectory:
     """The directory that holds a job's checkpoints.
 
@@ -164,7 +145,8 @@ class WorkDirectory:
         """Take the directory for the job of this fingerprint; refuse it when it holds another job's work."""
         stored = self.path / "job.json"
         if not stored.exists():
-            write_atomically(stored, json.dumps(fingerprint, indent=1).encode())
+            with whole_file(stored, "job's description") as file:
+                file.write(json.dumps(fingerprint, indent=1).encode())
             return
         try:
             previous = json.loads(stored.read_bytes())

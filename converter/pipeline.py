@@ -19,7 +19,7 @@ from converter.artifact import artifact_layout, artifact_metadata, file_name
 from converter.calibrate import calibrate, check_importance, planned_importance
 from converter.checkpoint import Checkpoint
 from converter.encode import Encoder
-from converter.job import Job, WorkDirectory, file_sha256, stops_cleanly, tool_identity, write_atomically
+from converter.job import Job, WorkDirectory, file_sha256, stops_cleanly, tool_identity
 from converter.metadata import source_card
 from converter.model_map import describe
 from converter.preflight import check_output_is_free, check_samples, preflight, ternary_warning
@@ -31,6 +31,7 @@ from converter.verify import verify
 from converter.write import ArtifactWriter
 from formats.errors import ConvertError
 from formats.gguf_file import GgufLayout
+from formats.whole_file import whole_file
 from profiles.assign import assign
 from profiles.plan import Plan
 from profiles.vocabulary import ModelMap
@@ -201,8 +202,9 @@ def _run_stages(
         "seconds": clock.seconds,
         "path": str(work_dir / "report.json"),
     }
-    write_atomically(work_dir / "plan.json", json.dumps(prepared.to_dict(), indent=1).encode())
-    write_atomically(work_dir / "report.json", json.dumps(report, indent=1).encode())
+    for name, content in (("plan.json", prepared.to_dict()), ("report.json", report)):
+        with whole_file(work_dir / name, "report") as file:
+            file.write(json.dumps(content, indent=1).encode())
     return report
 
 

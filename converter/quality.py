@@ -10,11 +10,12 @@ from calibration.corpus import load_corpus
 from calibration.quality import compare
 from converter.calibrate import load_tokenizer, runnable
 from converter.checkpoint import Checkpoint
-from converter.job import Job, write_atomically
+from converter.job import Job
 from converter.model_map import describe
 from converter.progress import Progress
 from converter.source import open_checkpoint
 from converter.verify import DecodedArtifact, artifact_files
+from formats.whole_file import whole_file
 from profiles.vocabulary import ModelMap
 
 # Of the conversion's own report: enough to see a loss that matters, in little time beside the calibration's.
@@ -55,7 +56,8 @@ def measure_quality(
             progress=progress,
             should_stop=should_stop,
         )
-        write_atomically(result, json.dumps(report.to_dict(), indent=1).encode())
+        with whole_file(result, "quality report") as file:
+            file.write(json.dumps(report.to_dict(), indent=1).encode())
     return json.loads(result.read_bytes())
 
 

@@ -12,9 +12,9 @@ from typing import BinaryIO
 
 from calibration.control import Interrupted, Progress, ShouldStop
 from converter.encode import Encoder
-from converter.job import sync_directory
 from formats.errors import ConvertError
 from formats.gguf_file import GgufLayout, padded
+from formats.whole_file import sync_directory
 from profiles.plan import PlannedTensor
 
 
