@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from calibration.packing import Conversation, Document, begin_token, documents, pack
 from formats.errors import ConvertError, nearest
 
 Split = Literal["train", "test"]
@@ -27,6 +28,9 @@ _WIKITEXT_ID = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 # org/name, or org/name:configuration for a dataset that has several
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _TEXT_COLUMNS = ("text", "content")
+# (column, key of the role, key of the content), and what other names than the templates' stand for
+_MESSAGE_COLUMNS = (("messages", "role", "content"), ("conversations", "from", "value"))
+_ROLES = {"human": "user", "gpt": "assistant"}
 _HUB_TIMEOUT_SECONDS = 2.0
 
 _PASSAGE_CHARACTERS = 6000
@@ -42,6 +46,11 @@ class Corpus:
     name: str
     sha256: str
     note: str = ""
+
+
+def corpus_title(name: str, chat: bool) -> str:
+    """The name under which statistics over the corpus are recorded."""
+    return f"{name} (chat template)" if chat else name
 
 
 def resolve_corpus(name: str | None) -> tuple[str, str]:
@@ -76,53 +85,52 @@ def resolve_corpus(name: str | None) -> tuple[str, str]:
 
 
 def load_corpus(
-    name: str | None, tokenizer: Any, samples: int, sequence_length: int, seed: int = 0, split: Split = "train"
+    name: str | None,
+    tokenizer: Any,
+    samples: int,
+    sequence_length: int,
+    seed: int = 0,
+    split: Split = "train",
+    chat: bool = False,
 ) -> Corpus:
-    """At most `samples` pieces of running text of sequence_length tokens each.
+    """At most `samples` samples of sequence_length tokens each, as calibration.packing makes them.
 
-    As in llama.cpp's tools the text is one run of tokens cut into pieces, whose first token is replaced by the
-    beginning-of-sequence token when the tokenizer adds one. Of a longer text the seed draws the pieces, which stay in
-    their order. split: "test" gives text that "train" has not, for named corpora; a file is the same for both.
-    tokenizer: transformers'. Raises ConvertError for a corpus that cannot be read or is shorter than one sample.
+    Each begins with the beginning-of-sequence token where the tokenizer adds one. Of a longer text the seed draws the
+    samples, which stay in their order. split: "test" gives text that "train" has not, for named corpora; a file is the
+    same for both. chat: conversations by the tokenizer's chat template. tokenizer: transformers'.
+    Raises ConvertError for a corpus that cannot be read or is shorter than one sample.
     """
     recorded, reason = resolve_corpus(name)
-    begin = _begin_token(tokenizer)
     text_hash = hashlib.sha256()
-    tokens: list[int] = [] if begin is None else [begin]
-    for passage in _passages(name or recorded, seed, split):
-        text_hash.update(passage.encode())
-        tokens += tokenizer(passage, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(tokens) >= samples * sequence_length:
+    found: list[Document] = []
+    n_tokens, source = 0, name or recorded
+    whole = source == WIKITEXT or Path(source).expanduser().is_file()  # small enough that all of it has its chance
+    for document in documents(_passages(source, seed, split), tokenizer, chat):
+        text_hash.update(document.text.encode())
+        found.append(document)
+        n_tokens += len(document.tokens)
+        if n_tokens >= samples * sequence_length and not whole:
             break
-    n_pieces = len(tokens) // sequence_length
-    if n_pieces == 0:
+    packed = pack(found, sequence_length, begin_token(tokenizer))
+    if not len(packed):
         raise ConvertError(
-            f"the corpus has {len(tokens)} tokens, less than one sample of {sequence_length}",
+            f"the corpus has {n_tokens} tokens, less than one sample of {sequence_length}",
             recorded,
             "give a longer text, or a shorter --sequence-length",
         )
-    pieces = np.array(tokens[: n_pieces * sequence_length], np.int32).reshape(n_pieces, sequence_length)
-    if n_pieces > samples:
-        pieces = pieces[np.sort(np.random.default_rng(seed).choice(n_pieces, samples, replace=False))]
-    if begin is not None:
-        pieces[:, 0] = begin
     notes = [reason] if name is None and recorded == EMBEDDED else []
-    if n_pieces < samples:
-        notes.append(f"the text has {n_pieces} samples of {sequence_length} tokens, {samples} were asked for")
-    return Corpus(pieces, recorded, text_hash.hexdigest(), "; ".join(notes))
+    if len(packed) < samples:
+        notes.append(f"the text has {len(packed)} samples of {sequence_length} tokens, {samples} were asked for")
+    if len(packed) > samples:
+        packed = packed[np.sort(np.random.default_rng(seed).choice(len(packed), samples, replace=False))]
+    return Corpus(packed, corpus_title(recorded, chat), text_hash.hexdigest(), "; ".join(notes))
 
 
-def _begin_token(tokenizer: Any) -> int | None:
-    """The token that this tokenizer puts before a text, if it does."""
-    begin = tokenizer.bos_token_id
-    return begin if begin is not None and tokenizer("a")["input_ids"][:1] == [begin] else None
-
-
-def _passages(name: str, seed: int, split: Split) -> Iterator[str]:
+def _passages(name: str, seed: int, split: Split) -> Iterator[str | Conversation]:
     if name == EMBEDDED:
         return _embedded_passages(seed, split)
     if Path(name).expanduser().is_file():
-        return iter([_read_text(Path(name).expanduser())])
+        return _cut(_read_text(Path(name).expanduser()).splitlines(keepends=True))
     if name == WIKITEXT:
         return _wikitext(split)
     return _hub_rows(*name.partition(":")[::2], split=split)
@@ -136,16 +144,16 @@ def _read_text(path: Path) -> str:
 
 
 def _wikitext(split: Split) -> Iterator[str]:
-    """The rows are the lines of the original file, which is small enough to be taken whole."""
-    yield "".join(_from_hub(WIKITEXT, lambda datasets: datasets.load_dataset(*_WIKITEXT_ID, split=split))["text"])
+    """The rows are the lines of the original file."""
+    return _cut(_from_hub(WIKITEXT, lambda datasets: datasets.load_dataset(*_WIKITEXT_ID, split=split))["text"])
 
 
-def _hub_rows(name: str, configuration: str, split: Split) -> Iterator[str]:
+def _hub_rows(name: str, configuration: str, split: Split) -> Iterator[str | Conversation]:
     """Row after row, streamed: a dataset may be larger than this machine."""
     load = partial(_stream_rows, name, configuration or None, split)
     rows = iter(_from_hub(name, load))
     while (row := _from_hub(name, lambda _: next(rows, None))) is not None:
-        yield _text_of(row, name) + "\n\n"
+        yield _conversation_of(row) or _text_of(row, name) + "\n\n"
 
 
 def _stream_rows(name: str, configuration: str | None, split: Split, datasets: Any) -> Any:
@@ -167,12 +175,21 @@ def _from_hub(name: str, ask: Callable[[Any], Any]) -> Any:
         ) from error
 
 
+def _conversation_of(row: dict[str, Any]) -> Conversation | None:
+    """The row's messages, of either of the two customary layouts."""
+    for column, role, content in _MESSAGE_COLUMNS:
+        messages = row.get(column)
+        if isinstance(messages, list) and messages and all(isinstance(m, dict) and content in m for m in messages):
+            return [{"role": _ROLES.get(m[role], m[role]), "content": m[content]} for m in messages]
+    return None
+
+
 def _text_of(row: dict[str, Any], name: str) -> str:
     for column in _TEXT_COLUMNS:
         if isinstance(row.get(column), str):
             return row[column]
     raise ConvertError(
-        f"the dataset has no column of text called {' or '.join(_TEXT_COLUMNS)}, only {', '.join(row)}",
+        f"the dataset has no column of messages or of text called {' or '.join(_TEXT_COLUMNS)}, only {', '.join(row)}",
         name,
         "choose another dataset, or save its text to a file",
     )
@@ -207,20 +224,24 @@ def _embedded_files() -> dict[str, list[Path]]:
 
 
 def _passages_of(files: list[Path], split: Split) -> list[str]:
-    """Passages of whole lines, of about the same length."""
     passages = []
     for path in files:
         lines = _read_text(path).splitlines(keepends=True)
         train, test = lines[: len(lines) * 9 // 10], lines[len(lines) * 9 // 10 :]
-        passage = ""
-        for line in train if split == "train" else test:
-            passage += line
-            if len(passage) >= _PASSAGE_CHARACTERS:
-                passages.append(passage)
-                passage = ""
-        if passage:
-            passages.append(passage)
+        passages += _cut(train if split == "train" else test)
     return passages
+
+
+def _cut(lines: list[str]) -> Iterator[str]:
+    """Passages of whole lines, of about the same length."""
+    passage = ""
+    for line in lines:
+        passage += line
+        if len(passage) >= _PASSAGE_CHARACTERS:
+            yield passage
+            passage = ""
+    if passage:
+        yield passage
 
 
 def _offline() -> bool:

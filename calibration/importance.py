@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from calibration.weights import WeightSource
 
 
+# Mean squares of that many rows are as uncertain as experts of a layer differ from each other: with a relative variance
+# of 2 / rows (Gaussian inputs) to 10 / rows (heavy tails) on one side, and of 0.1 to 0.3 between experts on the other.
+PRIOR_ROWS = 32
+
+
 @dataclass(frozen=True, eq=False)
 class ImportanceMatrix:
     """Sums of squared inputs per column of each matrix, as llama.cpp's importance matrix has them.
@@ -52,18 +57,34 @@ class ImportanceMatrix:
     def columns(self, name: str) -> np.ndarray:
         """The mean squared input of every column: float32 [n_matrices, n_columns]; KeyError for an unknown tensor.
 
-        An expert that no token reached has no statistics of its own. It gets the mean over the experts that were
-        reached, all rows counting alike: experts of a layer choose among the same inputs. When none was, all columns
-        get 1: uniform importance.
+        Experts of a layer choose among the same inputs, so what all of them together have seen is a prior for each:
+        it counts as PRIOR_ROWS rows beside an expert's own. An expert that no token reached has the prior alone, one
+        that thousands reached hardly notices it. Where all experts count alike nothing was routed, or the file does
+        not tell (.dat): then each has its own mean. Sums that are all zero give uniform importance, 1 for all columns.
         """
         sums, counts = self.sums[name].astype(np.float64), self.counts[name].astype(np.float64)
-        total = counts.sum()
-        if total == 0:
+        if not sums.any():
             return np.ones(sums.shape, np.float32)
-        means = np.tile(sums.sum(axis=0) / total, (len(sums), 1))
-        reached = counts > 0
-        means[reached] = sums[reached] / counts[reached, None]
-        return means.astype(np.float32)
+        if (counts == counts[0]).all():
+            return (sums / counts[0]).astype(np.float32)
+        prior = sums.sum(axis=0) / counts.sum()
+        return ((sums + PRIOR_ROWS * prior) / (counts[:, None] + PRIOR_ROWS)).astype(np.float32)
+
+    def notes(self) -> list[str]:
+        """What a user should know of the statistics: experts and tensors that the calibration left without."""
+        unseen = {name: int((counts == 0).sum()) for name, counts in self.counts.items()}
+        experts = {name: n for name, n in unseen.items() if n and self.sums[name].any()}
+        silent = [name for name, sums in self.sums.items() if not sums.any()]
+        notes = []
+        if experts:
+            worst = max(experts, key=lambda name: experts[name])
+            notes.append(
+                f"no token reached some experts of {len(experts)} tensors, at most {experts[worst]} of"
+                f" {len(self.counts[worst])} ({worst}): they get the importance of all others together"
+            )
+        if silent:
+            notes.append(f"{len(silent)} tensors had no input but zeros: uniform importance ({', '.join(silent[:3])})")
+        return notes
 
     def shaped_as(self, shapes: Mapping[str, tuple[int, int]]) -> "ImportanceMatrix":
         """The same statistics, with the matrices told apart that a .dat file runs together.

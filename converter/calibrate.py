@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from calibration.control import ShouldStop
-from calibration.corpus import load_corpus, resolve_corpus
+from calibration.corpus import corpus_title, load_corpus, resolve_corpus
 from calibration.imatrix_file import load_imatrix, save_imatrix
 from calibration.importance import ImportanceMatrix, compute_importance
 from converter.checkpoint import Checkpoint
@@ -34,6 +34,19 @@ def observed_names(model_map: ModelMap) -> dict[str, tuple[str, int]]:
     }
 
 
+def uses_chat(job: Job, model_map: ModelMap) -> bool:
+    """Whether the calibration renders conversations: as asked, or where the tokenizer has a chat template.
+
+    Raises ConvertError when that is asked of a tokenizer that has none.
+    """
+    has_template = "tokenizer.chat_template" in model_map.metadata
+    if job.chat and not has_template:
+        raise ConvertError(
+            "the tokenizer has no chat template", job.model, "leave out --chat, or add chat_template.jinja to the model"
+        )
+    return has_template if job.chat is None else job.chat
+
+
 def planned_importance(job: Job, checkpoint: Checkpoint, model_map: ModelMap, plan: Plan) -> ImportanceMatrix:
     """What `calibrate` will give, without running the model: the file that is named, or the identity of what will be
     computed, with statistics of zero."""
@@ -42,6 +55,7 @@ def planned_importance(job: Job, checkpoint: Checkpoint, model_map: ModelMap, pl
     names = {name for name, _ in observed_names(model_map).values()}
     observed = [tensor for tensor in model_map.tensors if tensor.name in names]
     corpus, _ = resolve_corpus(job.calibration)
+    corpus = corpus_title(corpus, uses_chat(job, model_map))
     return ImportanceMatrix(
         sums={tensor.name: np.zeros((tensor.n_matrices, tensor.n_columns)) for tensor in observed},
         counts={tensor.name: np.zeros(tensor.n_matrices, np.int64) for tensor in observed},
@@ -99,7 +113,14 @@ def calibrate(
     if not result.exists():
         running, running_map = runnable(checkpoint, model_map, work_dir)
         tokenizer = load_tokenizer(running.location)
-        corpus = load_corpus(job.calibration, tokenizer, job.samples, job.sequence_length, job.seed)
+        corpus = load_corpus(
+            job.calibration,
+            tokenizer,
+            job.samples,
+            job.sequence_length,
+            job.seed,
+            chat=uses_chat(job, model_map),
+        )
         if corpus.note:
             progress.say(corpus.note)
         importance = compute_importance(

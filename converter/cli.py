@@ -70,6 +70,9 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
             "--imatrix", type=PATH, help="Use this importance matrix (GGUF or .dat) instead of computing one."
         ),
         click.option("--calibration", metavar="NAME|FILE", help="Text: a file, wikitext-2, or a Hub dataset."),
+        click.option(
+            "--chat/--no-chat", default=None, help="Calibrate on conversations. [default: with a chat template]"
+        ),
         click.option("--samples", default=512, show_default=True, help="Calibration sequences, 128 to 1024."),
         click.option("--sequence-length", default=512, show_default=True, help="Tokens in a calibration sequence."),
         click.option("--effort", type=click.Choice(["best", "fast"]), default="best", show_default=True),
@@ -231,6 +234,7 @@ def show_profile(name: str) -> None:
 @click.argument("model")
 @click.option("--output", type=PATH, required=True, help="importance.gguf, or a name that ends in .dat (legacy).")
 @click.option("--calibration", metavar="NAME|FILE", help="Text: a file, wikitext-2, or a Hub dataset.")
+@click.option("--chat/--no-chat", default=None, help="Calibrate on conversations. [default: with a chat template]")
 @click.option("--samples", default=512, show_default=True, help="Calibration sequences, 128 to 1024.")
 @click.option("--sequence-length", default=512, show_default=True, help="Tokens in a calibration sequence.")
 @click.option("--work-dir", type=PATH, help="Where checkpoints are kept. [default: beside the output]")

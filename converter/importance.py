@@ -51,6 +51,7 @@ def write_importance(model: str, output: Path, progress: Progress, should_stop: 
                 "samples": job.samples,
                 "sequence_length": job.sequence_length,
                 "seed": job.seed,
+                "chat": job.chat,
                 "device": job.device,
             }
         )

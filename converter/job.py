@@ -32,6 +32,7 @@ class Job:
     work_dir: None for the default beside the output.
     samples, sequence_length: of the calibration, in sequences and tokens. shard_bytes: split the artifact in files of
     at most that many bytes of tensor data. threads: 0 for every core; changes no byte. seed: of what is drawn.
+    chat: calibrate on conversations by the tokenizer's chat template; None stands for True where it has one.
     command: what continues the job when it is run again.
     """
 
@@ -42,6 +43,7 @@ class Job:
     work_dir: Path | None = None
     imatrix: Path | None = None
     calibration: str | None = None
+    chat: bool | None = None
     samples: int = DEFAULT_SAMPLES
     sequence_length: int = DEFAULT_SEQUENCE_LENGTH
     effort: Effort = "best"

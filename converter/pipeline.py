@@ -115,6 +115,7 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
         "samples": job.samples,
         "sequence_length": job.sequence_length,
         "seed": job.seed,
+        "chat": job.chat,
         "device": job.device,
         "pre_tokenizer": job.pre_tokenizer,
         "shard_bytes": job.shard_bytes,
@@ -169,6 +170,8 @@ def _run_stages(
         with clock("calibrate"):
             importance = calibrate(job, checkpoint, model_map, work_dir, progress, should_stop)
             check_importance(importance, plan, str(work_dir / IMPORTANCE_FILE))
+    for note in importance.notes() if importance is not None else ():
+        progress.say(note)
     with clock("encode"):
         layouts = prepared.layouts(importance)
         with Encoder(checkpoint, plan, importance, job.n_threads) as encoder:

@@ -50,20 +50,23 @@ def text(tmp_path):
     return path
 
 
-def test_pieces_are_contiguous_and_begin_as_the_tokenizer_does(text, tokenizer):
+def test_samples_begin_as_the_tokenizer_does_and_with_a_line(text, tokenizer):
     corpus = load_corpus(str(text), tokenizer, samples=10**6, sequence_length=64)
-    run = np.array([BEGIN, *tokenizer(text.read_text(), add_special_tokens=False)["input_ids"]])
-    expected = run[: len(run) // 64 * 64].reshape(-1, 64)
-    expected[:, 0] = BEGIN
-    np.testing.assert_array_equal(corpus.tokens, expected)
-    assert corpus.tokens.dtype == np.int32
+    assert corpus.tokens.dtype == np.int32 and (corpus.tokens[:, 0] == BEGIN).all()
+    whole = text.read_text()
+    position = 0
+    for sample in corpus.tokens:
+        found = whole.index(tokenizer.decode(sample[1:], errors="ignore")[:40], max(0, position - 64))
+        assert found == 0 or whole[found - 1] == "\n"
+        assert found <= position  # nothing is left out
+        position = found + 63
+    assert position > len(whole) - 128
 
 
 def test_no_token_is_put_in_front_where_the_tokenizer_has_none(text):
     tokenizer = tokenizer_of(adds_begin=False)
     corpus = load_corpus(str(text), tokenizer, samples=10**6, sequence_length=64)
-    n_tokens = corpus.tokens.size
-    np.testing.assert_array_equal(corpus.tokens.ravel(), tokenizer(text.read_text())["input_ids"][:n_tokens])
+    np.testing.assert_array_equal(corpus.tokens[0], tokenizer(text.read_text())["input_ids"][:64])
 
 
 def test_file_is_recorded_by_name_and_content(text, tokenizer):
@@ -94,7 +97,7 @@ def test_short_text_gives_what_it_has_and_says_so(text, tokenizer):
 def test_text_shorter_than_one_sample_is_refused(content, tmp_path, tokenizer):
     path = tmp_path / "short.txt"
     path.write_text(content)
-    with pytest.raises(ConvertError, match=f"has {len(content) + 1} tokens, less than one sample of 64"):
+    with pytest.raises(ConvertError, match=f"has {len(content)} tokens, less than one sample of 64"):
         load_corpus(str(path), tokenizer, samples=4, sequence_length=64)
 
 
@@ -217,7 +220,7 @@ def test_hub_dataset_is_read_no_further_than_needed(monkeypatch, reachable, toke
 
 def test_hub_dataset_without_text_is_refused(monkeypatch, reachable, tokenizer):
     hub_of(monkeypatch, [{"question": "?", "answer": "!"}], ["train"])
-    with pytest.raises(ConvertError, match="no column of text called text or content, only question, answer"):
+    with pytest.raises(ConvertError, match="of text called text or content, only question, answer"):
         load_corpus("org/name", tokenizer, samples=1, sequence_length=8)
 
 

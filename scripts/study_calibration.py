@@ -1,0 +1,126 @@
+"""How much calibration is enough: KL divergence of a low-bit model against samples, their length, and chat templates.
+
+Every row is the importance of one calibration, one conversion with it, and the divergence on two texts that no
+calibration has seen: plain passages, and passages as conversations by the model's chat template. Importance is a sum
+over samples, so a length is run once, over all samples, and the fewer samples are its first ones.
+"""
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from calibration.control import never
+from calibration.corpus import EMBEDDED, Corpus, load_corpus
+from calibration.imatrix_file import load_imatrix, save_imatrix
+from calibration.importance import ImportanceMatrix, compute_importance
+from calibration.quality import QualityReport, compare
+from converter.calibrate import load_tokenizer, observed_names
+from converter.job import Job
+from converter.model_map import describe
+from converter.pipeline import run
+from converter.progress import Progress
+from converter.source import open_checkpoint
+from converter.verify import DecodedArtifact
+from profiles.schema import parse_profile
+
+EVALUATION_SAMPLES, EVALUATION_LENGTH = 16, 512
+
+
+class Study:
+    """A model, and the importance matrices of it that have been computed, kept on disk."""
+
+    def __init__(self, model: Path, cache: Path, progress: Progress):
+        self.cache, self.progress = cache, progress
+        self.checkpoint = open_checkpoint(str(model))
+        self.model_map = describe(self.checkpoint)
+        self.tokenizer = load_tokenizer(self.checkpoint.location)
+        cache.mkdir(parents=True, exist_ok=True)
+
+    def importance(self, samples: list[int], length: int, chat: bool) -> dict[int, Path]:
+        """The importance of the first so many samples, for each of these numbers."""
+        paths = {n: self.cache / f"{n}x{length}-{'chat' if chat else 'plain'}.gguf" for n in samples}
+        corpus = load_corpus(EMBEDDED, self.tokenizer, max(samples), length, chat=chat)
+        total, start = None, 0
+        for n in sorted(samples):
+            if not paths[n].exists():
+                part = self._measured(replace(corpus, tokens=corpus.tokens[start:n]))
+                save_imatrix(paths[n], part if total is None else _sum(total, part))
+            total, start = load_imatrix(paths[n]), n
+        return paths
+
+    def _measured(self, corpus: Corpus) -> ImportanceMatrix:
+        with tempfile.TemporaryDirectory() as directory:
+            return compute_importance(
+                self.checkpoint,
+                self.checkpoint.location,
+                observed_names(self.model_map),
+                corpus,
+                work_dir=Path(directory),
+                progress=self.progress,
+            )
+
+    def quality(self, imatrix: Path, base: str, chat: bool) -> QualityReport:
+        """The divergence of the model in that format, encoded with this importance."""
+        text = f'description = "the layers in {base}"\ngood_for = "studies"\nbase = "{base}"\n'
+        text += '[[rule]]\nroles = ["embedding", "output"]\nformat = "Q8_0"\n'
+        corpus = load_corpus(EMBEDDED, self.tokenizer, EVALUATION_SAMPLES, EVALUATION_LENGTH, split="test", chat=chat)
+        with tempfile.TemporaryDirectory() as directory:
+            job = Job(
+                model=str(self.checkpoint.location),
+                profile=parse_profile(text, base.lower(), "study"),
+                output=Path(directory) / "model.gguf",
+                imatrix=imatrix,
+                quality=False,
+                effort="fast",
+            )
+            run(job, self.progress, never)
+            artifact = DecodedArtifact([Path(directory) / "model.gguf"], self.model_map)
+            return compare(
+                self.checkpoint,
+                artifact,
+                self.checkpoint.location,
+                corpus,
+                work_dir=Path(directory) / "quality",
+                progress=self.progress,
+            )
+
+
+def _sum(a: ImportanceMatrix, b: ImportanceMatrix) -> ImportanceMatrix:
+    sums = {name: a.sums[name] + b.sums[name] for name in a.sums}
+    return replace(a, sums=sums, counts={name: a.counts[name] + b.counts[name] for name in a.counts})
+
+
+@click.command()
+@click.option("--model", type=click.Path(exists=True, path_type=Path), default=Path(".cache/smollm2-wide"))
+@click.option("--format", "base", default="IQ2_XS", show_default=True, help="Of the layers; embedding and output Q8_0.")
+@click.option("--samples", default="128,512,1024", show_default=True, help="Numbers of samples, with commas between.")
+@click.option("--lengths", default="128,512,2048", show_default=True, help="Tokens in a sample.")
+@click.option("--cache", type=click.Path(path_type=Path), default=Path(".cache/study-calibration"))
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Append each row to it.")
+def main(model: Path, base: str, samples: str, lengths: str, cache: Path, json_path: Path | None) -> None:
+    """Print mean KL divergence on plain text and on conversations for every amount and kind of calibration."""
+    progress = Progress()
+    study = Study(model, cache, progress)
+    numbers = [int(n) for n in samples.split(",")]
+    click.echo(f"{base}, effort fast; mean KLD over {EVALUATION_SAMPLES} samples of {EVALUATION_LENGTH} tokens")
+    click.echo(
+        f"{'calibration':>12} {'samples':>8} {'length':>7} {'tokens':>9} | {'plain text':>11} {'conversations':>14}"
+    )
+    for length in [int(n) for n in lengths.split(",")]:
+        for chat in (False, True):
+            for n, path in study.importance(numbers, length, chat).items():
+                plain, talk = (study.quality(path, base, of_chat).mean_kld for of_chat in (False, True))
+                kind = "chat" if chat else "plain"
+                click.echo(f"{kind:>12} {n:>8} {length:>7} {n * length:>9} | {plain:>11.4f} {talk:>14.4f}")
+                row = {"format": base, "chat": chat, "samples": n, "length": length, "plain": plain, "talk": talk}
+                if json_path:
+                    with json_path.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+    progress.close()
+
+
+if __name__ == "__main__":
+    main()
