@@ -224,7 +224,7 @@ def _embedded_files() -> dict[str, list[Path]]:
 
 
 def _passages_of(files: list[Path], split: Split) -> list[str]:
-    passages = []
+    passages: list[str] = []
     for path in files:
         lines = _read_text(path).splitlines(keepends=True)
         train, test = lines[: len(lines) * 9 // 10], lines[len(lines) * 9 // 10 :]
