@@ -14,8 +14,9 @@ from profiles.schema import load_profile, preset_names
 IMPORTANCE_FILE = "importance.gguf"
 # Fields of a Job that count only where it calibrates, and those of the command that are said even where they are the
 # default.
-_CALIBRATION_FIELDS = ("calibration", "samples", "sequence_length")
-_STATED_FIELDS = (*_CALIBRATION_FIELDS, "seed")
+_CALIBRATION_FIELDS = ("calibration", "chat", "samples", "sequence_length")
+_CALIBRATION_OPTIONS = [field.replace("_", "-") for field in _CALIBRATION_FIELDS]
+_STATED_FIELDS = ("calibration", "samples", "sequence_length", "seed")
 # Fields of a Job that do not decide a byte, and those that the command spells in a way of their own.
 _LOCAL_FIELDS = ("output", "work_dir", "quality", "threads", "command")
 _SPELT_FIELDS = ("model", "profile", "overrides", "imatrix", "shard_bytes")
@@ -76,50 +77,53 @@ def calibration_manifest(job: Job, importance: ImportanceMatrix | None, work_dir
 
 
 def reproducing_arguments(job: Job, checkpoint: Checkpoint, uses_importance: bool) -> list[str]:
-    """What to write after `convert` to get the same bytes: options, each followed by its value, and the model. Files go
-    by their names, wherever they lie. Every field of Job that decides bytes is an option of its own name."""
+    """What to write after `convert` to get the same bytes: options with their values, --option=value, and the model.
+    Files go by their names, wherever they lie. Every field of Job that decides bytes is an option of its own name."""
     preset = job.profile.name in preset_names() and load_profile(job.profile.name).text == job.profile.text
-    arguments = ["--profile", job.profile.name if preset else profile_file(job.profile.name)]
-    for rule in job.overrides:
-        arguments += ["--set", f"{(rule.roles or rule.tensors)[0]}={rule.format}"]
+    arguments = [f"--profile={job.profile.name if preset else profile_file(job.profile.name)}"]
+    arguments += [f"--set={(rule.roles or rule.tensors)[0]}={rule.format}" for rule in job.overrides]
     if job.imatrix is not None:
-        arguments += ["--imatrix", job.imatrix.name]
+        arguments.append(f"--imatrix={job.imatrix.name}")
     calibrates = uses_importance and job.imatrix is None
     for field in fields(job):
         value = getattr(job, field.name)
-        if field.name in (*_LOCAL_FIELDS, *_SPELT_FIELDS):
+        if field.name in (*_LOCAL_FIELDS, *_SPELT_FIELDS) or (field.name in _CALIBRATION_FIELDS and not calibrates):
             continue
-        if field.name in _CALIBRATION_FIELDS and not calibrates:
+        if value == field.default and field.name not in _STATED_FIELDS:
             continue
-        if field.name == "calibration" and Path(value).expanduser().is_file():
-            value = Path(value).name
-        if value != field.default or field.name in _STATED_FIELDS:
-            arguments += [_option(field.name), str(value)]
+        option = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            is_file = field.name == "calibration" and Path(value).expanduser().is_file()
+            arguments.append(f"--{option}={Path(value).name if is_file else value}")
     if job.shard_bytes:
-        arguments += ["--split-size", str(job.shard_bytes)]
+        arguments.append(f"--split-size={job.shard_bytes}")
     revision = f"@{checkpoint.revision}" if checkpoint.revision else ""
     return [*arguments, f"{checkpoint.model_id}{revision}"]
 
 
 def with_importance(arguments: list[str], directory: str, imatrix: str) -> list[str]:
     """The same with profile and importance matrix taken from files in a directory instead of computing the latter."""
-    *pairs, model = arguments
+    *options, model = arguments
     replaced = []
-    for option, value in zip(pairs[::2], pairs[1::2], strict=True):
-        if option == "--profile":
-            replaced += [option, f"{directory}/{profile_file(value.removesuffix('.toml'))}"]
-        elif option != "--imatrix" and option not in map(_option, _CALIBRATION_FIELDS):
-            replaced += [option, value]
-    return [*replaced, "--imatrix", f"{directory}/{imatrix}", model]
+    for option in options:
+        name, _, value = option.partition("=")
+        if name == "--profile":
+            replaced.append(f"--profile={directory}/{profile_file(value.removesuffix('.toml'))}")
+        elif name != "--imatrix" and name.removeprefix("--").removeprefix("no-") not in _CALIBRATION_OPTIONS:
+            replaced.append(option)
+    return [*replaced, f"--imatrix={directory}/{imatrix}", model]
 
 
 def command_text(arguments: list[str]) -> str:
-    return shlex.join(["convert", *arguments])
+    """The command as one would type it."""
+    words = ["convert"]
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        words += [name, value] if equals and name.startswith("--") else [argument]
+    return shlex.join(words)
 
 
 def profile_file(name: str) -> str:
     return f"{name}.toml"
-
-
-def _option(field: str) -> str:
-    return f"--{field.replace('_', '-')}"

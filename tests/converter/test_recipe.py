@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from converter.cli import main
 from converter.job import Job
-from converter.recipe import reproducing_arguments, with_importance
+from converter.recipe import command_text, reproducing_arguments, with_importance
 from converter.source import open_checkpoint
 from profiles.schema import load_profile
 
@@ -66,7 +66,7 @@ def test_the_arguments_of_a_report_make_the_same_bytes(here):
     shutil.copy("own.toml", "recipe/own.toml")
     shutil.copy(manifest["path"], "recipe")
     arguments = with_importance(first["arguments"], "recipe", manifest["file"])
-    assert "--calibration" not in arguments
+    assert not [argument for argument in arguments if argument.startswith(("--calibration", "--samples"))]
     from_importance = convert(*arguments, "--output", "third/a.gguf", "--no-quality")
     assert "calibrate" not in from_importance["seconds"]
     assert hashes(from_importance) == hashes(first)
@@ -98,26 +98,34 @@ def test_what_a_report_says_of_its_making(here):
 def test_eight_bits_calibrate_nothing_and_say_so(here):
     report = convert("--profile", "uniform-8bit", "--output", "out/a.gguf", "--no-quality", "model")
     assert report["calibration"] is None
-    assert report["arguments"] == ["--profile", "uniform-8bit", "--seed", "0", "model"]
+    assert report["arguments"] == ["--profile=uniform-8bit", "--seed=0", "model"]
 
 
 def test_every_field_that_decides_bytes_is_an_option(here):
     """What a new field of Job needs to be part of the command: an option of its name."""
-    known = {option for parameter in main.commands["convert-model"].params for option in parameter.opts}
+    parameters = main.commands["convert-model"].params
+    known = {o for parameter in parameters for o in (*parameter.opts, *parameter.secondary_opts)}
     checkpoint = open_checkpoint(str(here / "model"))
     plain = Job("model", load_profile("balanced-4bit"), calibration="embedded")
 
-    def options(job: Job) -> dict[str, str]:
-        *pairs, _ = reproducing_arguments(job, checkpoint, uses_importance=True)
-        return dict(zip(pairs[::2], pairs[1::2], strict=True))
+    def options(job: Job) -> set[str]:
+        return set(reproducing_arguments(job, checkpoint, uses_importance=True))
 
-    spelt = {"shard_bytes": "--split-size"}
     for field in fields(Job):
         if field.name in ("model", "profile", "overrides", "imatrix", "output", "work_dir", "command"):
             continue
-        changed = options(replace(plain, **{field.name: 77 if isinstance(field.default, int) else "changed"}))
-        differing = {option for option in changed if options(plain).get(option) != changed[option]}
+        value: object = 77 if isinstance(field.default, int) else "changed"
+        value = {"chat": False, "quality": False, "shard_bytes": 77}.get(field.name, value)
+        added = options(replace(plain, **{field.name: value})) - options(plain)
         if field.name in ("quality", "threads"):
-            assert not differing
+            assert not added
         else:
-            assert differing == {spelt.get(field.name, f"--{field.name.replace('_', '-')}")} <= known
+            (option,) = added
+            spelt = {"shard_bytes": "--split-size=77", "chat": "--no-chat"}
+            assert option == spelt.get(field.name, f"--{field.name.replace('_', '-')}={value}")
+            assert option.partition("=")[0] in known
+
+
+def test_a_command_is_written_as_one_types_it():
+    arguments = ["--profile=a b.toml", "--set=blk.*=Q4_K", "--no-chat", "org/model@0123"]
+    assert command_text(arguments) == "convert --profile 'a b.toml' --set 'blk.*=Q4_K' --no-chat org/model@0123"
