@@ -7,6 +7,9 @@
 A layer reads one hidden file and writes the other. stream.npz, which says how many layers are done, is replaced after
 the written one has reached the disk: killed at any moment, the stream continues after the last layer that it names.
 Plain file reads keep the hidden states out of the process's memory; the page cache holds what fits.
+
+A pass that keeps every layer's input numbers its files by the layers done. A pass backwards has the same directory, in
+which a layer more is done with every layer down, and the hidden files hold gradients.
 """
 
 import json
@@ -75,27 +78,36 @@ class HiddenStates:
 
 
 class StreamCheckpoint:
-    """Opens the work directory, or creates it. layers_done: NOT_STARTED, or the decoder layers behind us.
+    """Opens the work directory, or creates it. layers_done: NOT_STARTED, or the decoder layers behind us. keep: a file
+    of hidden states for every layer, not two in turn.
 
     Raises ConvertError when the directory holds another run's checkpoint, naming what differs.
     """
 
-    def __init__(self, directory: Path, fingerprint: Mapping[str, object], sample_shape: tuple[int, int], dtype):
+    def __init__(
+        self,
+        directory: Path,
+        fingerprint: Mapping[str, object],
+        sample_shape: tuple[int, int],
+        dtype: torch.dtype,
+        *,
+        keep: bool = False,
+    ):
         directory.mkdir(parents=True, exist_ok=True)
         self.directory, self.fingerprint = directory, dict(fingerprint)
         self.layers_done, self.complete = NOT_STARTED, False
         self.arrays: dict[str, np.ndarray] = {}
         if (directory / STATE_NAME).exists():
             self._load()
-        self._hidden = (sample_shape, dtype)
+        self.keep, self._hidden = keep, (sample_shape, dtype)
         self._open: dict[int, HiddenStates] = {}
 
     def hidden(self, layers_done: int) -> HiddenStates:
         """The hidden states after that many layers."""
-        parity = layers_done % 2
-        if parity not in self._open:
-            self._open[parity] = HiddenStates(self.directory / f"hidden-{parity}.bin", *self._hidden)
-        return self._open[parity]
+        number = layers_done if self.keep else layers_done % 2
+        if number not in self._open:
+            self._open[number] = HiddenStates(self.directory / f"hidden-{number}.bin", *self._hidden)
+        return self._open[number]
 
     def commit(self, layers_done: int, arrays: Mapping[str, np.ndarray], complete: bool = False) -> None:
         """Everything up to here is on disk when this returns."""
@@ -107,8 +119,8 @@ class StreamCheckpoint:
 
     def discard_hidden_states(self) -> None:
         self._open.clear()
-        for parity in range(2):
-            (self.directory / f"hidden-{parity}.bin").unlink(missing_ok=True)
+        for path in self.directory.glob("hidden-*.bin"):
+            path.unlink()
 
     def _load(self) -> None:
         path = self.directory / STATE_NAME

@@ -1,12 +1,20 @@
 """What an error in every weight costs: the Fisher matrix of the model's predictions, as row and column factors."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from calibration.control import Progress, ShouldStop, never, silent
+from calibration.gradient_sums import by_tensor
+from calibration.importance import work_bytes
 from formats.errors import ConvertError
+
+if TYPE_CHECKING:
+    from calibration.corpus import Corpus
+    from calibration.weights import WeightSource
 
 Labels = Literal["sampled", "text"]
 
@@ -53,3 +61,87 @@ class FisherFactors:
 
     def _refused(self, name: str, problem: str) -> ConvertError:
         return ConvertError(f"the tensor {name!r} {problem}", self.where, "compute the sensitivity again")
+
+
+def gradient_work_bytes(samples: int, sequence_length: int, hidden_size: int, n_layers: int) -> int:
+    """Disk space in bytes, at most, of a pass there and back over that many samples: the input of every layer, the last
+    hidden states, and two files of gradients, all float32."""
+    return work_bytes(samples, sequence_length, hidden_size) // 2 * (n_layers + 3)
+
+
+def compute_fisher(
+    source: "WeightSource",
+    config_dir: Path,
+    names: Mapping[str, tuple[str, int]],
+    corpus: "Corpus",
+    *,
+    labels: Labels = "sampled",
+    seed: int = 0,
+    work_dir: Path,
+    model: str | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Progress = silent,
+    should_stop: ShouldStop = never,
+) -> FisherFactors:
+    """Run the model over the corpus, layer by layer forwards and backwards, and sum the squared gradients of its
+    matrices.
+
+    names: checkpoint tensor name -> (GGUF tensor name, index of the matrix in it), of the matrices that are wanted.
+    labels: what the loss is taken against; "sampled" ones, drawn by the seed, give the Fisher matrix of the KL
+    divergence. The result is the same for any number of threads, and after any interruption.
+    work_dir: checkpoints, `gradient_work_bytes` large; a second call continues there, or returns at once when all is
+    done. Raises Interrupted when should_stop, polled after every layer, says so, and ConvertError for a text whose
+    samples have one token, another run's checkpoint, and gradients that are not finite.
+    """
+    if corpus.tokens.shape[1] < 2:
+        raise ConvertError("samples of 1 token predict nothing", corpus.name, "give a longer --sequence-length")
+    from calibration.gradients import GradientStream
+    from calibration.squared_gradients import SquaredGradients
+    from calibration.stream import LayerStream
+
+    forward = LayerStream(
+        source,
+        config_dir,
+        corpus.tokens,
+        work_dir / "forward",
+        identity=f"{model}@{revision}",
+        device=device,
+        threads=threads,
+        keep=True,
+    )
+    squared = SquaredGradients(lambda parameter, n: len(forward.parameters.matrices(parameter, n)[0]))
+    backward = GradientStream(forward, work_dir / "backward", squared, labels=labels, seed=seed)
+    forward.run(progress, should_stop, stage="forward")
+    backward.run(progress, should_stop, stage="gradients")
+    forward.discard_hidden_states()
+    n_samples, sequence_length = corpus.tokens.shape
+    n_labels = n_samples * (sequence_length if labels == "sampled" else sequence_length - 1)
+    found = by_tensor(squared.sums, forward.parameters, names)
+    factors = {tensor: sums.factors(n_labels) for tensor, sums in found.items()}
+    return FisherFactors(
+        rows={tensor: rows for tensor, (rows, _) in factors.items()},
+        columns={tensor: columns for tensor, (_, columns) in factors.items()},
+        gradient_magnitude={tensor: sums.mean_square_gradient(n_labels) ** 0.5 for tensor, sums in found.items()},
+        activation_variance={tensor: sums.input_variance for tensor, sums in found.items()},
+        weight_magnitude=_weight_magnitudes(source, names, found),
+        model=model,
+        revision=revision,
+        corpus=corpus.name,
+        corpus_sha256=corpus.sha256,
+        samples=n_samples,
+        sequence_length=sequence_length,
+        labels=labels,
+    )
+
+
+def _weight_magnitudes(
+    source: "WeightSource", names: Mapping[str, tuple[str, int]], found: Collection[str]
+) -> dict[str, float]:
+    """The mean magnitude of the weights of every tensor."""
+    means: dict[str, list[float]] = {}
+    for name, (tensor, _) in names.items():
+        if tensor in found:
+            means.setdefault(tensor, []).append(float(np.abs(source.read(name)).mean(dtype=np.float64)))
+    return {tensor: float(np.mean(means[tensor])) for tensor in found}

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from calibration.stream import LayerStream
     from calibration.weights import WeightSource
 
-# Logits computed at once: positions times vocabulary. 32 MiB of float32, a few times over for each thread.
-_LOGITS_AT_ONCE = 1 << 23
-
 
 @dataclass(frozen=True)
 class QualityReport:
@@ -112,11 +109,9 @@ def _scores(streams: list["LayerStream"], tokens: np.ndarray) -> Iterator[np.nda
         def score(i: int) -> np.ndarray:
             states = [stream.hidden_states(i, i + 1)[0, first:-1] for stream in streams]
             following = torch.from_numpy(tokens[i, first + 1 :].astype(np.int64)).to(source.device)
-            step = max(1, _LOGITS_AT_ONCE // source.config.vocab_size)
             parts = []
             with torch.inference_mode():
-                for start in range(0, len(following), step):
-                    span = slice(start, start + step)
+                for span in source.logit_spans(len(following)):
                     of_source, of_candidate = (head(rows[span]) for head, rows in zip(logits, states, strict=True))
                     parts.append(_score(of_source, of_candidate, following[span]))
             return np.concatenate(parts, axis=1)

@@ -31,6 +31,17 @@ class DictSource:
         return self.tensors[name]
 
 
+class StopAfter:
+    """should_stop that says so once that many layers are done."""
+
+    def __init__(self, n_layers: int):
+        self.remaining = n_layers
+
+    def __call__(self) -> bool:
+        self.remaining -= 1
+        return self.remaining <= 0
+
+
 def random_corpus(name: str = "llama", n_samples: int = 3, seed: int = 0) -> Corpus:
     """Samples as long as the tiny model of that name asks for; two of them or fewer are a micro-batch."""
     tokens = np.random.default_rng(seed).integers(3, VOCAB_SIZE, (n_samples, TINY_MODELS[name].n_tokens))

@@ -9,22 +9,11 @@ import torch
 from calibration.checkpointing import STATE_NAME, HiddenStates
 from calibration.control import Interrupted
 from formats.errors import ConvertError
-from tests.calibration.streaming import DictSource, all_bytes, compute, random_corpus
+from tests.calibration.streaming import DictSource, StopAfter, all_bytes, compute, random_corpus
 from tests.tiny_models import VOCAB_SIZE
 
 # Six layers of two kinds, and experts.
 MODELS = ("gemma3", "qwen3_moe")
-
-
-class StopAfter:
-    """should_stop that says so once that many layers are done."""
-
-    def __init__(self, n_layers: int):
-        self.remaining = n_layers
-
-    def __call__(self) -> bool:
-        self.remaining -= 1
-        return self.remaining <= 0
 
 
 class BreaksAt(DictSource):
