@@ -24,7 +24,8 @@ def convert(
     from converter.job import Job
     from converter.pipeline import run
     from converter.progress import Progress
-    from profiles.schema import load_profile, parse_override
+    from profiles.rules import parse_override
+    from profiles.schema import load_profile
 
     for key in ("imatrix", "work_dir"):
         if options.get(key) is not None:

@@ -94,12 +94,14 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def build_job(profile: str, overrides: tuple[str, ...], split_size: str | None, **options: Any):
     from converter.job import Job
-    from profiles.schema import load_profile, parse_override
+    from profiles.budget import parse_size
+    from profiles.rules import parse_override
+    from profiles.schema import load_profile
 
     return Job(
         profile=load_profile(profile),
         overrides=tuple(parse_override(text) for text in overrides),
-        shard_bytes=parse_size(split_size) if split_size else None,
+        shard_bytes=parse_size(split_size, "--split-size") if split_size else None,
         command=this_command(),
         **options,
     )
@@ -108,21 +110,6 @@ def build_job(profile: str, overrides: tuple[str, ...], split_size: str | None, 
 def this_command() -> str:
     """The command line that is running, as one would type it."""
     return shlex.join(["convert", *sys.argv[1:]])
-
-
-def parse_size(text: str) -> int:
-    """Bytes from a text such as 500M, 20GB or 1.5GiB: decimal units, binary ones with an i."""
-    import re
-
-    match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    try:
-        number = float(match[1]) if match else 0.0
-    except ValueError:
-        number = 0.0
-    if match is None or number <= 0:
-        raise ConvertError(f"{text!r} is no size", "--split-size", "write for example 500M, 20GB or 1.5GiB")
-    base = 1024 if match[3] else 1000
-    return int(number * base ** " KMGT".index(match[2].upper() or " "))
 
 
 @click.group(cls=DefaultGroup, context_settings={"max_content_width": 120})

@@ -17,7 +17,8 @@ from calibration.control import Interrupted
 from formats.block_format import Effort
 from formats.errors import ConvertError
 from formats.whole_file import whole_file
-from profiles.schema import LayerQuantizationConfig, QuantizationProfile
+from profiles.rules import LayerQuantizationConfig
+from profiles.schema import QuantizationProfile
 
 DEFAULT_SAMPLES = 512
 SAMPLES_RANGE = (128, 1024)

@@ -12,7 +12,7 @@ _GROUPS = {
     "output": (Role.OUTPUT,),
     "attention": tuple(role for role in Role if role.startswith("attention_")),
     "mlp": tuple(role for role in Role if role.startswith("mlp_")),
-    "experts": tuple(role for role in Role if role.startswith("expert_")),
+    "experts": tuple(role for role in Role if "expert_" in role),
     "norms, routers": (Role.NORM, Role.BIAS, Role.ROPE, Role.ROUTER, Role.SCALE),
 }
 

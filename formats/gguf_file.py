@@ -53,6 +53,11 @@ def padded(n_bytes: int) -> int:
     return -(-n_bytes // GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT
 
 
+def tensor_info_bytes(name: str, n_dimensions: int) -> int:
+    """What the header says of a tensor, in bytes: name with length, dimensions with their number, type, offset."""
+    return 8 + len(name.encode()) + 4 + 8 * n_dimensions + 4 + 8
+
+
 def _render_header(metadata: Mapping[str, GGUFValue], tensors: Sequence[TensorEntry]) -> bytes:
     architecture = metadata[Keys.General.ARCHITECTURE].value if Keys.General.ARCHITECTURE in metadata else ""
     with tempfile.TemporaryDirectory() as directory:

@@ -4,9 +4,11 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
+from math import fsum
 
 from formats.block_format import Effort
 from formats.registry import get_format
+from profiles.budget import Budget
 from profiles.vocabulary import UNQUANTIZED_ROLES, TensorSpec
 
 # From this many bits on, rounding is so fine that the importance of a column changes nothing worth a calibration.
@@ -15,12 +17,14 @@ _BITS_THAT_NEED_NO_IMPORTANCE = 8.0
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One row of a plan. wanted: the format the profile asked for, where it differs from the one that fits."""
+    """One row of a plan. wanted: the format the profile asked for, where it differs from the one that fits.
+    predicted_loss: the expected increase of the mean KL divergence in nats a token, where it was measured."""
 
     tensor: TensorSpec
     format: str
     reason: str
     wanted: str | None = None
+    predicted_loss: float | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -41,12 +45,26 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """How a budget was met.
+
+    gap: by how much, at most, a better choice could lower what was minimised: nats a token, or bytes where the goal is
+    a divergence. exact: it was proven that there is no better choice.
+    """
+
+    budget: Budget
+    gap: float
+    exact: bool
+
+
+@dataclass(frozen=True)
 class Plan:
     """What will be written, in the order of the file."""
 
     profile: str
     effort: Effort
     tensors: tuple[PlannedTensor, ...]
+    spent: Spent | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -59,6 +77,12 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         return self.n_bytes * 8 / self.n_weights
+
+    @property
+    def predicted_kld(self) -> float | None:
+        """The sum of the predicted losses; None when nothing was measured of the model."""
+        losses = [planned.predicted_loss for planned in self.tensors if planned.predicted_loss is not None]
+        return fsum(losses) if losses else None
 
     @property
     def uses_importance(self) -> bool:
@@ -86,6 +110,7 @@ class Plan:
                 "bits_per_weight": planned.n_bytes * 8 / planned.tensor.n_weights,
                 "wanted": planned.wanted,
                 "extra_bytes": planned.extra_bytes,
+                "predicted_loss": planned.predicted_loss,
                 "reason": planned.reason,
             }
             for planned in self.tensors

@@ -2,150 +2,130 @@
 
 description = "one line: what it does"
 good_for    = "one line: when to use it"
-base        = "Q4_K"                    # the format of every matrix that no rule below names
+extends     = "balanced-4bit"           # optional: a preset whose decisions come first
+target      = "gguf"                    # optional: or "safetensors", whose formats are schemes ("W4A16")
+base        = "Q4_K"                    # the format of every matrix that nothing below names
 
-[[rule]]                                # the last rule that matches a tensor decides
+[[tier]]                                # optional: layers ranked by importance, the first tier gets the top ones
+share  = 0.2
+format = "Q8_0"
+
+[[rule]]                                # the last rule that matches a tensor decides, also over tiers
 roles  = ["mlp_gate", "attention_*"]    # roles, or patterns of roles
-layers = ["first:2", "last:10%"]        # optional; also "all", "every:3", "4-7", "12"
+layers = ["first:2", "last:10%"]        # optional; also "all", "every:3", "4-7", "12", "1/3-2/3"
 format = "Q3_K"
 
 [[rule]]
 tensors = ["blk.*.attn_v.weight"]       # or patterns of GGUF tensor names, instead of roles
 format  = "Q6_K"
+
+[budget]                                # instead of `base`: measured sensitivity chooses what no rule names
+size    = "1.2GiB"                      # or bpw = 2.4, or kld = 0.05; the command line may say it, too
+formats = ["IQ*", "Q*_K"]               # optional: what to choose among
+alike   = [["mlp_gate", "mlp_up"]]      # optional: roles that share a format within a layer
+floors  = { "attention_*" = "Q2_K" }    # optional: no fewer bits than this
 """
 
 import tomllib
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from math import ceil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from formats.errors import ConvertError, nearest
-from formats.registry import get_format
-from profiles.vocabulary import Role, TensorSpec
+from profiles.budget import Budget, default_budget, parse_budget
+from profiles.rules import LayerQuantizationConfig, parse_rule
+from profiles.strict import known_keys, tables
+from profiles.target import Target, format_name, parse_target
+from profiles.tiers import Tier, parse_tiers
 
 PRESETS = Path(__file__).parent / "presets"
-_TOP_KEYS = ["description", "good_for", "base", "rule"]
-_RULE_KEYS = ["roles", "tensors", "layers", "format"]
-
-
-@dataclass(frozen=True)
-class LayerQuantizationConfig:
-    """One rule: the format of all tensors of these roles (or these names) in these layers.
-
-    roles, tensors: patterns (fnmatch); exactly one of the two is given. layers: ranges, any of which may match; a
-    tensor outside of the decoder layers matches only a rule without layers. text: how a plan's reasons quote the rule.
-    """
-
-    format: str
-    text: str
-    roles: tuple[str, ...] = ()
-    tensors: tuple[str, ...] = ()
-    layers: tuple[str, ...] = ("all",)
-
-    def matches(self, tensor: TensorSpec, n_layers: int, role: Role | None = None) -> bool:
-        """Whether the rule speaks of this tensor, in its own role or in the one it is asked to play."""
-        named = any(fnmatchcase(tensor.name, pattern) for pattern in self.tensors)
-        named = named or any(fnmatchcase(role or tensor.role, pattern) for pattern in self.roles)
-        if not named or self.layers == ("all",):
-            return named
-        return tensor.layer is not None and any(in_range(tensor.layer, n_layers, text) for text in self.layers)
+_TOP_KEYS = ("description", "good_for", "extends", "target", "base", "tier", "rule", "budget")
 
 
 @dataclass(frozen=True)
 class QuantizationProfile:
-    """A named set of decisions, independent of any model. text: the TOML it was read from, part of a job's identity."""
+    """A named set of decisions, independent of any model.
+
+    base: None where a budget decides. text: the TOML it was read from; inherited: that of the presets it extends, the
+    first one first. Both are part of a job's identity.
+    """
 
     name: str
     description: str
     good_for: str
-    base: str
+    base: str | None
     rules: tuple[LayerQuantizationConfig, ...]
     text: str
+    target: Target = "gguf"
+    tiers: tuple[Tier, ...] = ()
+    budget: Budget | None = None
+    inherited: tuple[str, ...] = ()
+
+    @property
+    def needs_sensitivity(self) -> bool:
+        """Whether its decisions rest on what was measured of the model."""
+        return bool(self.tiers) or (self.budget is not None and self.budget.has_goal)
+
+    def aiming_at(self, size: int | None, bpw: float | None, kld: float | None, where: str) -> "QuantizationProfile":
+        """This profile with a goal, whose budget then decides what no rule names; all None leaves it as it is."""
+        if size is None and bpw is None and kld is None:
+            return self
+        return replace(self, budget=(self.budget or default_budget()).aiming_at(size, bpw, kld, where))
 
 
-def in_range(layer: int, n_layers: int, text: str) -> bool:
-    """Whether a layer lies in a range such as "first:2", "last:12.5%", "every:3", "4-7", "12" or "all".
-
-    Raises ValueError when the text is none of these. A fraction of the layers is rounded up, so that it is never empty.
-    """
-    kind, _, value = text.partition(":")
-    if kind in ("first", "last", "every") and value:
-        n = ceil(float(value[:-1]) / 100 * n_layers) if value.endswith("%") else int(value)
-        if n < 1:
-            raise ValueError(text)
-        return {"first": layer < n, "last": layer >= n_layers - n, "every": layer % n == 0}[kind]
-    if text == "all":
-        return True
-    first, _, last = text.partition("-")
-    return int(first) <= layer <= int(last or first)
-
-
-def _strings(value: object, where: str) -> tuple[str, ...]:
-    if isinstance(value, str):
-        return (value,)
-    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-        return tuple(value)
-    raise ConvertError("a text or a list of texts is expected", where, 'write for example roles = ["mlp_down"]')
-
-
-def _known_keys(table: dict, keys: list[str], where: str) -> None:
-    for key in table:
-        if key not in keys:
-            raise ConvertError(f"unknown key {key!r}", where, nearest(key, keys))
-
-
-def parse_rule(table: dict, where: str) -> LayerQuantizationConfig:
-    """A rule from its TOML table; raises ConvertError with the key that is wrong."""
-    _known_keys(table, _RULE_KEYS, where)
-    if "format" not in table or ("roles" in table) == ("tensors" in table):
-        raise ConvertError("a rule needs `format` and one of `roles` and `tensors`", where, "add what is missing")
-    roles = _strings(table["roles"], f"{where}, key roles") if "roles" in table else ()
-    for pattern in roles:
-        if not any(fnmatchcase(role, pattern) for role in Role):
-            raise ConvertError(
-                f"no role matches {pattern!r}", f"{where}, key roles", nearest(pattern, [role.value for role in Role])
-            )
-    layers = _strings(table.get("layers", "all"), f"{where}, key layers")
-    for text in layers:
-        try:
-            in_range(0, 1, text)
-        except ValueError:
-            raise ConvertError(
-                f"{text!r} is no range of layers",
-                f"{where}, key layers",
-                'write "all", "first:2", "last:10%", "every:3", "4-7" or "12"',
-            ) from None
-    return LayerQuantizationConfig(
-        format=get_format(table["format"], f"{where}, key format").name,
-        text=where,
-        roles=roles,
-        tensors=_strings(table["tensors"], f"{where}, key tensors") if "tensors" in table else (),
-        layers=layers,
-    )
-
-
-def parse_profile(text: str, name: str, where: str) -> QuantizationProfile:
+def parse_profile(text: str, name: str, where: str, _extending: tuple[str, ...] = ()) -> QuantizationProfile:
     """A profile from TOML text; raises ConvertError with file, key and remedy."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConvertError(f"the profile is not valid TOML: {error}", where, "mend the line that is named") from None
-    _known_keys(table, _TOP_KEYS, where)
-    for key in ("description", "good_for", "base"):
+    known_keys(table, _TOP_KEYS, where)
+    for key in ("description", "good_for"):
         if not isinstance(table.get(key), str):
             raise ConvertError(f"the key {key!r} is missing or no text", where, f'add {key} = "..."')
-    rules = table.get("rule", [])
-    if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
-        raise ConvertError("rules are tables", f"{where}, key rule", "write each one below a line [[rule]]")
+    parent = _parent(table["extends"], where, _extending) if "extends" in table else None
+    target = parse_target(table["target"], f"{where}, key target") if "target" in table else _of(parent, "target")
+    base = format_name(table["base"], f"{where}, key base", target) if "base" in table else _of(parent, "base")
+    rules = tables(table.get("rule", []), f"{where}, key rule", "rule")
+    tiers = parse_tiers(tables(table.get("tier", []), f"{where}, key tier", "tier"), where, target)
+    budget: Budget | None = _of(parent, "budget")
+    if "budget" in table:
+        budget = parse_budget(table["budget"], f"{where}, key budget", budget)
+    if base is None and budget is None:
+        raise ConvertError("the key 'base' is missing", where, 'add base = "Q4_K", or a table [budget]')
+    if parent is not None and parent.target != target:
+        raise ConvertError(f"{parent.name!r} has the target {parent.target}", f"{where}, key extends", "extend another")
+    if budget is not None and target != "gguf":
+        raise ConvertError("a budget chooses among formats of a GGUF", f"{where}, key budget", 'use target = "gguf"')
     return QuantizationProfile(
         name=name,
         description=table["description"],
         good_for=table["good_for"],
-        base=get_format(table["base"], f"{where}, key base").name,
-        rules=tuple(parse_rule(rule, f"{where}, rule {i + 1}") for i, rule in enumerate(rules)),
+        base=base,
+        rules=(*_of(parent, "rules"), *(parse_rule(r, f"{where}, rule {i + 1}", target) for i, r in enumerate(rules))),
         text=text,
+        target=target,
+        tiers=tiers or _of(parent, "tiers"),
+        budget=budget,
+        inherited=() if parent is None else (*parent.inherited, parent.text),
     )
+
+
+_NOTHING = QuantizationProfile("", "", "", None, (), "")
+
+
+def _of(parent: QuantizationProfile | None, field: str):
+    """What a profile that says nothing of this field has: the field of the preset it extends."""
+    return getattr(parent or _NOTHING, field)
+
+
+def _parent(name: object, where: str, extending: tuple[str, ...]) -> QuantizationProfile:
+    here = f"{where}, key extends"
+    if name not in preset_names():
+        raise ConvertError(f"no preset is called {name!r}", here, nearest(str(name), preset_names()))
+    if name in extending:
+        raise ConvertError(f"the preset {name!r} would extend itself", here, "extend another one")
+    path = PRESETS / f"{name}.toml"
+    return parse_profile(path.read_text(encoding="utf-8"), path.stem, path.name, (*extending, path.stem))
 
 
 def preset_names() -> list[str]:
@@ -169,18 +149,3 @@ def load_profile(name_or_path: str) -> QuantizationProfile:
     except (OSError, UnicodeDecodeError) as error:
         raise ConvertError(f"the profile cannot be read: {error}", str(path), "name a readable TOML file") from None
     return parse_profile(text, path.stem, path.name)
-
-
-def parse_override(text: str) -> LayerQuantizationConfig:
-    """A rule from the command line, PATTERN=FORMAT; PATTERN is a role, a tensor name, or a pattern of either."""
-    pattern, separator, format_name = text.partition("=")
-    where = f"--set {text!r}"
-    if not separator or not pattern or not format_name:
-        raise ConvertError("an override is PATTERN=FORMAT", where, "for example --set 'mlp_down=Q4_K'")
-    is_role = any(fnmatchcase(role, pattern) for role in Role)
-    return LayerQuantizationConfig(
-        format=get_format(format_name, where).name,
-        text=where,
-        roles=(pattern,) if is_role else (),
-        tensors=() if is_role else (pattern,),
-    )

@@ -29,6 +29,9 @@ class Role(StrEnum):
     EXPERT_GATE = "expert_gate"
     EXPERT_UP = "expert_up"
     EXPERT_DOWN = "expert_down"
+    SHARED_EXPERT_GATE = "shared_expert_gate"
+    SHARED_EXPERT_UP = "shared_expert_up"
+    SHARED_EXPERT_DOWN = "shared_expert_down"
 
 
 # Tensors that runtimes compute with in float32: a few values each, never quantized.

@@ -5,7 +5,8 @@ import pytest
 from formats.errors import ConvertError
 from formats.registry import FORMATS, get_format
 from profiles.assign import assign, fitting_format
-from profiles.schema import load_profile, parse_override, parse_profile, preset_names
+from profiles.rules import parse_override
+from profiles.schema import load_profile, parse_profile, preset_names
 from profiles.vocabulary import ModelMap, Role, TensorSpec
 
 N_LAYERS = 8

@@ -4,7 +4,8 @@ import pytest
 
 from formats.errors import ConvertError
 from formats.registry import FORMATS
-from profiles.schema import in_range, load_profile, parse_override, parse_profile, preset_names
+from profiles.rules import in_range, parse_override
+from profiles.schema import load_profile, parse_profile, preset_names
 from profiles.vocabulary import Role
 
 HEAD = 'description = "d"\ngood_for = "g"\nbase = "Q4_K"\n'

@@ -1,0 +1,223 @@
+"""Meeting a budget: the format of every tensor it is free to choose, by what each costs in bytes and in divergence."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from formats.errors import ConvertError
+from formats.registry import get_format
+from profiles.budget import Budget
+from profiles.evidence import Evidence
+from profiles.knapsack import Choice, choose, frontier
+from profiles.vocabulary import Role, TensorSpec
+
+SizeOf = Callable[[TensorSpec, str], int]
+"""(tensor, format) -> bytes that the budget counts for it, whatever else goes with it included."""
+
+_FRONTIER_POINTS = 6
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that share a format, and the formats they may have: n_bytes, losses float64 [n_formats], over all of the
+    tensors."""
+
+    tensors: tuple[TensorSpec, ...]
+    formats: tuple[str, ...]
+    n_bytes: np.ndarray
+    losses: np.ndarray
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What is not the budget's to choose: bytes of the rest of the artifact, and the predicted loss of the tensors
+    whose format is decided. n_weights: of the whole model."""
+
+    n_bytes: int
+    loss: float
+    n_weights: int
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """formats and reasons: of every free tensor, by its name. gap, exact: see plan.Spent."""
+
+    formats: dict[str, str]
+    reasons: dict[str, str]
+    gap: float
+    exact: bool
+
+
+def known_loss(evidence: Evidence | None, tensor: TensorSpec, format_name: str) -> float | None:
+    """The expected loss, None where the evidence has none; of a 16 or 32 bit format that was not measured nothing worth
+    counting."""
+    losses = {} if evidence is None else evidence.losses.get(tensor.name, {})
+    if format_name in losses:
+        return losses[format_name]
+    return 0.0 if losses and get_format(format_name).block_size == 1 else None
+
+
+def loss_of(evidence: Evidence, tensor: TensorSpec, format_name: str) -> float:
+    """The same; raises ConvertError where the evidence has none."""
+    if (loss := known_loss(evidence, tensor, format_name)) is not None:
+        return loss
+    losses = evidence.losses.get(tensor.name, {})
+    raise ConvertError(
+        f"what {format_name} costs this tensor was not measured; measured: {', '.join(losses) or 'nothing'}",
+        f"{evidence.where}, tensor {tensor.name}",
+        "measure the model again, with this format among those that are tried",
+    )
+
+
+def group_tensors(
+    free: Sequence[TensorSpec],
+    budget: Budget,
+    evidence: Evidence,
+    size_of: SizeOf,
+    with_importance: Collection[str],
+    tied: bool,
+) -> list[Group]:
+    """The free tensors with their options, in groups where the budget wants some alike.
+
+    with_importance: names of the tensors whose columns have an importance. tied: the embedding is the output head too.
+    Raises ConvertError for a tensor that no format of the budget suits.
+    """
+    members: dict[object, list[TensorSpec]] = {}
+    for tensor in free:
+        alike = next((roles for roles in budget.alike if tensor.role in roles and tensor.layer is not None), None)
+        members.setdefault((alike, tensor.layer) if alike else tensor.name, []).append(tensor)
+    groups = []
+    for tensors in members.values():
+        allowed = [set(_formats_of(tensor, budget, with_importance, tied)) for tensor in tensors]
+        names = [name for name in budget.formats if all(name in formats for formats in allowed)]
+        if not names:
+            raise _nothing_suits(tensors, budget, tied)
+        groups.append(
+            Group(
+                tuple(tensors),
+                tuple(names),
+                np.array([sum(size_of(tensor, name) for tensor in tensors) for name in names], np.float64),
+                np.array([sum(loss_of(evidence, tensor, name) for tensor in tensors) for name in names]),
+            )
+        )
+    return groups
+
+
+def _formats_of(tensor: TensorSpec, budget: Budget, with_importance: Collection[str], tied: bool) -> list[str]:
+    least = budget.least_bits(_played(tensor, tied))
+    names = []
+    for name in budget.formats:
+        block_format = get_format(name)
+        # As in encoding, only matrices of the layers are refused without importance.
+        starved = block_format.needs_importance and tensor.layer is not None and tensor.name not in with_importance
+        if block_format.fits(tensor.n_columns) and block_format.bits_per_weight >= least and not starved:
+            names.append(name)
+    return names
+
+
+def _played(tensor: TensorSpec, tied: bool) -> tuple[Role, ...]:
+    return (tensor.role, Role.OUTPUT) if tied and tensor.role is Role.EMBEDDING else (tensor.role,)
+
+
+def _nothing_suits(tensors: Sequence[TensorSpec], budget: Budget, tied: bool) -> ConvertError:
+    least = max(budget.least_bits(_played(tensor, tied)) for tensor in tensors)
+    return ConvertError(
+        f"no format of the budget suits rows of {', '.join(sorted({str(t.n_columns) for t in tensors}))}"
+        f" with at least {least:g} bits a weight",
+        f"{budget.where}: {', '.join(tensor.name for tensor in tensors)}",
+        "add F16, or a format of 32 weights a block such as Q8_0, to the budget's formats",
+    )
+
+
+def allocate(groups: Sequence[Group], budget: Budget, fixed: Fixed) -> Allocation:
+    """The choice of the least predicted loss within the budget's size, or of the least size within its divergence.
+
+    Raises ConvertError, with points of the frontier, when there is none.
+    """
+    n_bytes, losses = [group.n_bytes for group in groups], [group.losses for group in groups]
+    limit = _byte_limit(budget, fixed)
+    if limit is None:
+        assert budget.kld is not None
+        choice = choose(losses, n_bytes, budget.kld - fixed.loss)
+    else:
+        choice = choose(n_bytes, losses, limit - fixed.n_bytes)
+    if choice is None or (limit is not None and budget.kld is not None and choice.cost + fixed.loss > budget.kld):
+        raise _infeasible(n_bytes, losses, budget, fixed, limit, choice)
+    return Allocation(
+        {tensor.name: group.formats[i] for group, i in _chosen(groups, choice) for tensor in group.tensors},
+        {tensor.name: _reason(group, i) for group, i in _chosen(groups, choice) for tensor in group.tensors},
+        choice.cost - choice.bound,
+        choice.exact,
+    )
+
+
+def _chosen(groups: Sequence[Group], choice: Choice) -> list[tuple[Group, int]]:
+    return list(zip(groups, choice.choices, strict=True))
+
+
+def _byte_limit(budget: Budget, fixed: Fixed) -> int | None:
+    if budget.bpw is not None:
+        return int(budget.bpw * fixed.n_weights / 8)
+    return budget.size
+
+
+def _reason(group: Group, chosen: int) -> str:
+    """What was chosen, and what the next format up would have bought; down, where there is none up."""
+    n_bytes, losses = group.n_bytes - group.n_bytes[chosen], group.losses - group.losses[chosen]
+    text = f"budget: {group.formats[chosen]} {group.losses[chosen]:.2g} nats"
+    if len(group.tensors) > 1:
+        text += f" for {len(group.tensors)} tensors alike"
+    better = np.flatnonzero((n_bytes > 0) & (losses < 0))
+    if len(better):
+        up = better[np.argmax(-losses[better] / n_bytes[better])]
+        return f"{text}; {group.formats[up]} would save {-losses[up]:.2g} for +{_size(n_bytes[up])}"
+    return f"{text}; no format of the budget costs less"
+
+
+def _size(n_bytes: float) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if n_bytes >= factor:
+            return f"{n_bytes / factor:.4g} {unit}"
+    return f"{n_bytes:.0f} B"
+
+
+def _infeasible(
+    n_bytes: list[np.ndarray],
+    losses: list[np.ndarray],
+    budget: Budget,
+    fixed: Fixed,
+    limit: int | None,
+    choice: Choice | None,
+) -> ConvertError:
+    """Says what cannot be met, the two feasible points nearest to it, and some of the frontier."""
+    points = frontier(n_bytes, losses) + np.array([fixed.n_bytes, fixed.loss])
+    nearest: list[tuple[float, float]] = []
+    if limit is not None and choice is None:
+        what = f"the smallest plan takes {_size(points[0, 0])}, and {_size(limit)} are asked for"
+        nearest = [tuple(point) for point in points[:2]]
+    elif limit is not None and choice is not None:
+        what = f"{_size(limit)} reach a predicted KL divergence of {choice.cost + fixed.loss:.4g}, not {budget.kld:g}"
+        nearest = [(choice.weight + fixed.n_bytes, choice.cost + fixed.loss)]
+        assert budget.kld is not None
+        if (smallest := choose(losses, n_bytes, budget.kld - fixed.loss)) is not None:
+            nearest.append((smallest.cost + fixed.n_bytes, smallest.weight + fixed.loss))
+        else:
+            nearest.append(tuple(points[-1]))
+    else:
+        what = f"the least predicted KL divergence is {points[-1, 1]:.4g}, and {budget.kld:g} is asked for"
+        nearest = [tuple(point) for point in points[-2:]]
+    lines = [f"{_size(size):>10}  KLD {kld:.4g}" for size, kld in _sampled(points)]
+    feasible = " or ".join(f"{_size(size)} (KLD {kld:.4g})" for size, kld in nearest)
+    return ConvertError(
+        f"the budget cannot be met: {what}",
+        budget.where,
+        f"nearest: {feasible}; raise the target, or lower what the profile fixes. Size and predicted KLD:\n    "
+        + "\n    ".join(lines),
+    )
+
+
+def _sampled(points: np.ndarray) -> np.ndarray:
+    """Some points of the frontier, evenly over its sizes in ratio."""
+    wanted = np.geomspace(points[0, 0], points[-1, 0], _FRONTIER_POINTS)
+    return points[np.unique(np.abs(points[:, :1] - wanted).argmin(axis=0))]
