@@ -75,8 +75,10 @@ def _steps(weights: Sequence[np.ndarray], costs: Sequence[np.ndarray]) -> tuple[
 def frontier(weights: Sequence[np.ndarray], costs: Sequence[np.ndarray]) -> np.ndarray:
     """float64 [n, 2]: weight and cost of the best choices for their weight, from the lightest to the cheapest."""
     lightest, steps = _steps(weights, costs)
-    start = [sum(float(values[i]) for values, i in zip(of, lightest, strict=True)) for of in (weights, costs)]
-    return np.stack([start[0] + np.cumsum([0, *steps.weight]), start[1] - np.cumsum([0, *steps.saving])], axis=1)
+    start = sum(float(w[i]) for w, i in zip(weights, lightest, strict=True))
+    end = sum(float(c.min()) for c in costs)  # summed from here, small costs keep their digits
+    points = [start + np.cumsum([0, *steps.weight]), end + np.cumsum([0, *steps.saving[::-1]])[::-1]]
+    return np.stack(points, axis=1)
 
 
 def choose(weights: Sequence[np.ndarray], costs: Sequence[np.ndarray], capacity: float) -> Choice | None:

@@ -80,9 +80,14 @@ class Plan:
 
     @property
     def predicted_kld(self) -> float | None:
-        """The sum of the predicted losses; None when nothing was measured of the model."""
-        losses = [planned.predicted_loss for planned in self.tensors if planned.predicted_loss is not None]
-        return fsum(losses) if losses else None
+        """The sum of the predicted losses; None when a tensor's was not measured in its format."""
+        losses = []
+        for planned in self.tensors:
+            if planned.tensor.role not in UNQUANTIZED_ROLES and len(planned.tensor.shape) > 1:
+                if planned.predicted_loss is None:
+                    return None
+                losses.append(planned.predicted_loss)
+        return fsum(losses)
 
     @property
     def uses_importance(self) -> bool:

@@ -82,7 +82,7 @@ def parse_rule(table: dict, where: str, target: Target) -> LayerQuantizationConf
             raise ConvertError(
                 f"{text!r} is no range of layers",
                 f"{where}, key layers",
-                'write "all", "12", "4-7", "first:2", "last:10%", "first:1/3", "1/3-2/3" or "every:3"',
+                'write "all", "12", "4-7", "first:2", "last:10%", "first:1/3", "1/3-3/3" or "every:3"',
             ) from None
     return LayerQuantizationConfig(
         format=format_name(table["format"], f"{where}, key format", target),

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from calibration.imatrix_file import save_imatrix
 from calibration.importance import ImportanceMatrix
-from converter.cli import main, parse_size
+from converter.cli import main
 from converter.job import WorkDirectory, default_work_dir
 from formats.errors import ConvertError
 
@@ -83,19 +83,6 @@ def test_a_plan_explains_every_tensor(tiny):
     assert data["bytes"] > sum(row["bytes"] for row in data["tensors"])
     missing = convert("plan", "--explain", "mlp_dwn", tiny("llama-256"))
     assert missing.exit_code == 1 and "did you mean 'mlp_down'?" in missing.stderr
-
-
-@pytest.mark.parametrize(
-    ("text", "n_bytes"), [("500M", 500_000_000), ("20GB", 20_000_000_000), ("1.5GiB", 3 << 29), ("1024", 1024)]
-)
-def test_sizes(text, n_bytes):
-    assert parse_size(text) == n_bytes
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1G", "1.2.3M", "five", "0"])
-def test_what_is_no_size(text):
-    with pytest.raises(ConvertError, match="is no size"):
-        parse_size(text)
 
 
 def test_split_artifacts_are_verified_and_inspected_as_one(tiny, tmp_path):

@@ -5,8 +5,9 @@ import pytest
 from formats.errors import ConvertError
 from formats.registry import FORMATS, get_format
 from profiles.assign import assign, fitting_format
+from profiles.evidence import Evidence
 from profiles.rules import parse_override
-from profiles.schema import load_profile, parse_profile, preset_names
+from profiles.schema import load_profile, parse_profile
 from profiles.vocabulary import ModelMap, Role, TensorSpec
 
 N_LAYERS = 8
@@ -113,9 +114,36 @@ def test_only_coarse_formats_ask_for_importance():
     assert assign(load_profile("balanced-4bit"), model_map()).uses_importance
 
 
-@pytest.mark.parametrize("name", preset_names())
-def test_no_preset_lets_attention_or_routers_fall_below_4_bits(name):
-    for planned in assign(load_profile(name), model_map()).tensors:
-        role = planned.tensor.role
-        if role.startswith("attention_") or role in (Role.ROUTER, Role.NORM, Role.OUTPUT):
-            assert get_format(planned.format).bits_per_weight >= 4, planned
+def test_tiers_decide_what_rules_and_overrides_leave():
+    of = model_map()
+    rules = '[[tier]]\nshare = 0.5\nformat = "Q8_0"\n[[rule]]\nroles = "mlp_*"\nformat = "Q6_K"'
+    scores = {layer: -layer for layer in range(N_LAYERS)}
+    plan = assign(profile(rules), of, [parse_override("blk.0.attn_q.weight=Q5_K")], evidence=Evidence({}, scores, "e"))
+    chosen = formats(plan)
+    assert chosen["blk.0.attn_v.weight"] == chosen["blk.3.attn_q.weight"] == "Q8_0"
+    assert chosen["blk.4.attn_q.weight"] == chosen["token_embd.weight"] == "Q4_K"
+    assert chosen["blk.0.ffn_down.weight"] == "Q6_K" and chosen["blk.0.attn_q.weight"] == "Q5_K"
+    reasons = {planned.tensor.name: planned.reason for planned in plan.tensors}
+    assert reasons["blk.3.attn_q.weight"] == "mine.toml, tier 1"
+
+
+def test_a_layer_without_a_score_is_an_error():
+    rules = '[[tier]]\nshare = 0.5\nformat = "Q8_0"'
+    with pytest.raises(ConvertError, match="the layer 5 has no score"):
+        assign(profile(rules), model_map(), evidence=Evidence({}, dict.fromkeys(range(5), 1.0), "table"))
+
+
+def test_measured_losses_are_shown_for_any_profile():
+    of = model_map()
+    losses = {t.name: {"Q4_K": 0.25, "Q8_0": 0.0} for t in of.tensors if "norm" not in t.name and "inp" not in t.name}
+    measured = Evidence(losses, {}, "table")
+    plan = assign(profile(), of, evidence=measured)
+    assert plan.predicted_kld == 0.25 * len(losses)
+    assert {row["predicted_loss"] for row in plan.rows()} == {None, 0.25}
+    unmeasured = assign(profile('[[rule]]\nroles = "mlp_down"\nformat = "Q5_K"'), of, evidence=measured)
+    assert unmeasured.predicted_kld is None
+
+
+def test_decisions_by_evidence_need_some():
+    with pytest.raises(ValueError, match="measured sensitivity"):
+        assign(load_profile("importance-tiers"), model_map())

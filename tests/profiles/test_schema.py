@@ -4,8 +4,11 @@ import pytest
 
 from formats.errors import ConvertError
 from formats.registry import FORMATS
+from profiles.budget import parse_size
 from profiles.rules import in_range, parse_override
 from profiles.schema import load_profile, parse_profile, preset_names
+from profiles.target import SCHEMES
+from profiles.tiers import parse_tiers, tiers_of_layers
 from profiles.vocabulary import Role
 
 HEAD = 'description = "d"\ngood_for = "g"\nbase = "Q4_K"\n'
@@ -16,7 +19,9 @@ def test_presets_are_valid_and_described(name):
     profile = load_profile(name)
     assert profile.name == name
     assert profile.description and profile.good_for
-    assert {rule.format for rule in profile.rules} | {profile.base} <= set(FORMATS)
+    known = set(FORMATS) if profile.target == "gguf" else set(SCHEMES)
+    assert {decision.format for decision in (*profile.rules, *profile.tiers)} | {profile.base} <= known | {None}
+    assert (profile.base is None) == (name == "budget")
 
 
 def test_the_four_presets_are_there():
@@ -29,7 +34,12 @@ def test_the_four_presets_are_there():
         ("all", range(10)),
         ("first:2", [0, 1]),
         ("last:2", [8, 9]),
-        ("first:12.5%", [0, 1]),  # a fraction is rounded up
+        ("first:12.5%", [0, 1]),  # a share is rounded up
+        ("first:1/3", [0, 1, 2, 3]),
+        ("1/3-2/3", [4, 5, 6]),
+        ("2/3-3/3", [7, 8, 9]),
+        ("0%-40%", [0, 1, 2, 3]),
+        ("95%-100%", []),
         ("last:1%", [9]),
         ("every:4", [0, 4, 8]),
         ("3-5", [3, 4, 5]),
@@ -56,6 +66,35 @@ def test_ranges(text, layers):
         (HEAD + '[[rule]]\nroles = "mlp_*"\ntensors = "blk.*"\nformat = "Q4_K"', "a rule needs", "add"),
         (HEAD + "[[rule]]\nroles = 3\nformat = 'Q4_K'", "a text or a list", "write"),
         ('good_for = "g"\nbase = "Q4_K"', "'description' is missing", "add description"),
+        ('description = "d"\ngood_for = "g"', "'base' is missing", "add base"),
+        (HEAD + 'extends = "balanced-4bits"', "no preset is called 'balanced-4bits'", "did you mean 'balanced-4bit'?"),
+        (HEAD + "extends = 4", "no preset is called 4", "known"),
+        (HEAD + 'target = "guff"', "unknown target 'guff'", "did you mean 'gguf'?"),
+        (HEAD + 'target = "safetensors"', "unknown scheme 'Q4_K'", "W4A16"),
+        (HEAD + 'target = "safetensors"\nextends = "uniform-8bit"', "unknown scheme", "W4A16"),
+        (HEAD.replace('"Q4_K"', '"W4A16"') + 'extends = "w4a16"\ntarget = "gguf"', "unknown format 'W4A16'", "Q4"),
+        (HEAD.replace("base", 'extends = "w4a16"\nbase').replace("Q4_K", "W8A9"), "unknown scheme 'W8A9'", "'W8A8'?"),
+        (HEAD + "tier = 3", "`tier` is a list of tables", "[[tier]]"),
+        (HEAD + '[[tier]]\nshare = 0.2\nfromat = "Q4_K"', "unknown key 'fromat'", "did you mean 'format'?"),
+        (HEAD + '[[tier]]\nformat = "Q4_K"', "a tier needs `share`", "share = 0.2"),
+        (HEAD + '[[tier]]\nshare = -1\nformat = "Q4_K"', "a positive number", "0.05"),
+        (HEAD + '[[tier]]\nshare = true\nformat = "Q4_K"', "a positive number", "0.05"),
+        (HEAD + '[[tier]]\nshare = 0.7\nformat = "Q4_K"\n[[tier]]\nshare = 0.5\nformat = "F16"', "add up to 1.2", "1"),
+        (HEAD + "budget = 3", "`budget` is a table", "[budget]"),
+        (HEAD + "[budget]\nsiez = 3", "unknown key 'siez'", "did you mean 'size'?"),
+        (HEAD + '[budget]\nsize = "big"', "'big' is no size", "1.5GiB"),
+        (HEAD + "[budget]\nbpw = 0", "a positive number", "0.05"),
+        (HEAD + "[budget]\nkld = nan", "a positive number", "0.05"),
+        (HEAD + '[budget]\nsize = "1G"\nbpw = 2', "two sizes for one file", "one of them"),
+        (HEAD + '[budget]\nformats = ["IQ9*"]', "no format matches 'IQ9*'", "known"),
+        (HEAD + '[budget]\nformats = ["Q4_J"]', "no format matches 'Q4_J'", "did you mean 'Q4_"),
+        (HEAD + "[budget]\nfloors = 3", "`budget.floors` is a table", "[budget.floors]"),
+        (HEAD + '[budget.floors]\nattention = "Q4_K"', "no role matches 'attention'", "did you mean 'attention_"),
+        (HEAD + '[budget.floors]\noutput = "Q9_K"', "unknown format 'Q9_K'", "did you mean"),
+        (HEAD + "[budget.floors]\noutput = 4", "is no format", "Q3_K"),
+        (HEAD + '[budget]\nalike = "mlp_*"', "a list of lists", "mlp_gate"),
+        (HEAD + '[budget]\nalike = [["mlp_*"], ["mlp_up"]]', "'mlp_up' is in two groups", "once"),
+        (HEAD.replace("Q4_K", "FP8") + 'target = "safetensors"\n[budget]\nbpw = 4', "formats of a GGUF", "gguf"),
         ("base = = 1", "not valid TOML", "line 1"),
     ],
 )
@@ -94,3 +133,93 @@ def test_overrides_speak_of_roles_or_tensors():
 def test_every_role_can_be_spoken_of():
     for role in Role:
         assert parse_override(f"{role}=Q8_0").roles == (role.value,)
+
+
+def formats(profile) -> list[str]:
+    return [rule.format for rule in profile.rules]
+
+
+def test_a_profile_that_extends_a_preset_comes_after_it():
+    parent = load_profile("balanced-4bit")
+    text = 'description = "d"\ngood_for = "g"\nextends = "balanced-4bit"\n[[rule]]\nroles = "mlp_up"\nformat = "Q3_K"'
+    profile = parse_profile(text, "mine", "mine.toml")
+    assert profile.base == parent.base and profile.text == text and profile.inherited == (parent.text,)
+    assert formats(profile) == [*formats(parent), "Q3_K"]
+    assert [rule.text for rule in profile.rules][-2:] == ["balanced-4bit.toml, rule 2", "mine.toml, rule 1"]
+    assert parse_profile(f'base = "Q5_K"\n{text}', "mine", "mine.toml").base == "Q5_K"
+
+
+def test_a_file_may_have_the_name_of_the_preset_it_extends(tmp_path):
+    path = tmp_path / "uniform-8bit.toml"
+    path.write_text('description = "d"\ngood_for = "g"\nextends = "uniform-8bit"\n')
+    assert load_profile(str(path)).base == "Q8_0"
+
+
+def test_presets_that_extend_each_other_are_refused(tmp_path, monkeypatch):
+    for name, parent in (("a", "b"), ("b", "a")):
+        (tmp_path / f"{name}.toml").write_text(f'description = "d"\ngood_for = "g"\nextends = "{parent}"\n')
+    monkeypatch.setattr("profiles.schema.PRESETS", tmp_path)
+    with pytest.raises(ConvertError, match="would extend itself"):
+        load_profile("a")
+
+
+def test_own_tiers_take_the_place_of_inherited_ones():
+    text = 'description = "d"\ngood_for = "g"\nextends = "importance-tiers"\n'
+    assert parse_profile(text, "mine", "mine.toml").tiers == load_profile("importance-tiers").tiers
+    (tier,) = parse_profile(f'{text}[[tier]]\nshare = 1\nformat = "q5_k"', "mine", "mine.toml").tiers
+    assert (tier.share, tier.format, tier.text) == (1.0, "Q5_K", "mine.toml, tier 1")
+
+
+def test_a_budget_inherits_floors_and_adds_its_own():
+    text = 'description = "d"\ngood_for = "g"\nextends = "budget"\n[budget]\nsize = "1GiB"\nformats = "q*_k"\n'
+    budget = parse_profile(f'{text}floors = {{ "output" = "q6_k" }}', "mine", "mine.toml").budget
+    assert budget is not None and budget.size == 1 << 30 and budget.has_goal
+    assert budget.formats == ("Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")
+    assert budget.least_bits([Role.OUTPUT]) == 6.5625
+    assert budget.least_bits([Role.ATTENTION_KEY]) == 2.0625
+    assert budget.least_bits([Role.MLP_UP]) == 0
+
+
+def test_a_goal_from_outside_takes_the_place_of_the_profiles():
+    text = 'description = "d"\ngood_for = "g"\n[budget]\nsize = "1GiB"\n'
+    profile = parse_profile(text, "mine", "mine.toml")
+    assert profile.needs_sensitivity
+    aimed = profile.aiming_at(None, None, 0.05, "--target-kld").budget
+    assert (aimed.size, aimed.kld, aimed.where) == (None, 0.05, "--target-kld")
+    assert profile.aiming_at(None, None, None, "nothing") is profile
+    with pytest.raises(ConvertError, match="two sizes"):
+        profile.aiming_at(1 << 20, 2.4, None, "--target-size, --target-bpw")
+    fixed = load_profile("uniform-8bit")
+    assert not fixed.needs_sensitivity and fixed.aiming_at(1 << 20, None, None, "--target-size").needs_sensitivity
+
+
+@pytest.mark.parametrize(
+    "text", ["first:3/0", "first:-1", "first:120%", "2/3-1/3", "1/3-", "every:50%", "first:1/x", ""]
+)
+def test_what_is_no_range(text):
+    with pytest.raises(ValueError):
+        in_range(0, 4, text)
+
+
+def test_tiers_rank_layers_by_score():
+    tiers = parse_tiers([{"share": s, "format": f} for s, f in ((0.2, "F16"), (0.4, "Q8_0"))], "mine.toml", "gguf")
+    scores = {layer: [5, 1, 9, 1, 3][layer] for layer in range(5)}
+    found = tiers_of_layers(tiers, scores)
+    assert {layer: tier.format for layer, tier in found.items()} == {2: "F16", 0: "Q8_0", 4: "Q8_0"}
+    many = tiers_of_layers(load_profile("importance-tiers").tiers, {layer: -layer for layer in range(30)})
+    assert [sum(tier.format == f for tier in many.values()) for f in ("F16", "Q8_0", "Q4_K")] == [6, 12, 12]
+    assert many[0].format == "F16" and many[29].format == "Q4_K"
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [("500M", 500_000_000), ("20GB", 20_000_000_000), ("1.5GiB", 1_610_612_736), ("1kib", 1024), ("7", 7)],
+)
+def test_sizes(text, n_bytes):
+    assert parse_size(text, "--split-size") == n_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1G", "1.2.3M", "five", "0"])
+def test_what_is_no_size(text):
+    with pytest.raises(ConvertError, match="is no size"):
+        parse_size(text, "--split-size")

@@ -1,0 +1,244 @@
+"""A budget is met from below, by the best choice, with its constraints kept and its failures explained."""
+
+import numpy as np
+import pytest
+
+from formats.errors import ConvertError
+from formats.gguf_file import TensorEntry, lay_out, padded
+from formats.registry import get_format
+from profiles.assign import assign
+from profiles.evidence import Evidence
+from profiles.plan import Plan
+from profiles.rules import parse_override
+from profiles.schema import load_profile, parse_profile, preset_names
+from profiles.vocabulary import Role, TensorSpec
+from tests.profiles.models import KINDS, evidence, matrices, model_map
+from tests.profiles.test_knapsack import least_cost
+
+HEAD = 'description = "d"\ngood_for = "g"\n'
+ALL = 'formats = ["*"]\n'
+FIXED = [name for name in preset_names() if load_profile(name).base and load_profile(name).target == "gguf"]
+
+
+def file_bytes(plan: Plan, shard_bytes: int | None = None) -> int:
+    """The size of a GGUF with some metadata."""
+    from gguf.constants import GGUFValueType
+    from gguf.gguf_writer import GGUFValue
+
+    entries = [
+        TensorEntry(p.tensor.name, p.tensor.shape, get_format(p.format).ggml_type, p.n_bytes) for p in plan.tensors
+    ]
+    metadata = {"general.architecture": GGUFValue("llama", GGUFValueType.STRING)}
+    return sum(layout.n_bytes for layout in lay_out("m.gguf", metadata, entries, shard_bytes))
+
+
+def profile(budget: str, rules: str = ""):
+    return parse_profile(f"{HEAD}{rules}\n[budget]\n{budget}", "mine", "mine.toml")
+
+
+def within(budget: str, of=None, rules: str = "", overrides=(), measured: Evidence | None = None, count=file_bytes):
+    of = of or model_map()
+    everything = {t.name for t in of.tensors}
+    measured = measured or evidence(of)
+    return assign(profile(budget, rules), of, overrides, "best", measured, everything, count)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1_500_000, 2_345_678, 5_000_000])
+def test_a_size_is_met_from_below_and_the_choice_is_the_best(kind, size):
+    of, of_float = model_map(kind), assign(load_profile("fp16-baseline"), model_map(kind))
+    size = size * file_bytes(of_float) // 12_000_000
+    measured = evidence(of)
+    budget = f'size = "{size}"\nformats = ["IQ*", "Q*", "MXFP4", "F16"]'
+    plan = within(budget, of, measured=measured)
+    assert 0.99 * size < file_bytes(plan) <= size
+    assert plan.spent is not None and plan.spent.exact
+    # By dynamic programming over units of 32 bytes, to which every tensor is padded.
+    costs = [measured.losses[t.name] | {"F16": 0.0} for t in matrices(of)]
+    formats = profile(budget).budget.formats
+    names = [[f for f in formats if get_format(f).fits(t.n_columns)] for t in matrices(of)]
+    weights = [units(t, of_tensor) for t, of_tensor in zip(matrices(of), names, strict=True)]
+    rest = file_bytes(plan) - 32 * sum(int(units(t, [f])[0]) for t, f in chosen(plan))
+    least = least_cost(
+        weights, [np.array([c[f] for f in n]) for c, n in zip(costs, names, strict=True)], (size - rest) // 32
+    )
+    assert plan.predicted_kld == pytest.approx(least, rel=1e-9)
+
+
+def units(tensor: TensorSpec, formats: list[str]) -> np.ndarray:
+    return np.array([padded(tensor.n_rows * get_format(f).row_bytes(tensor.n_columns)) // 32 for f in formats], float)
+
+
+def chosen(plan: Plan) -> list[tuple[TensorSpec, str]]:
+    return [(row.tensor, row.format) for row in plan.tensors if len(row.tensor.shape) > 1 and row.format != "F32"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("preset", FIXED)
+def test_it_never_loses_to_a_fixed_mix_of_the_same_size(kind, preset):
+    of = model_map(kind)
+    measured = evidence(of, seed=3)
+    fixed = assign(load_profile(preset), of, evidence=measured)
+    plan = within(f'{ALL}size = "{file_bytes(fixed)}"', of, measured=measured)
+    assert file_bytes(plan) <= file_bytes(fixed)
+    assert plan.predicted_kld <= fixed.predicted_kld * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("bits", [2.0, 3.3, 4.5, 8.0])
+def test_bits_per_weight_count_the_tensors_data(bits):
+    plan = within(f"bpw = {bits}")
+    assert 0.99 * bits < plan.bits_per_weight <= bits
+
+
+@pytest.mark.parametrize("kld", [0.001, 0.01, 0.1])
+def test_a_divergence_is_met_by_the_smallest_file(kld):
+    plan = within(f"kld = {kld}")
+    assert 0.9 * kld < plan.predicted_kld <= kld
+    smaller = within(f'size = "{file_bytes(plan) - 32}"')
+    assert smaller.predicted_kld > kld
+
+
+def test_second_level_scales_are_counted():
+    """Sizes between two steps of a budget of NVFP4 and Q8_0 only are met to less than the smallest step."""
+    for size in range(3_000_000, 3_200_000, 33_333):
+        plan = within(f'formats = ["NVFP4", "MXFP4", "Q8_0"]\nsize = "{size}"')
+        assert any(row.format == "NVFP4" for row in plan.tensors)
+        assert 0.98 * size < file_bytes(plan) <= size
+
+
+def test_a_size_of_split_files_is_met():
+    def split(plan: Plan) -> int:
+        return file_bytes(plan, 200_000)
+
+    plan = within('size = "2M"', count=split)
+    assert 1_980_000 < split(plan) <= 2_000_000
+
+
+def test_rules_and_overrides_stay():
+    rule = '[[rule]]\nroles = ["attention_value"]\nformat = "Q8_0"'
+    plan = within('size = "2M"', rules=rule, overrides=[parse_override("blk.3.ffn_up.weight=Q6_K")])
+    rows = {row.tensor.name: row for row in plan.tensors}
+    assert {row.format for row in plan.tensors if row.tensor.role is Role.ATTENTION_VALUE} == {"Q8_0"}
+    assert rows["blk.3.ffn_up.weight"].format == "Q6_K"
+    assert rows["blk.3.ffn_up.weight"].reason == "--set 'blk.3.ffn_up.weight=Q6_K'"
+    assert rows["blk.3.attn_v.weight"].reason == "mine.toml, rule 1"
+    assert file_bytes(plan) <= 2_000_000
+
+
+def test_floors_by_role_hold_for_what_a_tied_embedding_stands_for():
+    budget = 'size = "1800K"\nfloors = { "attention_*" = "Q4_K", output = "Q6_K" }'
+    tied = within(budget, model_map(tied=True))
+    for row in tied.tensors:
+        bits = get_format(row.format).bits_per_weight
+        assert not row.tensor.role.startswith("attention_") or bits >= 4.5
+        assert row.tensor.role is not Role.EMBEDDING or bits >= 6.5
+    untied = within(budget)
+    assert any(get_format(row.format).bits_per_weight < 4 for row in untied.tensors)
+
+
+def test_groups_that_are_to_be_alike_are():
+    groups = '[["attention_query", "attention_key", "attention_value"], ["mlp_gate", "mlp_up"]]'
+    plan = within(f'size = "2M"\nalike = {groups}')
+    free = within('size = "2M"')
+    by_layer: dict[tuple, set[str]] = {}
+    for row in plan.tensors:
+        name = row.tensor.name.split(".")[-2]
+        if row.format != "F32" and name in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up"):
+            by_layer.setdefault((row.tensor.layer, name[:3]), set()).add(row.format)
+            assert "alike" in row.reason
+    assert all(len(formats) == 1 for formats in by_layer.values())
+    assert free.predicted_kld < plan.predicted_kld
+    assert 1_980_000 < file_bytes(plan) <= 2_000_000
+
+
+def test_only_formats_that_fit_the_rows():
+    of = model_map(width=288)
+    plan = within('size = "4M"', of)
+    assert all(get_format(row.format).fits(row.tensor.n_columns) for row in plan.tensors)
+    with pytest.raises(ConvertError, match="no format of the budget suits rows of 288"):
+        within('size = "4M"\nformats = ["Q*_K"]', of)
+
+
+def test_formats_that_need_importance_only_where_there_is_one():
+    of = model_map()
+    plan = assign(profile('size = "1700K"'), of, (), "best", evidence(of), {"blk.0.ffn_up.weight"}, file_bytes)
+    starved = [r for r in plan.tensors if get_format(r.format).needs_importance and r.tensor.layer is not None]
+    assert {row.tensor.name for row in starved} <= {"blk.0.ffn_up.weight"}
+    everywhere = within('size = "1700K"')
+    assert sum(get_format(row.format).needs_importance for row in everywhere.tensors) > 5
+
+
+def test_experts_count_all_their_bytes():
+    of = model_map("experts")
+    plan = within('size = "4M"', of)
+    experts = [row for row in plan.tensors if row.tensor.role.startswith("expert_")]
+    assert all(r.n_bytes == 4 * 256 * get_format(r.format).row_bytes(256) for r in experts)
+
+
+def test_a_row_says_what_the_next_step_would_buy():
+    plan = within('size = "2M"')
+    measured = evidence(model_map())
+    for row in plan.tensors:
+        if row.format == "F32":
+            assert row.predicted_loss is None
+            continue
+        assert row.predicted_loss == measured.losses[row.tensor.name].get(row.format, 0.0)
+        assert row.reason.startswith(f"budget: {row.format} {row.predicted_loss:.2g} nats")
+        assert "would save" in row.reason or "no format of the budget costs less" in row.reason
+
+
+@pytest.mark.parametrize(
+    ("budget", "what"),
+    [
+        ('size = "500K"', "the smallest plan takes"),
+        ("bpw = 1.1", "the smallest plan takes"),
+        ("kld = 1e-9\nformats = ['Q*_K']", "the least predicted KL divergence is"),
+        ('size = "2M"\nkld = 1e-4', "reach a predicted KL divergence of"),
+    ],
+)
+def test_what_cannot_be_met_shows_the_frontier(budget, what):
+    with pytest.raises(ConvertError) as raised:
+        within(budget)
+    assert what in raised.value.what
+    assert raised.value.where == "mine.toml, key budget"
+    assert raised.value.remedy.startswith("nearest: ")
+    lines = raised.value.remedy.splitlines()[1:]
+    divergences = [float(line.rpartition(" ")[2]) for line in lines]
+    assert len(lines) >= 3 and divergences == sorted(divergences, reverse=True)
+
+
+def test_the_two_nearest_points_are_feasible():
+    with pytest.raises(ConvertError) as raised:
+        within('size = "2M"\nkld = 0.001')
+    nearest = raised.value.remedy.partition(";")[0]
+    assert nearest.startswith("nearest: 2 MB (KLD ") or nearest.startswith("nearest: 1.99")
+    other = float(nearest.rpartition(" or ")[2].partition(" MB")[0]) * 1e6
+    plan = within(f'size = "{round(other * 1.001)}"\nkld = 0.001')
+    assert plan.predicted_kld <= 0.001
+
+
+def test_a_size_and_a_divergence_that_agree():
+    plan = within('size = "3M"\nkld = 5')
+    assert plan.predicted_kld == within('size = "3M"').predicted_kld <= 5
+
+
+def test_more_than_any_plan_takes_is_the_best_plan():
+    plan = within('size = "1GB"')
+    assert {row.format for row in plan.tensors} == {"F32", "F16"}
+    assert plan.spent is not None and plan.spent.exact and plan.spent.gap == 0
+
+
+def test_what_was_not_measured_is_an_error():
+    of = model_map()
+    measured = evidence(of)
+    partial = {name: losses for name, losses in measured.losses.items() if "attn_k" not in name}
+    with pytest.raises(ConvertError, match="attn_k") as raised:
+        within('size = "2M"', of, measured=Evidence(partial, measured.layer_scores, "table.safetensors"))
+    assert "table.safetensors" in raised.value.where
+    no_q4 = {n: {f: loss for f, loss in losses.items() if f != "Q4_K"} for n, losses in measured.losses.items()}
+    with pytest.raises(ConvertError, match="what Q4_K costs this tensor was not measured"):
+        within('size = "2M"', of, measured=Evidence(no_q4, measured.layer_scores, "table"))
+
+
+def test_equal_evidence_gives_equal_plans():
+    assert within('size = "2M"') == within('size = "2M"')
