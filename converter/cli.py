@@ -194,7 +194,7 @@ def print_plan(job, as_json: bool, explain: str | None) -> None:
 
 @main.group()
 def profiles() -> None:
-    """List the preset profiles, or show one."""
+    """List the preset profiles, show one, or check a file."""
 
 
 @profiles.command("list")
@@ -205,6 +205,8 @@ def list_profiles() -> None:
     for name in preset_names():
         profile = load_profile(name)
         click.echo(f"{name}\n    {profile.description}\n    good for: {profile.good_for}")
+        if profile.target == "safetensors":
+            click.echo("    target: safetensors, which this release cannot write yet")
 
 
 @profiles.command("show")
@@ -215,6 +217,19 @@ def show_profile(name: str) -> None:
     from profiles.schema import load_profile
 
     click.echo(load_profile(name).text, nl=False)
+
+
+@profiles.command("check")
+@click.argument("file", type=PATH)
+@fails_clearly
+def check_profile(file: Path) -> None:
+    """Read FILE as a profile, and say what it decides or what is wrong with it."""
+    from profiles.describe import profile_lines
+    from profiles.schema import load_profile
+
+    if file.suffix != ".toml":
+        raise ConvertError("a profile's file ends in .toml", str(file), "rename it, or name another file")
+    click.echo("\n".join(profile_lines(load_profile(str(file)))))
 
 
 @main.command()

@@ -15,7 +15,7 @@ from profiles.rules import LayerQuantizationConfig
 from profiles.schema import QuantizationProfile
 from profiles.target import require_writer
 from profiles.tiers import Tier, tiers_of_layers
-from profiles.vocabulary import UNQUANTIZED_ROLES, ModelMap, Role, TensorSpec
+from profiles.vocabulary import ModelMap, Role, TensorSpec
 
 # Formats a fallback may choose, the better encoder first where sizes are equal. Ternary, 1-bit and FP4 formats are made
 # for models trained or hardware built for them: nobody should get one without asking.
@@ -64,7 +64,11 @@ def assign(
     """
     require_writer(profile.target, profile.name)
     if evidence is None and profile.needs_sensitivity:
-        raise ValueError("the profile decides by measured sensitivity, and there is none")
+        raise ConvertError(
+            f"the profile {profile.name!r} decides by measured sensitivity, and there is none",
+            f"--profile {profile.name}",
+            "choose a profile whose rules decide everything; `convert profiles list` describes each",
+        )
     _check_overrides(overrides, model_map)
     assigner = _Assigner(profile, model_map, overrides, effort, evidence)
     if profile.budget is not None and profile.budget.has_goal:
@@ -72,13 +76,8 @@ def assign(
     return assigner.plan({})
 
 
-def quantizable(model_map: ModelMap) -> list[TensorSpec]:
-    """The tensors whose format is to be decided."""
-    return [t for t in model_map.tensors if t.role not in UNQUANTIZED_ROLES and len(t.shape) > 1]
-
-
 def _check_overrides(overrides: Sequence[LayerQuantizationConfig], model_map: ModelMap) -> None:
-    matrices = quantizable(model_map)
+    matrices = [t for t in model_map.tensors if t.quantizable]
     for override in overrides:
         if not any(override.matches(t, model_map.n_layers) for t in matrices):
             pattern = (override.roles + override.tensors)[0]
@@ -101,7 +100,6 @@ class _Assigner:
         self.effort, self.evidence = effort, evidence
         self.tied = not any(tensor.role is Role.OUTPUT for tensor in model_map.tensors)
         self.names = {tensor.name for tensor in model_map.tensors}
-        self.matrices = {tensor.name for tensor in quantizable(model_map)}
         self.tiers = _tiers(profile, model_map, evidence)
 
     def plan(self, chosen: dict[str, tuple[str, str]]) -> Plan:
@@ -115,7 +113,7 @@ class _Assigner:
         return Plan(self.profile.name, self.effort, tuple(rows))
 
     def _row(self, tensor: TensorSpec, chosen: dict[str, tuple[str, str]]) -> PlannedTensor:
-        if tensor.name not in self.matrices:
+        if not tensor.quantizable:
             return PlannedTensor(tensor, "F32", f"{tensor.role}: runtimes compute with it in F32")
         decision = chosen.get(tensor.name) or self._decided(tensor)
         if decision is None:
@@ -154,7 +152,7 @@ class _Assigner:
     ) -> Plan:
         """The best plan within the budget, whose rules and overrides stay as they are."""
         assert self.evidence is not None
-        free = [t for t in quantizable(self.model_map) if self._decided(t) is None]
+        free = [t for t in self.model_map.tensors if t.quantizable and self._decided(t) is None]
         whole_file = budget.bpw is None
         count = file_bytes if whole_file and file_bytes is not None else lambda plan: plan.n_bytes
         groups = group_tensors(
@@ -168,7 +166,7 @@ class _Assigner:
         least = {t.name: g.formats[int(g.n_bytes.argmin())] for g in groups for t in g.tensors}
         smallest = self._spending(budget, least, {}, 0.0, True)
         rest = count(smallest) - sum(int(group.n_bytes.min()) for group in groups)
-        decided = [row for row in smallest.tensors if row.tensor.name in self.matrices - set(least)]
+        decided = [row for row in smallest.tensors if row.tensor.quantizable and row.tensor.name not in least]
         loss = sum(loss_of(self.evidence, row.tensor, row.format) for row in decided)
         for _ in range(_ATTEMPTS):
             found = allocate(groups, budget, Fixed(rest, loss, smallest.n_weights))

@@ -83,7 +83,7 @@ class Plan:
         """The sum of the predicted losses; None when a tensor's was not measured in its format."""
         losses = []
         for planned in self.tensors:
-            if planned.tensor.role not in UNQUANTIZED_ROLES and len(planned.tensor.shape) > 1:
+            if planned.tensor.quantizable:
                 if planned.predicted_loss is None:
                     return None
                 losses.append(planned.predicted_loss)

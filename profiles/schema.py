@@ -84,6 +84,8 @@ def parse_profile(text: str, name: str, where: str, _extending: tuple[str, ...] 
             raise ConvertError(f"the key {key!r} is missing or no text", where, f'add {key} = "..."')
     parent = _parent(table["extends"], where, _extending) if "extends" in table else None
     target = parse_target(table["target"], f"{where}, key target") if "target" in table else _of(parent, "target")
+    if parent is not None and parent.target != target:
+        raise ConvertError(f"{parent.name!r} has the target {parent.target}", f"{where}, key extends", "extend another")
     base = format_name(table["base"], f"{where}, key base", target) if "base" in table else _of(parent, "base")
     rules = tables(table.get("rule", []), f"{where}, key rule", "rule")
     tiers = parse_tiers(tables(table.get("tier", []), f"{where}, key tier", "tier"), where, target)
@@ -92,8 +94,6 @@ def parse_profile(text: str, name: str, where: str, _extending: tuple[str, ...] 
         budget = parse_budget(table["budget"], f"{where}, key budget", budget)
     if base is None and budget is None:
         raise ConvertError("the key 'base' is missing", where, 'add base = "Q4_K", or a table [budget]')
-    if parent is not None and parent.target != target:
-        raise ConvertError(f"{parent.name!r} has the target {parent.target}", f"{where}, key extends", "extend another")
     if budget is not None and target != "gguf":
         raise ConvertError("a budget chooses among formats of a GGUF", f"{where}, key budget", 'use target = "gguf"')
     return QuantizationProfile(

@@ -87,6 +87,11 @@ class TensorSpec:
     def n_matrices(self) -> int:
         return self.shape[0] if len(self.shape) == 3 else 1
 
+    @property
+    def quantizable(self) -> bool:
+        """Whether a plan may give it any format that fits its rows."""
+        return len(self.shape) > 1 and self.role not in UNQUANTIZED_ROLES
+
 
 @dataclass(frozen=True)
 class ModelMap:

@@ -16,7 +16,6 @@ from calibration.imatrix_file import save_imatrix
 from calibration.importance import ImportanceMatrix
 from converter.cli import main
 from converter.job import WorkDirectory, default_work_dir
-from formats.errors import ConvertError
 
 
 def convert(*arguments: object) -> Result:
@@ -322,3 +321,27 @@ def test_interrupt_finishes_the_layer_and_prints_how_to_resume(tiny, tmp_path):
     assert "resume with: convert --no-quality --samples 128" in errors
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     assert (tmp_path / "m.gguf").exists()
+
+
+def test_a_profile_file_is_checked(tmp_path):
+    path = tmp_path / "mine.toml"
+    head = 'description = "mine"\ngood_for = "me"\nextends = "budget"\n'
+    path.write_text(head + '[[rule]]\nroles = "output"\nlayers = "all"\nformat = "q8_0"\n[budget]\nsize = "1G"\n')
+    done = convert("profiles", "check", path)
+    assert done.exit_code == 0, done.stderr
+    assert "Q8_0 for output (mine.toml, rule 1)" in done.stdout
+    assert "a budget of 1000000000 bytes for what no rule names" in done.stdout
+    assert "no fewer bits than IQ2_XXS for attention_*" in done.stdout
+    path.write_text(head + '[[rule]]\nroles = "outptu"\nformat = "q8_0"\n')
+    failed = convert("profiles", "check", path)
+    assert failed.exit_code == 1 and "mine.toml, rule 1, key roles" in failed.stderr
+    assert "did you mean 'output'?" in failed.stderr
+    assert convert("profiles", "check", tmp_path / "absent.toml").exit_code == 1
+    assert "ends in .toml" in convert("profiles", "check", tmp_path).stderr
+
+
+@pytest.mark.parametrize("preset", ["fp8", "w4a16"])
+def test_a_profile_without_a_writer_says_so(tiny, preset):
+    assert f"{preset}\n" in convert("profiles", "list").stdout
+    failed = convert("plan", "--profile", preset, tiny("llama"))
+    assert failed.exit_code == 1 and "cannot write yet" in failed.stderr

@@ -12,7 +12,6 @@ from calibration.importance import ImportanceMatrix
 from converter.cli import main
 from converter.model_map import describe
 from converter.source import open_checkpoint
-from profiles.schema import preset_names
 
 
 def run_json(*arguments: object) -> dict:
@@ -31,8 +30,8 @@ def some_importance(model: Path, path: Path) -> Path:
 
 
 @pytest.mark.parametrize("model", ["smollm2", "smollm2_wide"])
-@pytest.mark.parametrize("preset", preset_names())
-def test_every_preset_on_the_real_model(request, tmp_path, model, preset):
+@pytest.mark.parametrize("preset", ["mlp-low-precision", "attention-high-precision", "balanced-4bit", "uniform-8bit"])
+def test_presets_on_the_real_model(request, tmp_path, model, preset):
     directory = request.getfixturevalue(model)
     output = tmp_path / "model.gguf"
     arguments = ["--profile", preset, "--output", output, "--effort", "fast", "--no-quality"]

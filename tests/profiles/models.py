@@ -4,7 +4,7 @@ import numpy as np
 
 from formats.registry import FORMATS
 from profiles.evidence import Evidence
-from profiles.vocabulary import UNQUANTIZED_ROLES, ModelMap, Role, TensorSpec
+from profiles.vocabulary import ModelMap, Role, TensorSpec
 
 N_LAYERS = 8
 WEIGHT = "blk.{}.{}.weight"
@@ -52,7 +52,7 @@ def model_map(kind: str = "dense", width: int = 256, tied: bool = False) -> Mode
 
 
 def matrices(of: ModelMap) -> list[TensorSpec]:
-    return [t for t in of.tensors if t.role not in UNQUANTIZED_ROLES and len(t.shape) > 1]
+    return [t for t in of.tensors if t.quantizable]
 
 
 def evidence(of: ModelMap, seed: int = 0, noise: float = 0.2) -> Evidence:

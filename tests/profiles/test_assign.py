@@ -145,5 +145,5 @@ def test_measured_losses_are_shown_for_any_profile():
 
 
 def test_decisions_by_evidence_need_some():
-    with pytest.raises(ValueError, match="measured sensitivity"):
+    with pytest.raises(ConvertError, match="measured sensitivity"):
         assign(load_profile("importance-tiers"), model_map())

@@ -1,0 +1,31 @@
+"""A profile in words: what decides about which tensors, in the order in which it is asked."""
+
+from profiles.budget import Budget
+from profiles.schema import QuantizationProfile
+
+
+def profile_lines(profile: QuantizationProfile) -> list[str]:
+    """The lines that `convert profiles check` prints."""
+    lines = [f"{profile.name}: {profile.description}", f"target {profile.target}"]
+    if profile.base is not None:
+        lines.append(f"{profile.base} for what nothing below names")
+    for tier in profile.tiers:
+        lines.append(
+            f"{tier.format} for the next {tier.share:.4g} of the layers, the most important first ({tier.text})"
+        )
+    for rule in profile.rules:
+        layers = "" if rule.layers == ("all",) else f" in layers {', '.join(rule.layers)}"
+        lines.append(f"{rule.format} for {', '.join(rule.roles + rule.tensors)}{layers} ({rule.text})")
+    return lines + ([] if profile.budget is None else _budget_lines(profile.budget))
+
+
+def _budget_lines(budget: Budget) -> list[str]:
+    goals = [
+        f"{budget.size} bytes" if budget.size is not None else "",
+        f"{budget.bpw:g} bits per weight" if budget.bpw is not None else "",
+        f"a predicted KL divergence of {budget.kld:g}" if budget.kld is not None else "",
+    ]
+    goal = " and ".join(filter(None, goals)) or "what --target-size, --target-bpw or --target-kld says"
+    lines = [f"a budget of {goal} for what no rule names, among {' '.join(budget.formats)}"]
+    lines += [f"no fewer bits than {floor.format} for {floor.roles}" for floor in budget.floors]
+    return lines + [f"one format a layer for {', '.join(group)}" for group in budget.alike]
