@@ -45,6 +45,89 @@ class QualityReport:
         return asdict(self)
 
 
+class Baseline:
+    """The predictions of a text by the source's weights, streamed once, beside which other weights are measured.
+
+    As llama-perplexity does, the second half of each sample is scored, so that every prediction has half a sample of
+    context at least: of L tokens the L - L // 2 - 1 that follow position L // 2.
+    work_dir: checkpoints, twice `importance.work_bytes`; a second call continues there. identity: what tells these
+    weights from others, so that no checkpoint of others is continued.
+    Raises ConvertError for samples of less than 4 tokens.
+    """
+
+    def __init__(
+        self,
+        source: "WeightSource",
+        config_dir: Path,
+        corpus: "Corpus",
+        *,
+        work_dir: Path,
+        identity: str = "",
+        device: str = "auto",
+        threads: int | None = None,
+    ):
+        if corpus.tokens.shape[1] < 4:
+            raise ConvertError(
+                f"samples of {corpus.tokens.shape[1]} tokens leave nothing to score",
+                corpus.name,
+                "give a longer --sequence-length",
+            )
+        self.corpus, self.work_dir = corpus, work_dir
+        self._identity, self._options = identity, {"device": device, "threads": threads}
+        self._config_dir = config_dir
+        self._source = self._stream(source, "source")
+
+    def scores(
+        self,
+        candidate: "WeightSource",
+        name: str = "candidate",
+        *,
+        progress: Progress = silent,
+        should_stop: ShouldStop = never,
+    ) -> np.ndarray:
+        """For every scored position, in order, float64 [4, n_positions]: the negative log-likelihood of the true next
+        token by the source and by the candidate, the KL divergence of the candidate from the source, and whether the
+        top tokens agree.
+
+        name: of these weights among all that are measured in the work directory.
+        Raises Interrupted when should_stop says so.
+        """
+        self._source.run(progress, should_stop, stage="run source")
+        stream = self._stream(candidate, name)
+        stream.run(progress, should_stop, stage=f"run {name}")
+        parts, n_samples = [], len(self.corpus.tokens)
+        for n_done, sample in enumerate(_scores([self._source, stream], self.corpus.tokens), start=1):
+            parts.append(sample)
+            progress("compare", n_done, n_samples, "samples")
+            if should_stop():
+                raise Interrupted(f"stopped after comparing {n_done} of {n_samples} samples")
+        shutil.rmtree(self.work_dir / name)
+        scores = np.concatenate(parts, axis=1)
+        if not np.isfinite(scores[:3]).all():
+            raise ConvertError(
+                "the model's predictions are not finite",
+                self.corpus.name,
+                "check the weights; on a GPU try --device cpu",
+            )
+        return scores
+
+    def discard(self) -> None:
+        """Delete the source's hidden states; nothing can be measured any more."""
+        shutil.rmtree(self.work_dir / "source", ignore_errors=True)
+
+    def _stream(self, weights: "WeightSource", name: str) -> "LayerStream":
+        from calibration.stream import LayerStream
+
+        return LayerStream(
+            weights,
+            self._config_dir,
+            self.corpus.tokens,
+            self.work_dir / name,
+            identity=self._identity,
+            **self._options,
+        )
+
+
 def compare(
     source: "WeightSource",
     candidate: "WeightSource",
@@ -52,52 +135,22 @@ def compare(
     corpus: "Corpus",
     *,
     work_dir: Path,
-    identity: str = "",
-    device: str = "auto",
-    threads: int | None = None,
     progress: Progress = silent,
     should_stop: ShouldStop = never,
+    **options: Any,
 ) -> QualityReport:
-    """Measure the candidate's weights against the source's in the same model.
+    """Measure the candidate's weights against the source's in the same model; options: as of Baseline.
 
-    Both are streamed to their last hidden states; then the heads are applied side by side, a few positions at a time.
-    As llama-perplexity does, the second half of each sample is scored, so that every prediction has half a sample of
-    context at least: of L tokens the L - L // 2 - 1 that follow position L // 2.
-    work_dir: checkpoints, twice `importance.work_bytes`; a second call continues there, and what is there is deleted at
-    the end. identity: what tells these weights from others, so that no checkpoint of others is continued.
-    Raises Interrupted when should_stop says so, ConvertError for samples of less than 4 tokens.
+    A second call continues in the work directory, and what is there is deleted at the end. Raises as Baseline does.
     """
-    n_samples, sequence_length = corpus.tokens.shape
-    if sequence_length < 4:
-        raise ConvertError(
-            f"samples of {sequence_length} tokens leave nothing to score",
-            corpus.name,
-            "give a longer --sequence-length",
-        )
-    from calibration.stream import LayerStream
-
-    streams = []
-    for name, weights in (("source", source), ("candidate", candidate)):
-        stream = LayerStream(
-            weights, config_dir, corpus.tokens, work_dir / name, identity=identity, device=device, threads=threads
-        )
-        stream.run(progress, should_stop, stage=f"run {name}")
-        streams.append(stream)
-    scores = []
-    for n_done, sample_scores in enumerate(_scores(streams, corpus.tokens), start=1):
-        scores.append(sample_scores)
-        progress("compare", n_done, n_samples, "samples")
-        if should_stop():
-            raise Interrupted(f"stopped after comparing {n_done} of {n_samples} samples")
-    report = _report(np.concatenate(scores, axis=1), corpus)
-    shutil.rmtree(work_dir / "source")
-    shutil.rmtree(work_dir / "candidate")
-    return report
+    baseline = Baseline(source, config_dir, corpus, work_dir=work_dir, **options)
+    scores = baseline.scores(candidate, progress=progress, should_stop=should_stop)
+    baseline.discard()
+    return _report(scores, corpus)
 
 
 def _scores(streams: list["LayerStream"], tokens: np.ndarray) -> Iterator[np.ndarray]:
-    """For every sample, in order, float64 [4, n_positions]: the negative log-likelihood of the true next token by the
-    source and by the candidate, the divergence, and whether the top tokens agree."""
+    """Sample by sample what Baseline.scores tells."""
     import torch
 
     source, _ = streams
@@ -132,10 +185,6 @@ def _score(source: "torch.Tensor", candidate: "torch.Tensor", following: "torch.
 
 def _report(scores: np.ndarray, corpus: "Corpus") -> QualityReport:
     source, candidate, divergence, agree = scores
-    if not np.isfinite(scores[:3]).all():
-        raise ConvertError(
-            "the model's predictions are not finite", corpus.name, "check the weights; on a GPU try --device cpu"
-        )
     return QualityReport(
         source_perplexity=float(np.exp(source.mean())),
         perplexity=float(np.exp(candidate.mean())),

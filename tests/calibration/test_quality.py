@@ -8,7 +8,7 @@ import torch
 
 from calibration.control import Interrupted
 from calibration.corpus import Corpus
-from calibration.quality import QualityReport, compare
+from calibration.quality import Baseline, QualityReport, compare
 from formats.errors import ConvertError
 from tests.calibration.streaming import DictSource, load_whole, random_corpus, with_config
 
@@ -131,3 +131,18 @@ def test_candidate_that_predicts_nothing_finite_is_refused(tiny, tmp_path):
     candidate.tensors["lm_head.weight"][7] = np.inf
     with pytest.raises(ConvertError, match="predictions are not finite"):
         run(tiny("llama"), tmp_path, candidate, random_corpus())
+
+
+def test_several_candidates_share_one_run_of_the_source(tiny, tmp_path):
+    directory, corpus = tiny("llama"), random_corpus()
+    source = uncertain(directory)
+    baseline = Baseline(source, directory, corpus, work_dir=tmp_path / "shared", device="cpu")
+    for i, scale in enumerate((0.2, 0.1)):
+        candidate = with_noise(source, scale)
+        scores = baseline.scores(candidate, f"candidate {i}")
+        alone = run(directory, tmp_path / f"alone {i}", candidate, corpus, source)
+        assert scores[2].mean() == alone.mean_kld and np.exp(scores[1].mean()) == alone.perplexity
+    # Twice alone, once here.
+    assert source.reads["model.layers.0.mlp.up_proj.weight"] == 3
+    baseline.discard()
+    assert not list((tmp_path / "shared").iterdir())
