@@ -73,8 +73,7 @@ class Baseline:
                 "give a longer --sequence-length",
             )
         self.corpus, self.work_dir = corpus, work_dir
-        self._identity, self._options = identity, {"device": device, "threads": threads}
-        self._config_dir = config_dir
+        self._identity, self._device, self._threads, self._config_dir = identity, device, threads, config_dir
         self._source = self._stream(source, "source")
 
     def scores(
@@ -124,7 +123,8 @@ class Baseline:
             self.corpus.tokens,
             self.work_dir / name,
             identity=self._identity,
-            **self._options,
+            device=self._device,
+            threads=self._threads,
         )
 
 
