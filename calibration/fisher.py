@@ -98,6 +98,7 @@ def compute_fisher(
     if corpus.tokens.shape[1] < 2:
         raise ConvertError("samples of 1 token predict nothing", corpus.name, "give a longer --sequence-length")
     from calibration.gradients import GradientStream
+    from calibration.observer import SquaredInputs
     from calibration.squared_gradients import SquaredGradients
     from calibration.stream import LayerStream
 
@@ -106,6 +107,7 @@ def compute_fisher(
         config_dir,
         corpus.tokens,
         work_dir / "forward",
+        observer=SquaredInputs(),  # names the matrix whose input is not finite
         identity=f"{model}@{revision}",
         device=device,
         threads=threads,

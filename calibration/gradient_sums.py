@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from calibration.importance import PRIOR_ROWS
+
 if TYPE_CHECKING:
     from calibration.weights import ParameterReader
 
@@ -33,11 +35,14 @@ class GradientSums:
     def factors(self, n_labels: int) -> tuple[np.ndarray, np.ndarray]:
         """Row and column factors whose products have the same sums, per label."""
         rows, columns = self.rows / n_labels, self.columns / n_labels
-        unreached = self.counts[:, 0] == 0
-        if unreached.any() and not unreached.all():
-            # An expert that no token reached is taken to be reached once, by a token like the others'.
-            rows[unreached] = rows.sum(0) / self.counts.sum()
-            columns[unreached] = columns.sum(0) / self.counts.sum()
+        if (self.counts != self.counts[0]).any():
+            # Experts: what all tokens have shown is a prior for each, as for ImportanceMatrix.columns, and one that no
+            # token reached is taken to be reached once.
+            rows, columns = (
+                (sums + PRIOR_ROWS * sums.sum(0) / self.counts.sum())
+                * (np.maximum(self.counts, 1) / (self.counts + PRIOR_ROWS))
+                for sums in (rows, columns)
+            )
         totals = rows.sum(1, keepdims=True)
         scale = np.sqrt(totals, out=np.ones_like(totals), where=totals > 0)
         # Rounding has left the columns with another sum than the rows: the rows' is kept.

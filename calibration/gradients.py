@@ -23,13 +23,11 @@ from torch.overrides import TorchFunctionMode
 from calibration.checkpointing import NOT_STARTED
 from calibration.control import Interrupted, Progress, ShouldStop, never, silent
 from calibration.fisher import Labels
+from calibration.micro_batches import most_samples
 from calibration.observer import Observer
 from calibration.stream import LayerStream
 from calibration.streamed_model import LayerCall
 from calibration.weights import EMBEDDING, HEAD
-
-# Samples of a micro-batch. On a CPU one, so that an observer has each sequence by itself.
-_SAMPLES_AT_ONCE = {"cpu": 1, "cuda": 16, "mps": 4}
 
 
 class GradientObserver(Observer, Protocol):
@@ -55,7 +53,9 @@ class GradientStream:
         self, forward: LayerStream, work_dir: Path, observer: GradientObserver, *, labels: Labels, seed: int = 0
     ):
         self.forward, self.observer, self.labels, self.seed = forward, observer, labels, seed
-        self.n_layers, self._batch = len(forward.layers), _SAMPLES_AT_ONCE[forward.device.type]
+        self.n_layers = len(forward.layers)
+        # On a CPU a sequence by itself is as fast, and an observer can tell it from others in every product.
+        self._batch = 1 if forward.device.type == "cpu" else most_samples(forward.device, forward.sequence_length)
         settings = {"labels": labels} | ({"seed": seed} if labels == "sampled" else {})
         self._checkpoint = forward.open_checkpoint(work_dir, observer, settings)
 
@@ -102,7 +102,7 @@ class GradientStream:
         at the label."""
         probabilities = logits.float().softmax(-1)
         if self.labels == "sampled":
-            labels = draw(probabilities, torch.from_numpy(uniform[positions]).to(logits.device))
+            labels = draw(probabilities, torch.from_numpy(uniform[positions]))
             labelled = slice(None)
         else:
             following = self.forward.tokens[sample, positions.start + 1 : positions.stop + 1].astype(np.int64)
@@ -166,9 +166,13 @@ class GradientStream:
 def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """One index for every row of probabilities [n, k], by inversion of the cumulated ones at uniform numbers [n] of
     [0, 1): int64 [n]. Sums are float64: float32 would never reach the tail of a large vocabulary."""
+    device = probabilities.device
+    if device.type == "mps":  # it has no float64
+        probabilities = probabilities.cpu()
     cumulated = probabilities.double().cumsum(-1)
-    drawn = torch.searchsorted(cumulated, uniform[:, None] * cumulated[:, -1:], right=True)[:, 0]
-    return drawn.clamp_(max=probabilities.shape[-1] - 1)
+    threshold = uniform.to(cumulated.device)[:, None] * cumulated[:, -1:]
+    drawn = torch.searchsorted(cumulated, threshold, right=True)[:, 0]
+    return drawn.clamp_(max=probabilities.shape[-1] - 1).to(device)
 
 
 class _LookedUp(TorchFunctionMode):

@@ -51,8 +51,8 @@ class SquaredGradients:
         square = _squared_positions if parameter == HEAD else _squared_sequence
         sequences = (values.reshape(-1, *values.shape[-2:]) for values in (inputs, gradients))
         for x, g in zip(*sequences, strict=True):
-            for block, part in enumerate(g.float().chunk(n_blocks, dim=-1)):
-                rows, columns = square(x.float(), part)
+            for block, part in enumerate(g.chunk(n_blocks, dim=-1)):
+                rows, columns = square(x, part)
                 span = slice(block * len(rows), (block + 1) * len(rows))
                 self._add("rows", parameter, (n_matrices, n_rows), (matrix, span), rows)
                 shape = (n_matrices * n_blocks, n_columns)
@@ -102,11 +102,11 @@ class SquaredGradients:
 
 def _squared_sequence(inputs: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Row and column sums of (sum_t g_ti x_tj)^2; the whole of it exists here only."""
-    squares = (gradients.T @ inputs).square_()
+    squares = (gradients.T @ inputs).float().square_()
     return squares.sum(1), squares.sum(0)
 
 
 def _squared_positions(inputs: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Row and column sums of sum_t g_ti^2 x_tj^2, which never exists."""
-    x, g = inputs.square(), gradients.square()
+    x, g = inputs.float().square(), gradients.float().square()
     return x.sum(1) @ g, g.sum(1) @ x

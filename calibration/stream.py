@@ -19,13 +19,11 @@ import torch
 
 from calibration.checkpointing import NOT_STARTED, HiddenStates, StreamCheckpoint
 from calibration.control import Interrupted, Progress, ShouldStop, never, silent
+from calibration.micro_batches import fitting_samples, most_samples
 from calibration.observer import NoStatistic, Observer, ProductTap, locate_matrices
 from calibration.streamed_model import LayerCall, StreamedModel
 from calibration.weights import HEAD, WeightSource
 from formats.errors import ConvertError
-
-# Tokens of a micro-batch: on a CPU few, so that a layer's activations stay in the cache; on a GPU many.
-_MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 8192, "mps": 2048}
 
 
 class LayerStream(StreamedModel):
@@ -54,7 +52,7 @@ class LayerStream(StreamedModel):
         super().__init__(source, config_dir, device=device, threads=threads)
         self.tokens, self.observer, self.identity = tokens, observer or NoStatistic(), identity
         self.n_samples, self.sequence_length = tokens.shape
-        self._batch = max(1, _MICRO_BATCH_TOKENS[self.device.type] // self.sequence_length)
+        self._batch = most_samples(self.device, self.sequence_length)
         self._checkpoint = self.open_checkpoint(work_dir, self.observer, {}, keep=keep)
 
     def run(self, progress: Progress = silent, should_stop: ShouldStop = never, *, stage: str = "calibrate") -> None:
@@ -116,8 +114,8 @@ class LayerStream(StreamedModel):
         observer: Observer,
         batch: int,
     ) -> Iterator[int]:
-        """Runs micro-batches of `batch` samples, from sample start to stop, in the pool; merges what the products with
-        these weights have shown in the order of the samples, and yields the samples done."""
+        """Runs micro-batches of `batch` samples or fewer, from sample start to stop, in the pool; merges what the
+        products with these weights have shown in the order of the samples, and yields the samples done."""
         owners = locate_matrices(weights)
 
         def observed(span: tuple[int, int]) -> tuple[int, Observer]:
@@ -126,6 +124,7 @@ class LayerStream(StreamedModel):
                 micro_batch(*span)
             return span[1], seen
 
+        batch = fitting_samples(self.device, batch, lambda: observed((0, 1)))
         for samples_done, seen in pool.map(observed, self.micro_batches(batch)):
             observer.merge(seen)
             yield samples_done

@@ -31,6 +31,17 @@ class DictSource:
         return self.tensors[name]
 
 
+class BreaksAt(DictSource):
+    """A source that fails when a weight is asked for, as a process that is killed leaves the stream."""
+
+    broken_name = ""
+
+    def read(self, name: str) -> np.ndarray:
+        if name == self.broken_name:
+            raise ConnectionError(name)
+        return super().read(name)
+
+
 class StopAfter:
     """should_stop that says so once that many layers are done."""
 

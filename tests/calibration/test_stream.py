@@ -2,29 +2,17 @@
 
 import os
 
-import numpy as np
 import pytest
 import torch
 
 from calibration.checkpointing import STATE_NAME, HiddenStates
 from calibration.control import Interrupted
 from formats.errors import ConvertError
-from tests.calibration.streaming import DictSource, StopAfter, all_bytes, compute, random_corpus
+from tests.calibration.streaming import BreaksAt, DictSource, StopAfter, all_bytes, compute, random_corpus
 from tests.tiny_models import VOCAB_SIZE
 
 # Six layers of two kinds, and experts.
 MODELS = ("gemma3", "qwen3_moe")
-
-
-class BreaksAt(DictSource):
-    """A source that fails when a weight is asked for, as a process that is killed leaves the stream."""
-
-    broken_name = ""
-
-    def read(self, name: str) -> np.ndarray:
-        if name == self.broken_name:
-            raise ConnectionError(name)
-        return super().read(name)
 
 
 def n_layers_of(name: str) -> int:
