@@ -217,7 +217,7 @@ def _identity(where: str, header: Any, kinds: Mapping[str, tuple[type, ...]]) ->
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and value >= 0
 
 
 def _damaged(where: str, problem: str) -> ConvertError:

@@ -18,7 +18,7 @@ from converter.source import open_checkpoint
 from formats.errors import ConvertError
 from formats.registry import get_format
 from profiles.plan import Plan
-from profiles.vocabulary import UNQUANTIZED_ROLES, ModelMap, Role
+from profiles.vocabulary import ModelMap, Role
 
 
 def observed_names(model_map: ModelMap) -> dict[str, tuple[str, int]]:
@@ -28,7 +28,7 @@ def observed_names(model_map: ModelMap) -> dict[str, tuple[str, int]]:
     return {
         source: (tensor.name, matrix)
         for tensor in model_map.tensors
-        if len(tensor.shape) > 1 and tensor.role not in UNQUANTIZED_ROLES
+        if tensor.quantizable
         if tensor.layer is not None or tensor.role is head
         for matrix, source in enumerate(tensor.sources)
     }

@@ -47,6 +47,24 @@ def read_rows(checkpoint: Checkpoint, spec: TensorSpec, start: int, stop: int) -
     return np.concatenate(parts) if parts else np.empty((0, spec.n_columns), np.float32)
 
 
+def row_spans(spec: TensorSpec, n_weights: int) -> Iterator[tuple[int, int, int]]:
+    """(matrix, first row, end row) of spans that stay within one matrix and within so many weights, in order."""
+    rows_per_matrix = spec.n_rows // spec.n_matrices
+    step = max(1, n_weights // spec.n_columns)
+    for matrix in range(spec.n_matrices):
+        end = (matrix + 1) * rows_per_matrix
+        for start in range(matrix * rows_per_matrix, end, step):
+            yield matrix, start, min(start + step, end)
+
+
+def artifact_order(spec: TensorSpec, values: np.ndarray) -> np.ndarray:
+    """What belongs to the rows of the checkpoint's tensor, one value each over all matrices, as `read_rows` orders
+    them: [n_rows]."""
+    if spec.transform == "rotary":
+        return values.reshape(spec.n_heads, 2, -1).swapaxes(1, 2).reshape(-1)
+    return values.reshape(-1)
+
+
 def restore(spec: TensorSpec, rows: np.ndarray) -> dict[str, np.ndarray]:
     """The inverse of `read_rows` over a whole tensor: rows float32 [n_rows, n_columns] of the artifact to the
     checkpoint's tensors, by name and in their own shapes."""

@@ -3,7 +3,6 @@
 The decoder is not ours on purpose: a mistake that encoder and decoder share would go unseen.
 """
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from calibration.importance import ImportanceMatrix
 from converter.checkpoint import Checkpoint
-from converter.model_map import read_rows, restore
+from converter.model_map import read_rows, restore, row_spans
 from converter.progress import Progress
 from formats.errors import ConvertError
 from formats.gguf_file import EncodedTensor, read_gguf
@@ -102,16 +101,6 @@ def check_stored(stored: dict[str, EncodedTensor], spec: TensorSpec, paths: list
         )
 
 
-def _spans(spec: TensorSpec) -> Iterator[tuple[int, int, int]]:
-    """(matrix, first row, end row) of spans that stay within one matrix and within bounded memory."""
-    rows_per_matrix = spec.n_rows // spec.n_matrices
-    step = max(1, _CHUNK_WEIGHTS // spec.n_columns)
-    for matrix in range(spec.n_matrices):
-        end = (matrix + 1) * rows_per_matrix
-        for start in range(matrix * rows_per_matrix, end, step):
-            yield matrix, start, min(start + step, end)
-
-
 def _tensor_error(
     tensor: EncodedTensor,
     spec: TensorSpec,
@@ -121,7 +110,7 @@ def _tensor_error(
 ) -> TensorError:
     columns = importance.columns(spec.name) if importance is not None and spec.name in importance.sums else None
     sums = np.zeros(4)  # squared error, squared weight, and both weighted
-    for matrix, start, stop in _spans(spec):
+    for matrix, start, stop in row_spans(spec, _CHUNK_WEIGHTS):
         source = read_rows(checkpoint, spec, start, stop)
         decoded = tensor.decode(start, stop)
         if not np.isfinite(decoded).all():

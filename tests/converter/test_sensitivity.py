@@ -1,0 +1,224 @@
+"""Losses by encoding sampled rows, against the dense sum over every weight of the checkpoint's own tensors."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from calibration.control import Interrupted
+from calibration.fisher import FisherFactors
+from calibration.importance import ImportanceMatrix
+from calibration.sensitivity import SensitivityTable, save_sensitivity
+from converter.checkpoint import Checkpoint
+from converter.model_map import describe, read_rows, restore
+from converter.sensitivity import CANDIDATE_FORMATS, build_sensitivity, check_sensitivity, sample_by_size
+from converter.source import open_checkpoint
+from formats.errors import ConvertError
+from formats.registry import FORMATS, get_format
+from profiles.vocabulary import ModelMap
+
+FORMAT_NAMES = ("Q4_0", "Q2_K", "IQ2_XXS", "NVFP4", "TQ2_0")
+
+
+def opened(directory: Path) -> tuple[Checkpoint, ModelMap]:
+    checkpoint = open_checkpoint(str(directory))
+    return checkpoint, describe(checkpoint)
+
+
+def random_factors(model_map: ModelMap) -> FisherFactors:
+    """Factors over three orders of magnitude, as real ones are."""
+    random = np.random.default_rng(1)
+    shapes = {t.name: (t.n_matrices, t.n_rows // t.n_matrices, t.n_columns) for t in model_map.tensors if t.quantizable}
+    magnitudes = dict.fromkeys(shapes, 1.0)
+    return FisherFactors(
+        rows={name: np.exp(random.normal(0, 1.5, (n, rows))) for name, (n, rows, _) in shapes.items()},
+        columns={name: np.exp(random.normal(0, 1.5, (n, columns))) for name, (n, _, columns) in shapes.items()},
+        gradient_magnitude=magnitudes,
+        activation_variance=magnitudes,
+        weight_magnitude=magnitudes,
+        model="tiny",
+        revision=None,
+        corpus="random",
+        corpus_sha256="0" * 64,
+        samples=1,
+        sequence_length=8,
+        labels="sampled",
+    )
+
+
+def importance_of(factors: FisherFactors) -> ImportanceMatrix:
+    """For the matrices of the layers; embedding and head have none."""
+    sums = {name: columns**0.5 for name, columns in factors.columns.items() if name.startswith("blk.")}
+    return ImportanceMatrix(sums, {name: np.ones(len(columns), np.int64) for name, columns in sums.items()})
+
+
+def build(directory: Path, journal: Path, **options) -> SensitivityTable:
+    checkpoint, model_map = opened(directory)
+    factors = random_factors(model_map)
+    options = {"formats": FORMAT_NAMES, "sampled_rows": 10_000} | options
+    return build_sensitivity(checkpoint, model_map, factors, importance_of(factors), journal=journal, **options)
+
+
+def dense_loss(directory: Path, name: str, format_name: str) -> float:
+    """1/2 sum_ij rows[i] columns[j] E_ij**2 over the checkpoint's tensors, in the checkpoint's order of rows."""
+    checkpoint, model_map = opened(directory)
+    factors = random_factors(model_map)
+    spec, block_format = model_map.tensor(name), get_format(format_name)
+    columns = importance_of(factors).columns(name) if name.startswith("blk.") else [None] * spec.n_matrices
+    rows = read_rows(checkpoint, spec, 0, spec.n_rows).reshape(spec.n_matrices, -1, spec.n_columns)
+    decoded = []
+    for matrix, importance in zip(rows, columns, strict=True):
+        scale = 1.0
+        if format_name == "NVFP4" and name.startswith("blk."):
+            scale = block_format.tensor_scale(np.abs(matrix).max())
+        encoded = block_format.encode(matrix / np.float32(scale), importance, "fast")
+        decoded.append(block_format.decode(encoded) * np.float32(scale))
+    total = 0.0
+    for matrix, (source, values) in enumerate(restore(spec, np.concatenate(decoded)).items()):
+        error = values.astype(np.float64) - checkpoint.read(source)
+        total += factors.rows[name][matrix] @ error**2 @ factors.columns[name][matrix]
+    return total / 2
+
+
+@pytest.mark.parametrize("model", ["llama-256", "qwen3_moe"])
+def test_losses_are_the_dense_sums(tiny, tmp_path, model):
+    directory = tiny(model)
+    table = build(directory, tmp_path / "journal")
+    _, model_map = opened(directory)
+    checked = [t for t in model_map.tensors if t.quantizable and t.layer in (None, 1)]
+    assert {t.name for t in model_map.tensors if t.quantizable} == set(table.losses)
+    for tensor in checked:
+        assert table.sampled_rows[tensor.name] == tensor.n_rows
+        assert set(table.losses[tensor.name]) == {f for f in FORMAT_NAMES if get_format(f).fits(tensor.n_columns)}
+        for format_name, loss in table.losses[tensor.name].items():
+            assert loss == pytest.approx(dense_loss(directory, tensor.name, format_name), rel=1e-9)
+
+
+def test_few_sampled_rows_tell_the_sum(tiny, tmp_path):
+    whole, sampled = (build(tiny("llama-256"), tmp_path / str(n), sampled_rows=n) for n in (10_000, 64))
+    ratios = []
+    for name, losses in whole.losses.items():
+        assert sampled.sampled_rows[name] <= 64
+        ratios += [sampled.losses[name][format_name] / loss for format_name, loss in losses.items()]
+    np.testing.assert_allclose(ratios, 1, rtol=0.15)
+    assert np.mean(ratios) == pytest.approx(1, abs=0.01)
+
+
+def test_candidates_are_all_lossy_formats_that_no_training_is_needed_for():
+    assert set(FORMATS) - set(CANDIDATE_FORMATS) == {"F32", "F16", "BF16", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0"}
+
+
+def saved(table: SensitivityTable, path: Path) -> bytes:
+    save_sensitivity(path, table)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7])
+@pytest.mark.parametrize("threads", [1, 5])
+def test_any_interruption_and_any_number_of_threads_give_the_same_bytes(tiny, tmp_path, share, threads):
+    options = {"formats": ("Q4_K", "NVFP4"), "sampled_rows": 16}
+    expected = saved(build(tiny("llama-256"), tmp_path / "journal", **options), tmp_path / "table.safetensors")
+    lines = (tmp_path / "journal").read_bytes()
+    resumed = tmp_path / "resumed"
+    resumed.write_bytes(lines[: int(share * len(lines))])  # as a kill leaves it, amid a line
+    stops = iter([False] * 25 + [True])
+    with pytest.raises(Interrupted, match="stopped after 26 of 30 tensors"):
+        build(tiny("llama-256"), resumed, threads=threads, should_stop=lambda: next(stops), **options)
+    table = build(tiny("llama-256"), resumed, threads=threads, **options)
+    assert saved(table, tmp_path / "again.safetensors") == expected
+    finished = [line.split('"losses"')[0] for line in resumed.read_text().splitlines() if line.endswith("}")]
+    assert len(finished) == len(set(finished)) == 30
+
+
+def test_progress_counts_tensors(tiny, tmp_path):
+    seen = []
+    build(
+        tiny("llama-256"), tmp_path / "journal", formats=("Q4_0",), sampled_rows=1, progress=lambda *a: seen.append(a)
+    )
+    assert seen[0] == ("sensitivity", 1, 30, "tensors")
+    assert seen[-1] == ("sensitivity", 30, 30, "tensors")
+
+
+def test_tensor_without_signal_costs_nothing(tiny, tmp_path):
+    checkpoint, model_map = opened(tiny("llama-256"))
+    factors = random_factors(model_map)
+    factors.rows["output.weight"][:] = 0
+    table = build_sensitivity(checkpoint, model_map, factors, None, formats=("Q4_0",), journal=tmp_path / "journal")
+    assert table.losses["output.weight"] == {"Q4_0": 0.0}
+    assert saved(table, tmp_path / "table.safetensors")
+
+
+def test_tensor_without_factors_is_an_error(tiny, tmp_path):
+    checkpoint, model_map = opened(tiny("llama-256"))
+    factors = random_factors(model_map)
+    rows = {name: values for name, values in factors.rows.items() if name != "blk.2.ffn_up.weight"}
+    columns = {name: factors.columns[name] for name in rows}
+    with pytest.raises(ConvertError, match="lack this tensor") as caught:
+        build_sensitivity(
+            checkpoint, model_map, replace(factors, rows=rows, columns=columns), None, journal=tmp_path / "journal"
+        )
+    assert "blk.2.ffn_up.weight" in caught.value.where
+
+
+def test_weight_that_is_no_number_is_named(tiny, tmp_path, monkeypatch):
+    checkpoint, model_map = opened(tiny("llama-256"))
+    read = Checkpoint.read
+
+    def damaged(self, name, start=0, stop=None):
+        values = read(self, name, start, stop)
+        if name == "model.layers.1.mlp.down_proj.weight" and start <= 7:
+            values[7 - start, 3] = np.nan
+        return values
+
+    monkeypatch.setattr(Checkpoint, "read", damaged)
+    with pytest.raises(ConvertError, match="nan is not a finite number") as caught:
+        build_sensitivity(
+            checkpoint, model_map, random_factors(model_map), None, formats=("Q4_0",), journal=tmp_path / "journal"
+        )
+    assert "blk.1.ffn_down.weight" in caught.value.where
+    assert "row 7, column 3" in caught.value.where
+
+
+def test_a_table_of_another_model_is_refused(tiny, tmp_path):
+    table = build(tiny("llama-256"), tmp_path / "journal", formats=("Q4_0",), sampled_rows=1)
+    check_sensitivity(table, *opened(tiny("llama-256")))
+    with pytest.raises(ConvertError, match="it is of a llama, the model is a qwen3"):
+        check_sensitivity(table, *opened(tiny("qwen3")))
+    with pytest.raises(ConvertError, match=r"of blk.0.attn_k.weight it has \[128, 256\], the model has \[32, 64\]"):
+        check_sensitivity(table, *opened(tiny("llama")))
+    with pytest.raises(ConvertError, match="the weights are others"):
+        check_sensitivity(replace(table, weights_sha256="0" * 64), *opened(tiny("llama-256")))
+    losses = {name: values for name, values in table.losses.items() if name != "output.weight"}
+    with pytest.raises(ConvertError, match=r"of output\.weight it has no such tensor"):
+        check_sensitivity(replace(table, losses=losses), *opened(tiny("llama-256")))
+
+
+def test_weights_that_are_not_here_are_not_asked_for(tiny, tmp_path):
+    table = build(tiny("llama-256"), tmp_path / "journal", formats=("Q4_0",), sampled_rows=1)
+    checkpoint, model_map = opened(tiny("llama-256"))
+    elsewhere = replace(checkpoint, fetch_weights=lambda: checkpoint, tensors={})
+    check_sensitivity(replace(table, weights_sha256="0" * 64), elsewhere, model_map)
+
+
+@pytest.mark.parametrize("n_wanted", [1, 7, 50])
+def test_sampling_by_size_is_unbiased(n_wanted):
+    random = np.random.default_rng(0)
+    sizes = np.exp(random.normal(0, 2, 200))
+    sizes[::10] = 0
+    values = sizes * random.uniform(0.5, 1.5, 200)
+    estimates = []
+    for seed in range(2000):
+        indices, shares = sample_by_size(sizes, n_wanted, seed)
+        assert sizes[indices].all()
+        assert (np.diff(indices) > 0).all()
+        assert shares @ sizes[indices] == pytest.approx(sizes.sum())
+        estimates.append(shares @ values[indices])
+    assert np.mean(estimates) == pytest.approx(values.sum(), rel=4 * np.std(estimates) / values.sum() / 2000**0.5)
+
+
+def test_sampling_more_than_there_are_takes_all():
+    indices, shares = sample_by_size(np.array([1.0, 0.0, 3.0]), 2, 0)
+    np.testing.assert_array_equal(indices, [0, 2])
+    np.testing.assert_array_equal(shares, [1, 1])
+    assert len(sample_by_size(np.zeros(5), 2, 0)[0]) == 0
