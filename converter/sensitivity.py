@@ -108,14 +108,12 @@ def check_sensitivity(table: SensitivityTable, checkpoint: Checkpoint, model_map
         raise _another_model(table, f"it is of a {table.architecture}, the model is a {model_map.architecture}")
     tensors = {tensor.name: tensor for tensor in model_map.tensors if tensor.quantizable}
     for name in sorted(table.losses.keys() | tensors.keys()):
-        shape = list(tensors[name].shape) if name in tensors else "no such tensor"
-        has = "no such tensor"
+        wanted = (t.n_matrices, t.n_rows // t.n_matrices, t.n_columns) if (t := tensors.get(name)) else None
+        has = None
         if name in table.losses:
-            n_matrices, n_rows = table.factors.rows[name].shape
-            n_columns = table.factors.columns[name].shape[1]
-            has = [n_matrices, n_rows, n_columns] if len(shape) == 3 else [n_matrices * n_rows, n_columns]
-        if has != shape:
-            raise _another_model(table, f"of {name} it has {has}, the model has {shape}")
+            has = (*table.factors.rows[name].shape, table.factors.columns[name].shape[1])
+        if has != wanted:
+            raise _another_model(table, f"of {name} it has {has or 'nothing'}, the model has {wanted or 'nothing'}")
     if checkpoint.fetch_weights is None and table.weights_sha256 != weights_sha256(checkpoint, model_map):
         raise _another_model(table, "the weights are others")
 
