@@ -45,6 +45,7 @@ bench-encoders: setup .cache/smollm2-wide.gguf
 
 bench-calibration: setup .cache/smollm2-wide
 	$(BIN)/python -m scripts.bench_calibration --model .cache/smollm2-wide --samples 48
+	$(BIN)/python -m scripts.bench_calibration --model .cache/smollm2-wide --samples 48 --gradients
 
 bench-memory: setup
 	$(BIN)/python -m scripts.bench_memory --effort fast

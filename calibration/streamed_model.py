@@ -78,6 +78,7 @@ class StreamedModel:
                 with self.resident(self.layers[index], weights) as parameters:
                     del weights
                     yield index, parameters
+                    parameters.clear()  # whoever still holds it would keep a third layer in memory
 
     def layer_calls(self, sequence_length: int) -> list[LayerCall]:
         """Every layer's own forward, with the arguments that the model gives it for samples of this length."""

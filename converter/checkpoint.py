@@ -132,7 +132,9 @@ def is_metadata_file(name: str) -> bool:
 
 def _to_float32(values: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "BF16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
+        bits = values.astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
     return values.astype(np.float32)
 
 

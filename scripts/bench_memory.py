@@ -61,19 +61,43 @@ def shapes(n_layers: int) -> dict[str, tuple[int, ...]]:
     return tensors | {"model.norm.weight": (WIDTH,), "lm_head.weight": (VOCABULARY, WIDTH)}
 
 
-def write_checkpoint(directory: Path, n_layers: int, sparse: bool) -> None:
-    """One safetensors file, its data holes or the repeated pattern."""
-    header, offset = {}, 0
+def write_checkpoint(directory: Path, n_layers: int, sparse: bool, shard_bytes: int | None = None) -> None:
+    """The configuration and one safetensors file, its data holes or the repeated pattern; with shard_bytes, bfloat16
+    in files of about that many bytes and their index."""
+    dtype = "F16" if shard_bytes is None else "BF16"
+    (directory / "config.json").write_text(json.dumps(config(n_layers)))
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
     for name, shape in shapes(n_layers).items():
-        n_bytes = 2 * int(np.prod(shape))
-        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [offset, offset + n_bytes]}
-        offset += n_bytes
+        if shard_bytes is not None and sum(map(_n_bytes, shards[-1].values())) >= shard_bytes:
+            shards.append({})
+        shards[-1][name] = shape
+    values = (np.random.default_rng(0).standard_t(5, PATTERN_BYTES // 2) * 0.02).astype(np.float32)
+    pattern = (values.astype(np.float16) if dtype == "F16" else (values.view(np.uint32) >> 16).astype("<u2")).tobytes()
+    if shard_bytes is None:
+        _write_shard(directory / "model.safetensors", shards[0], dtype, None if sparse else pattern)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        weight_map |= dict.fromkeys(shard, name)
+        _write_shard(directory / name, shard, dtype, None if sparse else pattern)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def _n_bytes(shape: tuple[int, ...]) -> int:
+    return 2 * int(np.prod(shape))
+
+
+def _write_shard(path: Path, tensors: dict[str, tuple[int, ...]], dtype: str, pattern: bytes | None) -> None:
+    header, offset = {}, 0
+    for name, shape in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + _n_bytes(shape)]}
+        offset += _n_bytes(shape)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    pattern = (np.random.default_rng(0).standard_t(5, PATTERN_BYTES // 2) * 0.02).astype(np.float16).tobytes()
-    with (directory / "model.safetensors").open("wb") as file:
+    with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        if sparse:
+        if pattern is None:
             file.truncate(8 + len(text) + offset)
         else:
             while offset:
@@ -111,7 +135,6 @@ def main(profile: str, layers: int, sparse: bool, effort: str, directory: Path) 
     try:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(tokenizer / name, model)
-        (model / "config.json").write_text(json.dumps(config(layers)))
         write_checkpoint(model, layers, sparse)
         write_importance(model, directory / "importance.gguf")
         importance, output = directory / "importance.gguf", directory / "out.gguf"
