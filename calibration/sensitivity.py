@@ -25,7 +25,8 @@ from formats.whole_file import whole_file
 
 _KEY = "bitwright.sensitivity"
 _VERSION = 1
-_MAGNITUDES = ("gradient_magnitude", "activation_variance", "weight_magnitude")
+MAGNITUDES = ("gradient_magnitude", "activation_variance", "weight_magnitude")
+"""The fields of FisherFactors that hold one number a tensor."""
 # Of FisherFactors and of SensitivityTable: what is kept in the metadata as it is.
 _FACTORS_IDENTITY = {
     "model": (str, type(None)),
@@ -91,7 +92,7 @@ def save_sensitivity(path: Path, table: SensitivityTable) -> None:
         "losses": np.array([[table.losses[name].get(f, np.nan) for f in formats] for name in names], np.float64),
         **{f"rows/{name}": np.ascontiguousarray(factors.rows[name], np.float64) for name in names},
         **{f"columns/{name}": np.ascontiguousarray(factors.columns[name], np.float64) for name in names},
-        **{key: np.array([getattr(factors, key)[name] for name in names], np.float64) for key in _MAGNITUDES},
+        **{key: np.array([getattr(factors, key)[name] for name in names], np.float64) for key in MAGNITUDES},
     }
     header = {
         "version": _VERSION,
@@ -172,7 +173,7 @@ def _table(where: str, header: dict[str, Any], arrays: dict[str, np.ndarray]) ->
 
     losses = array("losses", (len(names), len(formats)))
     magnitudes: dict[str, Any] = {
-        key: dict(zip(names, array(key, (len(names),)).tolist(), strict=True)) for key in _MAGNITUDES
+        key: dict(zip(names, array(key, (len(names),)).tolist(), strict=True)) for key in MAGNITUDES
     }
     factors = FisherFactors(
         rows={name: array(f"rows/{name}") for name in names},

@@ -1,5 +1,6 @@
-"""The command `convert inspect`: what a GGUF artifact or an importance matrix says of itself."""
+"""The command `convert inspect`: what an artifact, an importance matrix or a sensitivity table says of itself."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -7,18 +8,25 @@ from typing import Any
 import numpy as np
 
 from calibration.imatrix_file import load_imatrix
+from calibration.layer_score import layer_scores
+from calibration.sensitivity import MAGNITUDES, is_sensitivity, load_sensitivity
 from converter.importance import is_imatrix
 from converter.progress import size_text
 from converter.report import table
 from converter.verify import artifact_files, artifact_tensors
 from formats.gguf_file import read_gguf
+from formats.registry import get_format
 
 # Whole vocabularies are no reading matter.
 _LONGEST_VALUE = 200
+_IDENTITY = ("model", "revision", "corpus", "corpus_sha256", "samples", "sequence_length")
+_OF_LAYER = re.compile(r"blk\.(\d+)\.")
 
 
 def inspect_file(path: Path) -> dict[str, Any]:
-    """The file as plain data: {"kind": "imatrix", ...} or {"kind": "artifact", ...}. Raises ConvertError."""
+    """The file as plain data: {"kind": "imatrix", "sensitivity" or "artifact", ...}. Raises ConvertError."""
+    if is_sensitivity(path):
+        return _inspect_sensitivity(path)
     return _inspect_imatrix(path) if is_imatrix(path) else _inspect_artifact(path)
 
 
@@ -39,8 +47,31 @@ def _inspect_imatrix(path: Path) -> dict[str, Any]:
                 "largest_share": float((means.max(axis=1) / np.maximum(means.sum(axis=1), 1e-30)).max()),
             }
         )
-    identity = ("model", "revision", "corpus", "corpus_sha256", "samples", "sequence_length")
-    return {"kind": "imatrix", **{key: getattr(matrix, key) for key in identity}, "tensors": tensors}
+    return {"kind": "imatrix", **{key: getattr(matrix, key) for key in _IDENTITY}, "tensors": tensors}
+
+
+def _inspect_sensitivity(path: Path) -> dict[str, Any]:
+    """losses: in nats a token, of the fewest bits first."""
+    sensitivity = load_sensitivity(path)
+    factors = sensitivity.factors
+    layers = {name: int(found[1]) for name in sensitivity.losses if (found := _OF_LAYER.match(name))}
+    tensors = [
+        {
+            "tensor": name,
+            "layer": layers.get(name),
+            "sampled_rows": sensitivity.sampled_rows[name],
+            **{key: getattr(factors, key)[name] for key in MAGNITUDES},
+            "losses": dict(sorted(losses.items(), key=lambda item: (get_format(item[0]).bits_per_weight, item[0]))),
+        }
+        for name, losses in sensitivity.losses.items()
+    ]
+    return {
+        "kind": "sensitivity",
+        **{key: getattr(factors, key) for key in (*_IDENTITY, "labels")},
+        **{key: getattr(sensitivity, key) for key in ("architecture", "weights_sha256", "effort", "tool")},
+        "tensors": tensors,
+        "layers": [{"layer": layer, "score": score} for layer, score in layer_scores(factors, layers).items()],
+    }
 
 
 def _inspect_artifact(path: Path) -> dict[str, Any]:
@@ -62,19 +93,52 @@ def _inspect_artifact(path: Path) -> dict[str, Any]:
 
 def inspect_text(data: dict[str, Any]) -> str:
     """The same for people."""
-    if data["kind"] == "imatrix":
-        identity = [f"{key}: {value}" for key, value in data.items() if key not in ("kind", "tensors")]
-        rows = [
-            [
-                t["tensor"],
-                *(str(t[key]) for key in ("matrices", "columns", "rows", "unseen_matrices")),
-                f"{t['mean']:.4g}",
-                f"{t['largest_share']:.1%}",
-            ]
-            for t in data["tensors"]
+    return {"imatrix": _imatrix_text, "sensitivity": _sensitivity_text, "artifact": _artifact_text}[data["kind"]](data)
+
+
+def _identity_lines(data: dict[str, Any]) -> list[str]:
+    return [f"{key}: {value}" for key, value in data.items() if key not in ("kind", "tensors", "layers")]
+
+
+def _imatrix_text(data: dict[str, Any]) -> str:
+    rows = [
+        [
+            t["tensor"],
+            *(str(t[key]) for key in ("matrices", "columns", "rows", "unseen_matrices")),
+            f"{t['mean']:.4g}",
+            f"{t['largest_share']:.1%}",
         ]
-        header = ["tensor", "matrices", "columns", "rows", "unseen", "mean square", "largest column"]
-        return "\n".join([*identity, "", table(header, rows)])
+        for t in data["tensors"]
+    ]
+    header = ["tensor", "matrices", "columns", "rows", "unseen", "mean square", "largest column"]
+    return "\n".join([*_identity_lines(data), "", table(header, rows)])
+
+
+def _sensitivity_text(data: dict[str, Any]) -> str:
+    formats = {name: get_format(name).bits_per_weight for t in data["tensors"] for name in t["losses"]}
+    names = sorted(formats, key=lambda name: (formats[name], name))
+    rows = [
+        [
+            t["tensor"],
+            str(t["sampled_rows"]),
+            *(f"{1000 * t['losses'][f]:.3g}" if f in t["losses"] else "" for f in names),
+        ]
+        for t in data["tensors"]
+    ]
+    scores = [[str(layer["layer"]), f"{layer['score']:.3f}"] for layer in data["layers"]]
+    return "\n".join(
+        [
+            *_identity_lines(data),
+            "",
+            table(["layer", "score"], scores),
+            "",
+            "expected increase of the mean KL divergence, in thousandths of a nat a token:",
+            table(["tensor", "rows", *names], rows),
+        ]
+    )
+
+
+def _artifact_text(data: dict[str, Any]) -> str:
     lines = [f"{key} = {value}" for key, value in data["metadata"].items()]
     counts: Counter[str] = Counter()
     for tensor in data["tensors"]:

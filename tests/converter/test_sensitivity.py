@@ -9,8 +9,10 @@ import pytest
 from calibration.control import Interrupted
 from calibration.fisher import FisherFactors
 from calibration.importance import ImportanceMatrix
+from calibration.layer_score import layer_scores
 from calibration.sensitivity import SensitivityTable, save_sensitivity
 from converter.checkpoint import Checkpoint
+from converter.inspect import inspect_file, inspect_text
 from converter.model_map import describe, read_rows, restore
 from converter.sensitivity import CANDIDATE_FORMATS, build_sensitivity, check_sensitivity, sample_by_size
 from converter.source import open_checkpoint
@@ -224,3 +226,21 @@ def test_sampling_more_than_there_are_takes_all():
     np.testing.assert_array_equal(indices, [0, 2])
     np.testing.assert_array_equal(shares, [1, 1])
     assert len(sample_by_size(np.zeros(5), 2, 0)[0]) == 0
+
+
+def test_inspect_prints_losses_and_layer_scores(tiny, tmp_path):
+    path = tmp_path / "importance.sensitivity.safetensors"
+    table = build(tiny("llama-256"), tmp_path / "journal", formats=("Q4_K", "Q4_0", "IQ2_XXS"), sampled_rows=4)
+    save_sensitivity(path, table)
+    data = inspect_file(path)
+    assert data["kind"] == "sensitivity"
+    assert (data["model"], data["corpus"], data["effort"]) == ("tiny", "random", "fast")
+    assert {t["tensor"]: t["losses"] for t in data["tensors"]} == table.losses
+    assert list(data["tensors"][0]["losses"]) == ["IQ2_XXS", "Q4_0", "Q4_K"]
+    layers = {name: int(name.split(".")[1]) for name in table.losses if name.startswith("blk.")}
+    assert {row["layer"]: row["score"] for row in data["layers"]} == layer_scores(table.factors, layers)
+    lines = inspect_text(data).splitlines()
+    assert "corpus: random" in lines
+    (line,) = (line for line in lines if line.startswith("blk.3.ffn_down.weight"))
+    losses = table.losses["blk.3.ffn_down.weight"]
+    assert line.split()[1:] == ["4", *(f"{1000 * losses[name]:.3g}" for name in ("IQ2_XXS", "Q4_0", "Q4_K"))]
