@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -113,7 +114,7 @@ def compute_fisher(
         threads=threads,
         keep=True,
     )
-    squared = SquaredGradients(lambda parameter, n: len(forward.parameters.matrices(parameter, n)[0]))
+    squared = SquaredGradients(cache(lambda parameter, n: len(forward.parameters.matrices(parameter, n)[0])))
     backward = GradientStream(forward, work_dir / "backward", squared, labels=labels, seed=seed)
     forward.run(progress, should_stop, stage="forward")
     backward.run(progress, should_stop, stage="gradients")

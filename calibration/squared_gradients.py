@@ -19,9 +19,10 @@ class SquaredGradients:
     number of matrices. Columns are kept apart by block, because a gate and an up projection that the model keeps in one
     parameter are two tensors of the checkpoint.
 
-    A matrix is multiplied with all tokens of a sequence, so the gradient that is squared is that of a whole sequence.
-    The head is the exception: each of its positions has a label of its own, and the products of two positions' have
-    no mean, so positions are squared one by one, which is the same in the mean and nearer to it.
+    A matrix is multiplied with all tokens of a sequence, so the gradient that is squared is that of a whole sequence;
+    on a GPU, where experts see the tokens of several sequences together, of those. The head is the exception: each of
+    its positions has a label of its own, and the products of two positions' gradients have no mean, so positions are
+    squared one by one, which is the same in the mean and nearer to it.
     """
 
     def __init__(self, n_blocks: Callable[[str, int], int]):
@@ -40,23 +41,20 @@ class SquaredGradients:
     def _product(
         self, parameter: str, matrix: int, n_matrices: int, inputs: torch.Tensor, gradients: torch.Tensor
     ) -> None:
-        """inputs: [n_tokens, n_columns] of one sequence, or [n_samples, n_tokens, n_columns]; gradients: by the
+        """inputs: [n_samples, n_tokens, n_columns], or the tokens of one group [n_tokens, n_columns]; gradients: by the
         outputs, alike."""
         n_columns, n_rows = inputs.shape[-1], gradients.shape[-1]
         n_blocks = self.n_blocks(parameter, n_matrices)
-        self._add("count", parameter, (n_matrices, 1), matrix, inputs.numel() // n_columns)
         flat = inputs.reshape(-1, n_columns).float()
+        self._add("count", parameter, (n_matrices, 1), matrix, len(flat))
         self._add("inputs", parameter, (n_columns,), ..., flat.sum(0))
         self._add("squared_inputs", parameter, (n_columns,), ..., flat.square().sum(0))
-        square = _squared_positions if parameter == HEAD else _squared_sequence
-        sequences = (values.reshape(-1, *values.shape[-2:]) for values in (inputs, gradients))
-        for x, g in zip(*sequences, strict=True):
-            for block, part in enumerate(g.chunk(n_blocks, dim=-1)):
-                rows, columns = square(x, part)
-                span = slice(block * len(rows), (block + 1) * len(rows))
-                self._add("rows", parameter, (n_matrices, n_rows), (matrix, span), rows)
-                shape = (n_matrices * n_blocks, n_columns)
-                self._add("columns", parameter, shape, matrix * n_blocks + block, columns)
+        sums = _sums_of_positions if parameter == HEAD else partial(_sums_of_group, n_blocks=n_blocks)
+        groups = (values.reshape(-1, *values.shape[-2:]) for values in (inputs, gradients))
+        rows, columns = zip(*(sums(x, g) for x, g in zip(*groups, strict=True)), strict=True)
+        self._add("rows", parameter, (n_matrices, n_rows), matrix, torch.stack(rows).sum(0))
+        place = slice(matrix * n_blocks, (matrix + 1) * n_blocks)
+        self._add("columns", parameter, (n_matrices * n_blocks, n_columns), place, torch.stack(columns).sum(0))
 
     def observe_lookup(self, parameter: str, n_rows: int, tokens: torch.Tensor, gradients: torch.Tensor) -> None:
         """The embedding; the gradient of a row is the sum over its places in a sequence."""
@@ -100,13 +98,14 @@ class SquaredGradients:
             self.sums[kind][parameter] = values
 
 
-def _squared_sequence(inputs: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column sums of (sum_t g_ti x_tj)^2; the whole of it exists here only."""
+def _sums_of_group(inputs: torch.Tensor, gradients: torch.Tensor, n_blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of the squared sum over tokens of g_ti x_tj, the whole of which exists here only: [n_rows] of its rows,
+    [n_blocks, n_columns] of its columns."""
     squares = (gradients.T @ inputs).float().square_()
-    return squares.sum(1), squares.sum(0)
+    return squares.sum(1), squares.view(n_blocks, -1, squares.shape[1]).sum(1)
 
 
-def _squared_positions(inputs: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column sums of sum_t g_ti^2 x_tj^2, which never exists."""
+def _sums_of_positions(inputs: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of sum_t g_ti^2 x_tj^2, which never exists: [n_rows] of its rows, [1, n_columns] of its columns."""
     x, g = inputs.float().square(), gradients.float().square()
-    return x.sum(1) @ g, g.sum(1) @ x
+    return x.sum(1) @ g, (g.sum(1) @ x)[None]
