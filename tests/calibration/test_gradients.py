@@ -1,5 +1,6 @@
 """Streamed gradients equal autograd on the whole model; interrupted, resumed, on other threads: the same bytes."""
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from calibration.corpus import Corpus
 from calibration.gradients import GradientStream
 from calibration.stream import LayerStream
+from calibration.streamed_model import StreamedModel, Weights
 from tests.calibration.streaming import DictSource, load_whole, random_corpus, with_config
 
 MODELS = ("llama", "llama-tied", "qwen3", "qwen3_moe", "gemma3")
@@ -88,3 +90,25 @@ def test_streamed_equals_autograd_on_the_whole_model(name, labels, tiny, tmp_pat
         reference = expected[parameter].view(streamed.shape)
         difference = torch.linalg.vector_norm(streamed - reference) / torch.linalg.vector_norm(reference)
         assert difference < 1e-4, parameter
+
+
+def test_two_layers_at_most_are_in_memory(tiny, tmp_path, monkeypatch):
+    """The one that computes and the next one: when a third is read the first one's weights are gone."""
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most, read = [], StreamedModel.read
+
+    def watched(stream: StreamedModel, module: torch.nn.Module) -> Weights:
+        weights = read(stream, module)
+        if module in stream.layers:
+            alive.update(weights.values())
+            most.append(len(alive) / len(weights))
+        return weights
+
+    monkeypatch.setattr(StreamedModel, "read", watched)
+    corpus = random_corpus("gemma3", SAMPLES)
+    source = DictSource.of(tiny("gemma3"))
+    forward = LayerStream(source, tiny("gemma3"), corpus.tokens, tmp_path / "forward", device="cpu", keep=True)
+    forward.run()
+    GradientStream(forward, tmp_path / "backward", Gradients(), labels="text").run()
+    assert len(most) == 2 * 6
+    assert max(most) == 2
