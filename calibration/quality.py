@@ -98,7 +98,7 @@ class Baseline:
         for n_done, sample in enumerate(_scores([self._source, stream], self.corpus.tokens), start=1):
             parts.append(sample)
             progress("compare", n_done, n_samples, "samples")
-            if should_stop():
+            if should_stop() and n_done < n_samples:
                 raise Interrupted(f"stopped after comparing {n_done} of {n_samples} samples")
         shutil.rmtree(self.work_dir / name)
         scores = np.concatenate(parts, axis=1)

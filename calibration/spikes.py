@@ -1,0 +1,160 @@
+"""Where activations spike: what is looked at, the largest magnitudes that go into and come out of every matrix, and the
+weights of down projections that make the spikes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from calibration.super_weights import Criterion, LargestSpike, Place
+from formats.errors import ConvertError
+
+SPIKE_RATIO = 15.0
+"""A peak that many times the median of its matrix is a spike. Peaks of Gaussian activations reach 2, of ordinary
+outlier channels 10; the published super weights make spikes of hundreds and thousands."""
+
+LEAST_SHARE = 0.2
+"""Of its row's spike a candidate makes at least this share by itself: several may share one."""
+
+PROMPT_LENGTH = 64
+
+PROMPTS = (
+    "Apple Inc. is a worldwide tech company.",
+    "The capital of France is Paris, and the river that runs through it is the Seine.",
+    "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)\n",
+    "1. Introduction\n\nIn this section we describe the data, the model and the results.\n\n",
+    "Once upon a time there was a little girl who lived in a village near the forest.",
+    "Le chat est assis sur la table; il regarde par la fenêtre et attend la pluie.",
+    "Question: What is 17 times 23?\nAnswer: 391, because 17 * 20 + 17 * 3 = 340 + 51.\n",
+    "北京是中国的首都。今天天气很好，我们去公园散步。",
+)
+"""Looked at in every model, beside samples of the calibration text: prose, code, lists, dialogue, other languages."""
+
+
+@dataclass(frozen=True)
+class DownProjection:
+    """A checkpoint's tensor of down projections: one matrix, or all experts of a layer, the first of which is `matrix`
+    of the GGUF tensor."""
+
+    source: str
+    layer: int
+    tensor: str
+    matrix: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A weight that may be a super weight. source, stored_row: the checkpoint's tensor, and the row over all of its
+    matrices. strength: the larger, the sooner it is tried; ratios and share as of SuperWeight."""
+
+    place: Place
+    source: str
+    stored_row: int
+    value: float
+    strength: float
+    found_by: Criterion
+    row_ratio: float = 0.0
+    column_ratio: float = 0.0
+    share: float = 0.0
+
+
+def prompt_tokens(tokenizer: Any, samples: np.ndarray, length: int = PROMPT_LENGTH) -> np.ndarray:
+    """What is looked at: int32 [n, length], the fixed prompts and the beginnings of these samples, each with the
+    beginning-of-sequence token in front and without it. A prompt that is too short is said again.
+
+    tokenizer: transformers'. samples: int [n_samples, >= length], tokens of the calibration text.
+    """
+    begin = tokenizer.bos_token_id
+    rows = []
+    for prompt in PROMPTS:
+        tokens = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        rows.append((tokens * length)[:length])
+    rows += [[token for token in sample[: length + 1].tolist() if token != begin][:length] for sample in samples]
+    rows = [row for row in rows if len(row) == length]
+    if begin is not None:
+        rows += [[begin, *row[:-1]] for row in rows]
+    return np.array(rows, np.int32)
+
+
+class Peaks:
+    """Per matrix the largest magnitude of every input column and of every output row, over all tokens.
+
+    columns: parameter -> float32 [n_matrices, n_columns]; rows: parameter -> float32 [n_matrices, n_rows]; zeros for an
+    expert that no token has reached. A product that is not computed is not seen.
+    """
+
+    def __init__(self) -> None:
+        self.columns: dict[str, np.ndarray] = {}
+        self.rows: dict[str, np.ndarray] = {}
+
+    def fresh(self) -> "Peaks":
+        return Peaks()
+
+    def observe(
+        self, parameter: str, matrix: int, n_matrices: int, inputs: torch.Tensor, outputs: torch.Tensor | None
+    ) -> None:
+        if outputs is None or not inputs.numel():
+            return
+        for peaks, values in ((self.columns, inputs), (self.rows, outputs)):
+            largest = values.reshape(-1, values.shape[-1]).abs().amax(0).float().cpu().numpy()
+            if parameter not in peaks:
+                peaks[parameter] = np.zeros((n_matrices, largest.size), np.float32)
+            peaks[parameter][matrix] = np.maximum(peaks[parameter][matrix], largest)
+
+    def merge(self, other: "Peaks") -> None:
+        for mine, theirs in ((self.columns, other.columns), (self.rows, other.rows)):
+            for parameter, largest in theirs.items():
+                if not np.isfinite(largest).all():
+                    raise ConvertError(
+                        "the model computes values that are not finite",
+                        f"the inputs or outputs of {parameter}",
+                        "check the weights; on a GPU try --device cpu, which computes in float32",
+                    )
+                mine[parameter] = np.maximum(mine[parameter], largest) if parameter in mine else largest
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        columns = {f"columns/{parameter}": values for parameter, values in self.columns.items()}
+        return columns | {f"rows/{parameter}": values for parameter, values in self.rows.items()}
+
+    def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        for key, values in arrays.items():
+            kind, _, parameter = key.partition("/")
+            {"columns": self.columns, "rows": self.rows}[kind][parameter] = values
+
+
+def find_spikes(
+    projection: DownProjection, k: int, weights: np.ndarray, row_peaks: np.ndarray, column_peaks: np.ndarray
+) -> tuple[LargestSpike | None, list[Candidate]]:
+    """The largest spike of the k-th matrix of a stored tensor, None where no token came by, and its candidates.
+
+    weights: float32 [n_rows, n_columns]; row_peaks, column_peaks: largest outputs and inputs. The largest contribution
+    that a weight ever makes to its row is its magnitude times its column's peak.
+    """
+    row_level, column_level = float(np.median(row_peaks)), float(np.median(column_peaks))
+    if not row_level or not column_level:
+        return None, []
+    row_ratios, column_ratios = row_peaks / row_level, column_peaks / column_level
+
+    def figures(row: int, column: int) -> tuple[float, float, float]:
+        share = abs(weights[row, column]) * column_peaks[column] / row_peaks[row]
+        return float(row_ratios[row]), float(column_ratios[column]), float(share)
+
+    matrix, candidates = projection.matrix + k, []
+    for row in np.flatnonzero(row_ratios >= SPIKE_RATIO).tolist():
+        for column in np.flatnonzero(column_ratios >= SPIKE_RATIO).tolist():
+            row_ratio, column_ratio, share = figures(row, column)
+            if share >= LEAST_SHARE:
+                place = Place(projection.layer, projection.tensor, matrix, row, column)
+                stored_row, value = k * len(weights) + row, float(weights[row, column])
+                strength = row_ratio * share
+                candidates.append(
+                    Candidate(
+                        place, projection.source, stored_row, value, strength, "spikes", row_ratio, column_ratio, share
+                    )
+                )
+    row, column = int(row_ratios.argmax()), int(column_ratios.argmax())
+    row_ratio, column_ratio, share = figures(row, column)
+    spike = LargestSpike(projection.layer, projection.tensor, matrix, row, row_ratio, column, column_ratio, share)
+    return spike, candidates
