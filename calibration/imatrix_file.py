@@ -3,7 +3,8 @@
     GGUF   general.type "imatrix"; imatrix.datasets (strings), imatrix.chunk_count and imatrix.chunk_size (uint32);
            per weight, sorted by name, float32 tensors `NAME.in_sum2` [columns, matrices], the sums of squared inputs,
            and `NAME.counts` [1, matrices], the rows they were summed over.
-           Ours, ignored by llama.cpp: bitwright.source.model, bitwright.source.revision, bitwright.corpus_sha256.
+           Ours, ignored by llama.cpp: bitwright.source.model, bitwright.source.revision, bitwright.corpus_sha256, and
+           bitwright.super_weights, the JSON of a SuperWeightReport.
     .dat   int32 entries; per entry int32 length, name, int32 chunks, int32 values, float32[values] = mean * chunks,
            the matrices one after the other; at the end int32 chunks, int32 length, name of the text.
            Little endian throughout. It has no counts, so a tensor counts as many rows as chunks, and it does not say
@@ -22,6 +23,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
 from calibration.importance import ImportanceMatrix
+from calibration.super_weights import SuperWeightReport
 from formats.errors import ConvertError
 from formats.gguf_file import TensorEntry, lay_out, padded, read_gguf
 from formats.whole_file import whole_file
@@ -36,6 +38,7 @@ _IDENTITY = {
     "bitwright.corpus_sha256": "corpus_sha256",
 }
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+_SUPER_WEIGHTS = "bitwright.super_weights"
 # What chunk_size says of a matrix whose chunks are not known in tokens: its counts are chunks then.
 _CHUNKS_ARE_ROWS = 1
 # More than any tensor has; an entry of a damaged file that claims more is refused before memory is asked for.
@@ -65,7 +68,8 @@ def load_imatrix(path: Path) -> ImportanceMatrix:
 def save_imatrix(path: Path, matrix: ImportanceMatrix) -> None:
     """Write a GGUF, or a .dat when the path ends so; the file appears whole or not at all.
 
-    .dat: an expert without rows gets the columns that ImportanceMatrix.columns gives it, and all experts one count.
+    .dat: an expert without rows gets the columns that ImportanceMatrix.columns gives it, and all experts one count;
+    super weights are left out.
     """
     with whole_file(path, "importance matrix") as file:
         file.writelines(_dat_parts(matrix) if path.suffix == ".dat" else _gguf_parts(path.name, matrix))
@@ -95,12 +99,14 @@ def _load_gguf(path: Path) -> ImportanceMatrix:
     if not sums:
         raise _damaged(path, "it has no entries")
     datasets, size = _value(path, reader, _DATASETS, list), _value(path, reader, _CHUNK_SIZE, int)
+    found = _value(path, reader, _SUPER_WEIGHTS, str)
     return ImportanceMatrix(
         sums,
         counts,
         corpus=", ".join(map(str, datasets or [])) or None,
         samples=_value(path, reader, _CHUNK_COUNT, int) or None,
         sequence_length=size if size and size != _CHUNKS_ARE_ROWS else None,
+        super_weights=SuperWeightReport.from_json(found, str(path)) if found is not None else None,
         where=str(path),
         **{field: _value(path, reader, key, str) for key, field in _IDENTITY.items()},
     )
@@ -136,6 +142,8 @@ def _gguf_parts(file_name: str, matrix: ImportanceMatrix) -> Iterable[bytes]:
     for key, field in _IDENTITY.items():
         if (value := getattr(matrix, field)) is not None:
             metadata[key] = GGUFValue(value, GGUFValueType.STRING)
+    if matrix.super_weights is not None:
+        metadata[_SUPER_WEIGHTS] = GGUFValue(matrix.super_weights.to_json(), GGUFValueType.STRING)
     tensors = {}
     for weight in matrix.sums:
         tensors[weight + _SUMS] = matrix.sums[weight]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibration.control import Progress, ShouldStop, never, silent
+from calibration.super_weights import SuperWeightReport
 from formats.errors import ConvertError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class ImportanceMatrix:
     counts: GGUF tensor name -> int64 [n_matrices], the rows (tokens) that each matrix was multiplied with.
     model, revision: the source model; corpus, corpus_sha256: name of the text and hash of its bytes; samples of
     sequence_length tokens were seen. None: the file does not say.
+    super_weights: what was found of them in the same model; None where nobody looked.
 
     Raises ConvertError for sums that are negative or not finite, and for shapes that do not agree.
     """
@@ -40,6 +42,7 @@ class ImportanceMatrix:
     corpus_sha256: str | None = None
     samples: int | None = None
     sequence_length: int | None = None
+    super_weights: SuperWeightReport | None = None
     where: str = field(default="importance matrix", repr=False)
 
     def __post_init__(self) -> None:

@@ -75,6 +75,11 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--samples", default=512, show_default=True, help="Calibration sequences, 128 to 1024."),
         click.option("--sequence-length", default=512, show_default=True, help="Tokens in a calibration sequence."),
+        click.option(
+            "--protect-super-weights",
+            type=click.Choice(["auto", "off", "raise", "pin", "rescale", "exclude"]),
+            help="How. [default: as the profile says: auto, what measurement shows to help]",
+        ),
         click.option("--effort", type=click.Choice(["best", "fast"]), default="best", show_default=True),
         click.option("--pre-tokenizer", metavar="NAME", help="llama.cpp's name, where it cannot be recognised."),
         click.option("--split-size", metavar="SIZE", help="Split the artifact, for instance 20GB."),
@@ -243,6 +248,7 @@ def check_profile(file: Path) -> None:
 @click.option("--threads", default=0, help="CPU threads; changes no byte. [default: all cores]")
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda", "mps"]))
 @click.option("--seed", default=0, show_default=True, help="Seed of whatever is drawn at random.")
+@click.option("--super-weights", is_flag=True, help="Look for super weights too, and keep them in the file.")
 @fails_clearly
 def imatrix(model: str, output: Path, **options: Any) -> None:
     """Compute the importance matrix of MODEL, or convert one between GGUF and .dat."""
@@ -295,13 +301,14 @@ def verify(artifact: Path, model: str, as_json: bool) -> None:
     from converter.progress import Progress
     from converter.report import error_table
     from converter.source import open_checkpoint
-    from converter.verify import artifact_files
+    from converter.verify import artifact_files, as_stored
     from converter.verify import verify as verify_files
 
     checkpoint = open_checkpoint(model)
     progress = Progress()
     try:
-        errors = verify_files(artifact_files(artifact), checkpoint, describe(checkpoint), None, progress)
+        files = artifact_files(artifact)
+        errors = verify_files(files, checkpoint, as_stored(describe(checkpoint), files), None, progress)
     finally:
         progress.close()
     rows = [error.to_dict() for error in errors]

@@ -7,7 +7,7 @@ only, so the bytes are the same for any number of threads.
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -15,7 +15,9 @@ import numpy as np
 from calibration.importance import ImportanceMatrix
 from converter.checkpoint import Checkpoint
 from converter.model_map import read_rows
+from converter.rescaling import rescale_importance
 from formats.errors import ConvertError
+from formats.pins import encode_pinned
 from formats.registry import get_format
 from profiles.plan import Plan, PlannedTensor
 
@@ -34,6 +36,10 @@ class _Chunk:
     @property
     def matrix(self) -> int:
         return self.start * self.planned.tensor.n_matrices // self.planned.tensor.n_rows
+
+    @property
+    def rows(self) -> range:
+        return range(self.start, self.stop)
 
     @property
     def where(self) -> str:
@@ -56,7 +62,7 @@ class Encoder:
     def __init__(self, checkpoint: Checkpoint, plan: Plan, importance: ImportanceMatrix | None, threads: int):
         self.checkpoint, self.plan, self.threads = checkpoint, plan, threads
         self.importance = {
-            planned.tensor.name: importance.columns(planned.tensor.name)
+            planned.tensor.name: rescale_importance(planned.tensor.rescaled, importance.columns(planned.tensor.name))
             for planned in plan.tensors
             if importance is not None and planned.tensor.name in importance.sums
         }
@@ -89,14 +95,28 @@ class Encoder:
         while waiting:
             yield waiting.popleft().result()
 
+    def decoded(self, name: str) -> np.ndarray:
+        """What the whole tensor of this name will decode to: float32 [n_rows, n_columns]."""
+        planned = self._by_name[name]
+        block_format = get_format(planned.format)
+        rows = np.concatenate([block_format.decode(data) for data in self.encode(planned)])
+        if self._has_scales(planned):
+            matrices = rows.reshape(planned.tensor.n_matrices, -1)
+            matrices *= np.array(self._scales(planned), np.float32)[:, None]
+        return rows
+
     def _encode_chunk(self, chunk: _Chunk, scales: list[float] | None) -> np.ndarray:
-        importance = self.importance.get(chunk.planned.tensor.name)
+        of_tensor = self.importance.get(chunk.planned.tensor.name)
+        importance = None if of_tensor is None else of_tensor[chunk.matrix]
         rows = read_rows(self.checkpoint, chunk.planned.tensor, chunk.start, chunk.stop)
-        options = {} if scales is None else {"tensor_scale": scales[chunk.matrix]}
+        block_format, scale = get_format(chunk.planned.format), None if scales is None else scales[chunk.matrix]
+        pins = [replace(pin, row=pin.row - chunk.start) for pin in chunk.planned.pins if pin.row in chunk.rows]
         try:
-            return get_format(chunk.planned.format).encode(
-                rows, None if importance is None else importance[chunk.matrix], self.plan.effort, **options
-            )
+            if pins:
+                # Pins know of no second-level scale; rows divided by it are encoded as with it.
+                return encode_pinned(block_format, rows / np.float32(scale or 1), importance, self.plan.effort, pins)[0]
+            options = {} if scale is None else {"tensor_scale": scale}
+            return block_format.encode(rows, importance, self.plan.effort, **options)
         except ConvertError as error:
             raise ConvertError(error.what, f"{chunk.where}: {error.where}", error.remedy) from None
 

@@ -1,5 +1,6 @@
 """The command `convert imatrix`: an importance matrix of its own, or one file format turned into the other."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from converter.model_map import describe
 from converter.preflight import check_samples
 from converter.progress import Progress
 from converter.source import open_checkpoint
+from converter.super_weights import look_for_super_weights
+from formats.errors import ConvertError
 from formats.gguf_file import read_gguf
 from profiles.schema import load_profile
 
@@ -26,13 +29,24 @@ def is_imatrix(path: Path) -> bool:
     return field is not None and field.contents() == "imatrix"
 
 
-def write_importance(model: str, output: Path, progress: Progress, should_stop: ShouldStop, **options: Any) -> None:
+def write_importance(
+    model: str,
+    output: Path,
+    progress: Progress,
+    should_stop: ShouldStop,
+    *,
+    super_weights: bool = False,
+    **options: Any,
+) -> None:
     """Write the importance matrix of a model, or a matrix that exists in the format of the output's suffix.
 
-    options: fields of converter.job.Job. Raises ConvertError; the same call continues an interrupted computation.
+    super_weights: look for them too, and keep with the matrix what was found. options: fields of converter.job.Job.
+    Raises ConvertError; the same call continues an interrupted computation.
     """
+    if super_weights and output.suffix == ".dat":
+        raise ConvertError("a .dat file cannot hold super weights", str(output), "name a file that ends in .gguf")
     if is_imatrix(Path(model)):
-        save_imatrix(output, load_imatrix(Path(model)))
+        _convert_file(Path(model), output, progress, super_weights)
         return
     work_dir = options.pop("work_dir") or default_work_dir(output)
     job = Job(model=model, profile=load_profile(DEFAULT_PROFILE), output=output, work_dir=work_dir, **options)
@@ -55,4 +69,19 @@ def write_importance(model: str, output: Path, progress: Progress, should_stop: 
                 "device": job.device,
             }
         )
-        save_imatrix(output, calibrate(job, checkpoint, model_map, work_dir, progress, should_stop))
+        importance = calibrate(job, checkpoint, model_map, work_dir, progress, should_stop)
+        if super_weights:
+            found = look_for_super_weights(job, checkpoint, model_map, work_dir, progress, should_stop)
+            importance = replace(importance, super_weights=found)
+        save_imatrix(output, importance)
+
+
+def _convert_file(path: Path, output: Path, progress: Progress, super_weights: bool) -> None:
+    if super_weights:
+        raise ConvertError(
+            "super weights are found in a model, and this is a file of importance", str(path), "give the model"
+        )
+    importance = load_imatrix(path)
+    if importance.super_weights is not None and output.suffix == ".dat":
+        progress.say("a .dat file cannot hold super weights: what is known of them stays behind")
+    save_imatrix(output, importance)

@@ -1,5 +1,6 @@
 """The command `convert inspect`: what an artifact, an importance matrix or a sensitivity table says of itself."""
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -13,10 +14,13 @@ from calibration.sensitivity import MAGNITUDES, is_sensitivity, load_sensitivity
 from converter.importance import is_imatrix
 from converter.progress import size_text
 from converter.report import table
+from converter.super_weights import super_weight_lines
 from converter.verify import artifact_files, artifact_tensors
 from formats.gguf_file import read_gguf
 from formats.registry import get_format
 
+# Shown as tables, not as lines.
+_TABLES = ("kind", "tensors", "layers", "super_weights")
 # Whole vocabularies are no reading matter.
 _LONGEST_VALUE = 200
 _IDENTITY = ("model", "revision", "corpus", "corpus_sha256", "samples", "sequence_length")
@@ -47,7 +51,13 @@ def _inspect_imatrix(path: Path) -> dict[str, Any]:
                 "largest_share": float((means.max(axis=1) / np.maximum(means.sum(axis=1), 1e-30)).max()),
             }
         )
-    return {"kind": "imatrix", **{key: getattr(matrix, key) for key in _IDENTITY}, "tensors": tensors}
+    found = matrix.super_weights
+    return {
+        "kind": "imatrix",
+        **{key: getattr(matrix, key) for key in _IDENTITY},
+        "super_weights": None if found is None else json.loads(found.to_json()),
+        "tensors": tensors,
+    }
 
 
 def _inspect_sensitivity(path: Path) -> dict[str, Any]:
@@ -97,7 +107,7 @@ def inspect_text(data: dict[str, Any]) -> str:
 
 
 def _identity_lines(data: dict[str, Any]) -> list[str]:
-    return [f"{key}: {value}" for key, value in data.items() if key not in ("kind", "tensors", "layers")]
+    return [f"{key}: {value}" for key, value in data.items() if key not in _TABLES]
 
 
 def _imatrix_text(data: dict[str, Any]) -> str:
@@ -111,7 +121,7 @@ def _imatrix_text(data: dict[str, Any]) -> str:
         for t in data["tensors"]
     ]
     header = ["tensor", "matrices", "columns", "rows", "unseen", "mean square", "largest column"]
-    return "\n".join([*_identity_lines(data), "", table(header, rows)])
+    return "\n".join([*_identity_lines(data), "", table(header, rows), "", *super_weight_lines(data["super_weights"])])
 
 
 def _sensitivity_text(data: dict[str, Any]) -> str:

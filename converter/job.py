@@ -17,6 +17,7 @@ from calibration.control import Interrupted
 from formats.block_format import Effort
 from formats.errors import ConvertError
 from formats.whole_file import whole_file
+from profiles.protection import Mode, Protection
 from profiles.rules import LayerQuantizationConfig
 from profiles.schema import QuantizationProfile
 
@@ -34,6 +35,7 @@ class Job:
     samples, sequence_length: of the calibration, in sequences and tokens. shard_bytes: split the artifact in files of
     at most that many bytes of tensor data. threads: 0 for every core; changes no byte. seed: of what is drawn.
     chat: calibrate on conversations by the tokenizer's chat template; None stands for True where it has one.
+    protect_super_weights: another way than the profile's.
     command: what continues the job when it is run again.
     """
 
@@ -50,6 +52,7 @@ class Job:
     effort: Effort = "best"
     pre_tokenizer: str | None = None
     shard_bytes: int | None = None
+    protect_super_weights: Mode | None = None
     quality: bool = True
     threads: int = 0
     device: str = "auto"
@@ -62,6 +65,12 @@ class Job:
         if output.suffix != ".gguf":
             output = output / file_name
         return replace(self, output=output, work_dir=self.work_dir or default_work_dir(output))
+
+    @property
+    def protection(self) -> Protection:
+        """The profile's, with the way that the job asks for."""
+        protection = self.profile.protection
+        return replace(protection, super_weights=self.protect_super_weights or protection.super_weights)
 
     @property
     def n_threads(self) -> int:
@@ -114,7 +123,8 @@ class WorkDirectory:
 
     job.json       the fingerprint: finished work is reused only under the same one
     calibration/   checkpoints of the layer stream, gone when it is done
-    importance.gguf, encoded.jsonl, report.json
+    super-weights/ checkpoints of the search for super weights
+    importance.gguf, super_weights.json, protection.json, encoded.jsonl, report.json
                    the stages' results; a stage whose result is there is not run again
     """
 

@@ -9,6 +9,7 @@ from converter.architecture import TensorRule, gguf_name, gguf_name_map
 from converter.checkpoint import Checkpoint
 from converter.configuration import Configuration, configure
 from converter.metadata import model_metadata
+from converter.rescaling import rescale_rows
 from converter.rope import rope_factors
 from converter.tokenizer import tokenizer_metadata
 from formats.errors import ConvertError
@@ -34,6 +35,10 @@ def describe(checkpoint: Checkpoint, pre_tokenizer: str | None = None) -> ModelM
 def read_rows(checkpoint: Checkpoint, spec: TensorSpec, start: int, stop: int) -> np.ndarray:
     """Rows start to stop of the tensor as the artifact stores it, counted over all its matrices: float32
     [stop - start, n_columns], C-contiguous. A vector is one row. The cost is that of the rows asked for."""
+    return rescale_rows(spec, _read_unscaled(checkpoint, spec, start, stop), start)
+
+
+def _read_unscaled(checkpoint: Checkpoint, spec: TensorSpec, start: int, stop: int) -> np.ndarray:
     if spec.transform == "constant":
         return np.array([spec.constant], np.float32)[start:stop]
     if len(spec.sources) == 1:
@@ -67,7 +72,8 @@ def artifact_order(spec: TensorSpec, values: np.ndarray) -> np.ndarray:
 
 def restore(spec: TensorSpec, rows: np.ndarray) -> dict[str, np.ndarray]:
     """The inverse of `read_rows` over a whole tensor: rows float32 [n_rows, n_columns] of the artifact to the
-    checkpoint's tensors, by name and in their own shapes."""
+    checkpoint's tensors, by name and in their own shapes. What is rescaled stays so: tensors that make up for each
+    other compute the same function."""
     if spec.transform == "constant":
         return {}
     if spec.transform == "plus_one":

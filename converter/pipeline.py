@@ -1,6 +1,6 @@
 """The whole conversion: the stages in the order they run, each of which leaves its result in the work directory.
 
-source -> describe -> plan -> preflight -> calibrate -> encode -> write -> verify -> quality -> report
+source -> describe -> plan -> preflight -> calibrate -> protect -> encode -> write -> verify -> quality -> report
 """
 
 import hashlib
@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ from converter.metadata import source_card
 from converter.model_map import describe
 from converter.preflight import check_output_is_free, check_samples, preflight, ternary_warning
 from converter.progress import Progress
+from converter.protect import protect, protected_before, refuse_protection
 from converter.recipe import IMPORTANCE_FILE, calibration_manifest, recipe, reproducing_arguments
 from converter.report import fallback_lines, group_rows, quality_warning, source_bytes
 from converter.source import open_checkpoint
+from converter.super_weights import super_weight_coverage
 from converter.verify import verify
 from converter.write import ArtifactWriter
 from formats.errors import ConvertError
@@ -86,13 +88,21 @@ def prepare(job: Job) -> Prepared:
     job = job.with_output(file_name(model_map, checkpoint, job.profile.name))
     notes = fallback_lines(plan)
     importance = None
-    if plan.uses_importance and job.imatrix is None and job.calibration is None:
+    looks = job.protection.looks(plan)
+    refuse_protection(job.protection, plan)
+    if ((plan.uses_importance and job.imatrix is None) or looks) and job.calibration is None:
         # Decided once: the network may come and go while the job runs.
         corpus, reason = resolve_corpus(None)
         job = replace(job, calibration=corpus)
         notes.append(f"calibration on {corpus}: {reason}")
     if plan.uses_importance or job.imatrix is not None:
         importance = planned_importance(job, checkpoint, model_map, plan)
+    if looks and job.protection.super_weights != "auto":
+        notes.append(
+            f"super weights are looked for when the job runs, and {job.protection.super_weights} protects them"
+        )
+    elif looks:
+        notes.append("super weights are looked for when the job runs; what protects them best may add to the size")
     return Prepared(job, checkpoint, model_map, plan, importance, tuple(notes))
 
 
@@ -106,6 +116,7 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
         "files": [list(entry) for entry in checkpoint.files()],
         "profile": hashlib.sha256(job.profile.text.encode()).hexdigest(),
         "overrides": [rule.text for rule in job.overrides],
+        "protection": job.protection.super_weights,
         "plan": prepared.plan.digest(),
         "imatrix": file_sha256(job.imatrix) if job.imatrix else None,
         "calibration": prepared.importance.corpus if prepared.importance else None,
@@ -150,11 +161,12 @@ def run(
         work.claim(fingerprint(prepared))
         if (report := _finished_report(work.path, job.quality)) is not None:
             progress.say("already done: the artifact is there and its hashes are right")
-            return prepared, report
+            done = protected_before(prepared.job, prepared.model_map, prepared.plan, prepared.importance)
+            return replace(prepared, plan=done.plan, model_map=done.model_map), report
         if warning := ternary_warning(checkpoint, prepared.plan):
             progress.say(f"warning: {warning}")
         with stops_cleanly(work.path, job.command):
-            report = _run_stages(prepared, work.path, progress, should_stop, clock)
+            prepared, report = _run_stages(prepared, work.path, progress, should_stop, clock)
     if warning := quality_warning(report["quality"]):
         progress.say(f"warning: {warning}")
     return prepared, report
@@ -162,16 +174,23 @@ def run(
 
 def _run_stages(
     prepared: Prepared, work_dir: Path, progress: Progress, should_stop: ShouldStop, clock: "_Clock"
-) -> dict[str, Any]:
-    job, checkpoint, model_map, plan = prepared.job, prepared.checkpoint, prepared.model_map, prepared.plan
+) -> tuple[Prepared, dict[str, Any]]:
+    job, checkpoint, importance = prepared.job, prepared.checkpoint, prepared.importance
     assert job.output is not None
-    importance = prepared.importance
     if importance is not None and job.imatrix is None:
         with clock("calibrate"):
-            importance = calibrate(job, checkpoint, model_map, work_dir, progress, should_stop)
-            check_importance(importance, plan, str(work_dir / IMPORTANCE_FILE))
+            importance = calibrate(job, checkpoint, prepared.model_map, work_dir, progress, should_stop)
+            check_importance(importance, prepared.plan, str(work_dir / IMPORTANCE_FILE))
     for note in importance.notes() if importance is not None else ():
         progress.say(note)
+    with clock("protect"):
+        protected = protect(
+            job, checkpoint, prepared.model_map, prepared.plan, importance, work_dir, progress, should_stop
+        )
+        plan, model_map = protected.plan, protected.model_map
+        prepared = replace(prepared, plan=plan, model_map=model_map)
+    for decision in protected.decisions:
+        progress.say(f"{decision.tensor}: {decision.why}")
     with clock("encode"):
         layouts = prepared.layouts(importance)
         with Encoder(checkpoint, plan, importance, job.n_threads) as encoder:
@@ -179,6 +198,7 @@ def _run_stages(
             paths = writer.write(progress, should_stop)
     with clock("verify"):
         errors = verify(paths, checkpoint, model_map, importance, progress)
+        coverage = super_weight_coverage(protected.report, paths, model_map, job.protection.tolerance)
     quality = None
     if job.quality:
         from converter.quality import measure_quality
@@ -201,6 +221,8 @@ def _run_stages(
         "artifact": {"bytes": sum(file["bytes"] for file in files), "files": files},
         "groups": group_rows(plan),
         "errors": [error.to_dict() for error in errors],
+        "super_weight_coverage": coverage,
+        "protection": [asdict(decision) for decision in protected.decisions],
         "quality": quality,
         "seconds": clock.seconds,
         "path": str(work_dir / "report.json"),
@@ -208,7 +230,7 @@ def _run_stages(
     for name, content in (("plan.json", prepared.to_dict()), ("report.json", report)):
         with whole_file(work_dir / name, "report") as file:
             file.write(json.dumps(content, indent=1).encode())
-    return report
+    return prepared, report
 
 
 def _finished_report(work_dir: Path, with_quality: bool) -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
 """The recipe of an artifact: what made it, as plain data, and as the command that makes it again."""
 
+import json
 import shlex
-from dataclasses import fields
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from profiles.plan import Plan
 from profiles.schema import load_profile, preset_names
 
 IMPORTANCE_FILE = "importance.gguf"
+# JSON: tensor -> [row over all matrices, column, tolerance] of each pin, and tensor -> [axis, matrix, index, factor] of
+# each rescaled row or column.
+PINNED_KEY, RESCALED_KEY = "super_weights.pinned", "super_weights.rescaled"
 # Fields of a Job that count only where it calibrates, and those of the command that are said even where they are the
 # default.
 _CALIBRATION_FIELDS = ("calibration", "chat", "samples", "sequence_length")
@@ -43,6 +47,12 @@ def recipe(job: Job, checkpoint: Checkpoint, plan: Plan, importance: ImportanceM
             "calibration.sequence_length": importance.sequence_length or 0,
             "calibration.seed": job.seed,
         }
+    pinned = {p.tensor.name: [list(astuple(pin)) for pin in p.pins] for p in plan.tensors if p.pins}
+    rescaled = {p.tensor.name: [list(astuple(r)) for r in p.tensor.rescaled] for p in plan.tensors if p.tensor.rescaled}
+    entries |= {
+        PINNED_KEY: json.dumps(pinned) if pinned else "",
+        RESCALED_KEY: json.dumps(rescaled) if rescaled else "",
+    }
     return {key: value for key, value in entries.items() if value != ""}
 
 

@@ -123,6 +123,9 @@ def report_text(report: dict, plan: Plan) -> str:
         f"verified     {len(report['errors'])} tensors decoded by gguf; largest weighted error"
         f" {worst['weighted_error']:.4f} ({worst['tensor']}, {worst['format']})"
     )
+    if (coverage := report["super_weight_coverage"]) is not None:
+        within = f", {coverage['within']} of them within {coverage['tolerance']:.0%}" if coverage["confirmed"] else ""
+        lines.append(f"super weights {coverage['confirmed'] or 'none'}{within}")
     lines.append(
         "time         " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report["seconds"].items())
     )

@@ -3,6 +3,7 @@
 The decoder is not ours on purpose: a mistake that encoder and decoder share would go unseen.
 """
 
+import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from calibration.importance import ImportanceMatrix
 from converter.checkpoint import Checkpoint
 from converter.model_map import read_rows, restore, row_spans
 from converter.progress import Progress
+from converter.recipe import RESCALED_KEY
+from converter.rescaling import rescale_importance
 from formats.errors import ConvertError
 from formats.gguf_file import EncodedTensor, read_gguf
-from profiles.vocabulary import ModelMap, TensorSpec
+from profiles.vocabulary import ModelMap, Rescaled, TensorSpec
 
 _CHUNK_WEIGHTS = 1 << 22
 _LOSSLESS = ("F32",)
@@ -68,6 +71,35 @@ def artifact_files(path: Path) -> list[Path]:
     return paths
 
 
+def as_stored(model_map: ModelMap, paths: list[Path]) -> ModelMap:
+    """The map with those rows and columns rescaled of which the artifact says so.
+
+    Raises ConvertError for a damaged record.
+    """
+    field = read_gguf(paths[0]).get_field(f"bitwright.{RESCALED_KEY}")
+    if field is None:
+        return model_map
+    try:
+        recorded = json.loads(field.contents())
+        tensors = [replace(t, rescaled=_rescaled(t, recorded.get(t.name, []))) for t in model_map.tensors]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConvertError(
+            f"the artifact's record of rescaled rows is damaged ({error})", str(paths[0]), "write the artifact again"
+        ) from None
+    return replace(model_map, tensors=tuple(tensors))
+
+
+def _rescaled(spec: TensorSpec, recorded: list) -> tuple[Rescaled, ...]:
+    """Raises ValueError or TypeError for what is outside of the tensor."""
+    found = tuple(Rescaled(axis, int(matrix), int(index), float(factor)) for axis, matrix, index, factor in recorded)
+    sizes = {"row": spec.n_rows // spec.n_matrices, "column": spec.n_columns}
+    for part in found:
+        inside = 0 <= part.matrix < spec.n_matrices and 0 <= part.index < sizes.get(part.axis, 0)
+        if not inside or not np.isfinite(part.factor) or part.factor == 0:
+            raise ValueError(f"{spec.name} has no {part.axis} {part.index}, or a factor of {part.factor}")
+    return found
+
+
 def verify(
     paths: list[Path],
     checkpoint: Checkpoint,
@@ -108,7 +140,9 @@ def _tensor_error(
     importance: ImportanceMatrix | None,
     paths: list[Path],
 ) -> TensorError:
-    columns = importance.columns(spec.name) if importance is not None and spec.name in importance.sums else None
+    columns = None
+    if importance is not None and spec.name in importance.sums:
+        columns = rescale_importance(spec.rescaled, importance.columns(spec.name))
     sums = np.zeros(4)  # squared error, squared weight, and both weighted
     for matrix, start, stop in row_spans(spec, _CHUNK_WEIGHTS):
         source = read_rows(checkpoint, spec, start, stop)

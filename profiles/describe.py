@@ -16,7 +16,9 @@ def profile_lines(profile: QuantizationProfile) -> list[str]:
     for rule in profile.rules:
         layers = "" if rule.layers == ("all",) else f" in layers {', '.join(rule.layers)}"
         lines.append(f"{rule.format} for {', '.join(rule.roles + rule.tensors)}{layers} ({rule.text})")
-    return lines + ([] if profile.budget is None else _budget_lines(profile.budget))
+    lines += [] if profile.budget is None else _budget_lines(profile.budget)
+    protection = profile.protection
+    return [*lines, f"super weights: {protection.super_weights}, within {protection.tolerance:.4g} of their magnitude"]
 
 
 def _budget_lines(budget: Budget) -> list[str]:

@@ -3,10 +3,11 @@
 import hashlib
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from math import fsum
 
 from formats.block_format import Effort
+from formats.pins import Pin
 from formats.registry import get_format
 from profiles.budget import Budget
 from profiles.vocabulary import UNQUANTIZED_ROLES, TensorSpec
@@ -18,13 +19,17 @@ _BITS_THAT_NEED_NO_IMPORTANCE = 8.0
 @dataclass(frozen=True)
 class PlannedTensor:
     """One row of a plan. wanted: the format the profile asked for, where it differs from the one that fits.
-    predicted_loss: the expected increase of the mean KL divergence in nats a token, where it was measured."""
+    predicted_loss: the expected increase of the mean KL divergence in nats a token, where it was measured.
+    pins: weights that the encoder has to reproduce, rows counted over all matrices. kept_out: the tensor is to stay as
+    it is in the source, out of quantization."""
 
     tensor: TensorSpec
     format: str
     reason: str
     wanted: str | None = None
     predicted_loss: float | None = None
+    pins: tuple[Pin, ...] = ()
+    kept_out: bool = False
 
     @property
     def n_bytes(self) -> int:
@@ -116,12 +121,17 @@ class Plan:
                 "wanted": planned.wanted,
                 "extra_bytes": planned.extra_bytes,
                 "predicted_loss": planned.predicted_loss,
+                "pins": [list(astuple(pin)) for pin in planned.pins],
+                "rescaled": [list(astuple(rescaled)) for rescaled in planned.tensor.rescaled],
+                "kept_out": planned.kept_out,
                 "reason": planned.reason,
             }
             for planned in self.tensors
         ]
 
     def digest(self) -> str:
-        """SHA-256 over everything that decides the artifact's bytes: tensors, their order, formats and effort."""
-        decided = [[row["tensor"], row["shape"], row["format"]] for row in self.rows()]
+        """SHA-256 over everything that decides the artifact's bytes: tensors, their order, formats, what protects their
+        super weights, and effort."""
+        keys = ("tensor", "shape", "format", "pins", "rescaled", "kept_out")
+        decided = [[row[key] for key in keys] for row in self.rows()]
         return hashlib.sha256(json.dumps([self.effort, decided]).encode()).hexdigest()

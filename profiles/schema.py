@@ -24,21 +24,27 @@ size    = "1.2GiB"                      # or bpw = 2.4, or kld = 0.05; the comma
 formats = ["IQ*", "Q*_K"]               # optional: what to choose among
 alike   = [["mlp_gate", "mlp_up"]]      # optional: roles that share a format within a layer
 floors  = { "attention_*" = "Q2_K" }    # optional: no fewer bits than this
+
+[protection]                            # optional: what is done for super weights
+super_weights = "auto"                  # what measurement shows to help; or off, raise, pin, rescale, exclude
+tolerance     = 0.05                    # the share of its magnitude by which one may be off
+raise_to      = "Q6_K"                  # the format of "raise"
 """
 
 import tomllib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from formats.errors import ConvertError, nearest
 from profiles.budget import Budget, default_budget, parse_budget
+from profiles.protection import Protection, parse_protection
 from profiles.rules import LayerQuantizationConfig, parse_rule
 from profiles.strict import known_keys, tables
 from profiles.target import Target, format_name, parse_target
 from profiles.tiers import Tier, parse_tiers
 
 PRESETS = Path(__file__).parent / "presets"
-_TOP_KEYS = ("description", "good_for", "extends", "target", "base", "tier", "rule", "budget")
+_TOP_KEYS = ("description", "good_for", "extends", "target", "base", "tier", "rule", "budget", "protection")
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class QuantizationProfile:
     target: Target = "gguf"
     tiers: tuple[Tier, ...] = ()
     budget: Budget | None = None
+    protection: Protection = field(default_factory=Protection)
     inherited: tuple[str, ...] = ()
 
     @property
@@ -106,6 +113,7 @@ def parse_profile(text: str, name: str, where: str, _extending: tuple[str, ...] 
         target=target,
         tiers=tiers or _of(parent, "tiers"),
         budget=budget,
+        protection=parse_protection(table.get("protection", {}), f"{where}, key protection", _of(parent, "protection")),
         inherited=() if parent is None else (*parent.inherited, parent.text),
     )
 

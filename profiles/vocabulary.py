@@ -37,6 +37,9 @@ class Role(StrEnum):
 # Tensors that runtimes compute with in float32: a few values each, never quantized.
 UNQUANTIZED_ROLES = frozenset({Role.NORM, Role.BIAS, Role.ROPE, Role.ROUTER, Role.SCALE})
 
+DOWN_ROLES = frozenset({Role.MLP_DOWN, Role.EXPERT_DOWN, Role.SHARED_EXPERT_DOWN})
+"""Projections from the neurons of an MLP back to the residual stream."""
+
 # How the rows of a stored matrix are made from the rows of the checkpoint's.
 #   none      as they are
 #   rotary    the two halves of every head's rows interleaved, as llama.cpp's rotary embedding pairs neighbours
@@ -44,6 +47,17 @@ UNQUANTIZED_ROLES = frozenset({Role.NORM, Role.BIAS, Role.ROPE, Role.ROUTER, Rol
 #   constant  no source: the values are computed from the configuration (rope factors)
 #   scale     no source: the second-level scales of the matrices of the tensor before it, found when that is encoded
 Transform = Literal["none", "rotary", "plus_one", "constant", "scale"]
+
+
+@dataclass(frozen=True)
+class Rescaled:
+    """A row or a column of one matrix that is stored multiplied by a factor, which another tensor makes up for; index:
+    within the matrix. Of a vector the values are columns."""
+
+    axis: Literal["row", "column"]
+    matrix: int
+    index: int
+    factor: float
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,7 @@ class TensorSpec:
     layer: index of the decoder layer, None outside of the layers.
     n_heads: heads over which a rotary transform runs.
     constant: the values of a constant tensor, in order.
+    rescaled: what is multiplied after the transform; the function of the network stays the same.
     """
 
     name: str
@@ -66,6 +81,7 @@ class TensorSpec:
     transform: Transform = "none"
     n_heads: int = 0
     constant: tuple[float, ...] = ()
+    rescaled: tuple[Rescaled, ...] = ()
 
     @property
     def n_columns(self) -> int:

@@ -1,0 +1,375 @@
+"""The stage `protect`: what is done for the super weights of a model, as asked or as measurement shows to help.
+
+Measured is the model with one tensor encoded, as the plan has it and protected in each way, against the model as it is,
+on the text on which removals are measured. A way without a byte is taken when it lowers the divergence beyond doubt;
+a finer format when, besides, its bytes lower the divergence here far more than elsewhere.
+"""
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibration.control import ShouldStop
+from calibration.importance import ImportanceMatrix
+from calibration.quality import Baseline
+from calibration.super_weights import SuperWeight, SuperWeightReport
+from converter.calibrate import load_tokenizer, runnable
+from converter.checkpoint import Checkpoint
+from converter.encode import Encoder
+from converter.job import Job
+from converter.progress import Progress
+from converter.rescale_search import choose_factors
+from converter.rescaling import rescale_rows
+from converter.super_weights import RESULT as FOUND
+from converter.super_weights import check_super_weights, look_for_super_weights, measuring_text
+from formats.errors import ConvertError
+from formats.registry import get_format
+from formats.whole_file import whole_file
+from profiles.assign import fitting_format
+from profiles.plan import Plan
+from profiles.protection import Action, Protection, give_format, pin, rescale, rescaled_specs, with_specs
+from profiles.vocabulary import ModelMap, TensorSpec
+
+RESULT = "protection.json"
+
+# A difference of divergences counts when it is this many standard errors, and this share of what it would lower.
+_STANDARD_ERRORS = 2.0
+_LEAST_GAIN = 0.02
+# A finer format must buy this many times what the same bytes buy in the same tensor of a layer without super weights.
+_TIMES_ELSEWHERE = 2.0
+_FREE: tuple[Action, ...] = ("pin", "rescale")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A tensor encoded in one way; what: "none" for no protection. extra_bytes: beyond that; divergence: mean KL
+    divergence of the model with this tensor encoded; error: standard error of its difference from "none"."""
+
+    what: str
+    extra_bytes: int
+    divergence: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is done for a tensor's super weights. action: None for nothing. format: of the actions that change it.
+    factors: (matrix, neuron, factor) of the neurons that are rescaled."""
+
+    tensor: str
+    action: Action | None
+    why: str
+    format: str | None = None
+    factors: tuple[tuple[int, int, float], ...] = ()
+    trials: tuple[Trial, ...] = ()
+
+
+def save_decisions(path: Path, decisions: Sequence[Decision]) -> None:
+    with whole_file(path, "record of protection") as file:
+        file.write(json.dumps([asdict(decision) for decision in decisions], indent=1).encode())
+
+
+def load_decisions(path: Path) -> list[Decision]:
+    """What save_decisions wrote. Raises ConvertError for a damaged file."""
+    try:
+        return [
+            Decision(
+                **{
+                    **data,
+                    "factors": tuple((int(m), int(n), float(f)) for m, n, f in data["factors"]),
+                    "trials": tuple(Trial(**trial) for trial in data["trials"]),
+                }
+            )
+            for data in json.loads(path.read_bytes())
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConvertError(
+            f"the record of protection is damaged ({error})", str(path), "start again with --fresh"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Protected:
+    """Plan and map as they are executed; report: what is known of super weights, None where nobody looked."""
+
+    plan: Plan
+    model_map: ModelMap
+    report: SuperWeightReport | None = None
+    decisions: tuple[Decision, ...] = ()
+
+
+def protect(
+    job: Job,
+    checkpoint: Checkpoint,
+    model_map: ModelMap,
+    plan: Plan,
+    importance: ImportanceMatrix | None,
+    work_dir: Path,
+    progress: Progress,
+    should_stop: ShouldStop,
+) -> Protected:
+    """Look for super weights where the plan needs to know of them, and protect them. What is found and decided stays in
+    the work directory, and is not found or decided again.
+
+    Raises ConvertError for a report of another model, and for a way that this plan does not allow.
+    """
+    if not job.protection.looks(plan):
+        return Protected(plan, model_map)
+    report = None if importance is None else importance.super_weights
+    if report is None:
+        report = look_for_super_weights(job, checkpoint, model_map, work_dir, progress, should_stop)
+    else:
+        check_super_weights(report, checkpoint, model_map)
+    result = work_dir / RESULT
+    if not result.exists():
+        watched = {"progress": progress, "should_stop": should_stop}
+        running = runnable(checkpoint, model_map, work_dir) if report.weights else (checkpoint, model_map)
+        protector = Protector(checkpoint, model_map, plan, importance, job, running)
+        directory = work_dir / "protection"
+        baseline = None
+        if report.weights and job.protection.super_weights == "auto":
+            location = running[0].location
+            baseline = Baseline(
+                running[0],
+                location,
+                measuring_text(job, load_tokenizer(location)),
+                work_dir=directory,
+                identity=f"{checkpoint.model_id}@{checkpoint.revision}",
+                device=job.device,
+                threads=job.n_threads,
+            )
+        save_decisions(result, protector.decide(report.weights, baseline, **watched))
+        shutil.rmtree(directory, ignore_errors=True)
+    return _apply(load_decisions(result), job, report, plan, model_map)
+
+
+def refuse_protection(protection: Protection, plan: Plan) -> None:
+    """Raises ConvertError for a protection that would break the plan's budget."""
+    if plan.spent is not None and protection.super_weights in ("raise", "exclude"):
+        raise ConvertError(
+            f"{protection.super_weights} gives tensors more bytes than the budget has given them",
+            "--protect-super-weights",
+            "use pin or rescale, which cost no byte, or a profile whose rules choose the formats",
+        )
+
+
+def protected_before(job: Job, model_map: ModelMap, plan: Plan, importance: ImportanceMatrix | None) -> Protected:
+    """What `protect` has decided in the job's work directory."""
+    assert job.work_dir is not None
+    result, found = job.work_dir / RESULT, job.work_dir / FOUND
+    if not result.exists():
+        return Protected(plan, model_map)
+    report = None if importance is None else importance.super_weights
+    if report is None:
+        report = SuperWeightReport.from_json(found.read_text(encoding="utf-8"), str(found))
+    return _apply(load_decisions(result), job, report, plan, model_map)
+
+
+def _apply(
+    decisions: list[Decision], job: Job, report: SuperWeightReport, plan: Plan, model_map: ModelMap
+) -> Protected:
+    for decision in decisions:
+        plan, model_map = apply(decision, report.weights, job.protection.tolerance, plan, model_map)
+    return Protected(plan, model_map, report, tuple(decisions))
+
+
+def apply(
+    decision: Decision, weights: Sequence[SuperWeight], tolerance: float, plan: Plan, model_map: ModelMap
+) -> tuple[Plan, ModelMap]:
+    """Plan and map with what was decided for a tensor. weights: the super weights, of any tensor."""
+    if decision.action == "pin":
+        places = [(w.matrix, w.row, w.column) for w in weights if w.tensor == decision.tensor]
+        return pin(plan, decision.tensor, places, tolerance, decision.why), model_map
+    if decision.action == "rescale":
+        factors = {(matrix, neuron): factor for matrix, neuron, factor in decision.factors}
+        specs = rescaled_specs(model_map, decision.tensor, factors)
+        assert specs is not None
+        return rescale(plan, specs, decision.why), with_specs(model_map, specs)
+    if decision.format is not None:
+        out = decision.action == "exclude"
+        return give_format(plan, decision.tensor, decision.format, decision.why, out), model_map
+    return plan, model_map
+
+
+class Protector:
+    """Decides for the tensors of a plan that hold super weights.
+
+    running: the checkpoint that is measured, see converter.calibrate.runnable, and its map.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model_map: ModelMap,
+        plan: Plan,
+        importance: ImportanceMatrix | None,
+        job: Job,
+        running: tuple[Checkpoint, ModelMap],
+    ):
+        self.checkpoint, self.model_map, self.plan, self.running = checkpoint, model_map, plan, running
+        self.importance, self.protection, self.threads = importance, job.protection, job.n_threads
+        self._planned = {planned.tensor.name: planned for planned in plan.tensors}
+
+    def decide(self, weights: Sequence[SuperWeight], baseline: Baseline | None, **watched: Any) -> list[Decision]:
+        """One decision for every tensor with super weights.
+
+        baseline: the source, for measuring; used by "auto" only. watched: progress and should_stop, as of
+        Baseline.scores. Raises ConvertError where the way that was asked for does not exist, and Interrupted.
+        """
+        by_tensor: dict[str, list[SuperWeight]] = defaultdict(list)
+        for weight in weights:
+            by_tensor[weight.tensor].append(weight)
+        decisions = []
+        for name, members in sorted(by_tensor.items()):
+            mode = self.protection.super_weights
+            if mode == "auto":
+                assert baseline is not None
+                decisions.append(self._measured(name, members, set(by_tensor), baseline, watched))
+            elif mode != "off":
+                decisions.append(self._option(mode, name, members))
+        return decisions
+
+    def _option(self, action: Action, name: str, weights: list[SuperWeight]) -> Decision:
+        planned, which = self._planned[name], _which(weights)
+        if action == "pin":
+            return Decision(name, "pin", f"{which} pinned within {self.protection.tolerance:.4g}")
+        if action == "rescale":
+            neurons = sorted({(w.matrix, w.column) for w in weights})
+            if rescaled_specs(self.model_map, name, dict.fromkeys(neurons, 2.0)) is None:
+                raise ConvertError(
+                    "super weights can be rescaled in gated MLPs only, and this one has no up projection",
+                    f"tensor {name}",
+                    "use --protect-super-weights pin",
+                )
+            factors = choose_factors(
+                self.checkpoint,
+                planned,
+                [(w.matrix, w.row, w.column) for w in weights],
+                self._importance(name),
+                self.protection.tolerance,
+                self.plan.effort,
+            )
+            if not factors:
+                return Decision(name, None, f"{which} comes out best as it is")
+            text = ", ".join(f"{neuron} by {factor:.4g}" for _, neuron, factor in factors)
+            return Decision(name, "rescale", f"{which}: neuron {text} rescaled", None, tuple(factors))
+        wanted = self.protection.raise_to if action == "raise" else self._source_format(planned.tensor)
+        chosen = fitting_format(get_format(wanted), planned.tensor.n_columns)
+        if action == "raise" and chosen.bits_per_weight <= get_format(planned.format).bits_per_weight:
+            return Decision(name, None, f"{which}: {planned.format} is as fine as {chosen.name}")
+        verb = "raised to" if action == "raise" else "kept out of quantization, in"
+        return Decision(name, action, f"{which}: {verb} {chosen.name}", chosen.name)
+
+    def _measured(
+        self, name: str, weights: list[SuperWeight], special: set[str], baseline: Baseline, watched: dict[str, Any]
+    ) -> Decision:
+        """The best of all ways for a tensor by measurement, or none."""
+        none = Decision(name, None, "")
+        options = [self._option(action, name, weights) for action in _FREE]
+        if self.plan.spent is None:  # a budget has weighed the tensor's format against all others
+            options.append(self._option("raise", name, weights))
+        scores = {None: self._scores(none, weights, baseline, watched)}
+        trials = [self._trial(none, scores[None], scores[None])]
+        best = none
+        for option in options:
+            if option.action is None:
+                continue
+            scores[option.action] = self._scores(option, weights, baseline, watched)
+            trials.append(self._trial(option, scores[option.action], scores[None]))
+            difference = scores[best.action] - scores[option.action]
+            if _beyond_doubt(difference, scores[None]) and (
+                option.action in _FREE or self._worth_its_bytes(option, difference, special, baseline, watched)
+            ):
+                best = option
+        why = best.why or f"{_which(weights)}: nothing lowers the divergence of this tensor beyond doubt"
+        if best.action is not None:
+            why += f", KLD of this tensor {trials[0].divergence:.4g} -> {scores[best.action].mean():.4g}"
+        return replace(best, why=why, trials=tuple(trials))
+
+    def _worth_its_bytes(
+        self, option: Decision, difference: np.ndarray, special: set[str], baseline: Baseline, watched: dict[str, Any]
+    ) -> bool:
+        """Whether a finer format gains more per byte here than in the nearest layer without super weights."""
+        planned = self._planned[option.tensor]
+        layer = planned.tensor.layer
+        assert layer is not None and option.format is not None
+        others = [
+            p
+            for p in self.plan.tensors
+            if p.tensor.role is planned.tensor.role and p.format == planned.format and p.tensor.name not in special
+        ]
+        if not others:
+            return True
+        other = min(others, key=lambda p: (abs((p.tensor.layer or 0) - layer), p.tensor.name))
+        plain = self._scores(Decision(other.tensor.name, None, ""), [], baseline, watched)
+        raised = self._scores(replace(option, tensor=other.tensor.name), [], baseline, watched)
+        elsewhere = max(0.0, float((plain - raised).mean()))
+        return float(difference.mean()) >= _TIMES_ELSEWHERE * elsewhere
+
+    def _trial(self, option: Decision, scores: np.ndarray, without: np.ndarray) -> Trial:
+        planned = self._planned[option.tensor]
+        finer = planned if option.format is None else replace(planned, format=option.format)
+        error = float((without - scores).std(ddof=1) / np.sqrt(scores.size))
+        what = "none" if option.action is None else option.action
+        return Trial(what, finer.n_bytes - planned.n_bytes, float(scores.mean()), error)
+
+    def _scores(
+        self, option: Decision, weights: Sequence[SuperWeight], baseline: Baseline, watched: dict[str, Any]
+    ) -> np.ndarray:
+        """The divergence at every position with the tensor encoded in this way and all others as they are."""
+        plan, model_map = apply(option, weights, self.protection.tolerance, self.plan, self.model_map)
+        name = f"{option.tensor} {option.action or 'none'}".replace(".", "-").replace(" ", "-")
+        with Encoder(self.checkpoint, plan, self.importance, self.threads) as encoder:
+            running, running_map = self.running
+            spec = model_map.tensor(option.tensor)
+            candidate = WithEncoded(running, running_map.tensor(option.tensor).sources, spec, encoder)
+            return baseline.scores(candidate, name, **watched)[2]
+
+    def _importance(self, name: str) -> np.ndarray | None:
+        if self.importance is None or name not in self.importance.sums:
+            return None
+        return self.importance.columns(name)
+
+    def _source_format(self, tensor: TensorSpec) -> str:
+        dtype = self.checkpoint.tensors[tensor.sources[0]].dtype
+        return dtype if dtype in ("F16", "BF16") else "F32"
+
+
+class WithEncoded:
+    """A checkpoint's weights of which one tensor, under these names, is encoded and decoded; a rescaled column is
+    scaled back, as the up projection does it."""
+
+    def __init__(self, checkpoint: Checkpoint, names: Sequence[str], spec: TensorSpec, encoder: Encoder):
+        self._checkpoint, self._names, self._spec, self._encoder = checkpoint, names, spec, encoder
+        self.tensors = checkpoint.tensors
+        self._decoded: np.ndarray | None = None
+
+    def read(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            return self._checkpoint.read(name)
+        if self._decoded is None:
+            self._decoded = self._decode()
+        n, i = len(self._decoded) // len(self._names), self._names.index(name)
+        return self._decoded[i * n : (i + 1) * n]
+
+    def _decode(self) -> np.ndarray:
+        rows = self._encoder.decoded(self._spec.name)
+        back = tuple(replace(part, factor=1 / part.factor) for part in self._spec.rescaled)
+        return rescale_rows(replace(self._spec, rescaled=back), rows, 0)
+
+
+def _beyond_doubt(difference: np.ndarray, scores: np.ndarray) -> bool:
+    """Whether a divergence is lower by more than chance and by more than nothing; difference: at every position."""
+    error = difference.std(ddof=1) / np.sqrt(difference.size)
+    return bool(difference.mean() > max(_STANDARD_ERRORS * error, _LEAST_GAIN * scores.mean()))
+
+
+def _which(weights: Sequence[SuperWeight]) -> str:
+    places = ", ".join(f"{w.row},{w.column}" + (f" of expert {w.matrix}" if w.matrix else "") for w in weights)
+    return f"super weight{'s' if len(weights) > 1 else ''} {places}"

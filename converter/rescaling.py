@@ -1,0 +1,35 @@
+"""Rescaled rows and columns: what a plan stores multiplied, so that another tensor makes up for it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from profiles.vocabulary import Rescaled, TensorSpec
+
+
+def rescale_rows(spec: TensorSpec, rows: np.ndarray, start: int) -> np.ndarray:
+    """The rows of a tensor from row `start` on, over all its matrices, multiplied as the spec says: float32 [n_rows,
+    n_columns]. Products are rounded once, from float64."""
+    if not spec.rescaled or not len(rows):
+        return rows
+    rows_per_matrix = spec.n_rows // spec.n_matrices
+    rows = rows.copy()
+    for part in spec.rescaled:
+        first = part.matrix * rows_per_matrix - start
+        if part.axis == "row":
+            span = slice(max(first + part.index, 0), max(first + part.index + 1, 0))
+            rows[span] = rows[span].astype(np.float64) * part.factor
+        else:
+            span = slice(max(first, 0), max(first + rows_per_matrix, 0))
+            rows[span, part.index] = rows[span, part.index].astype(np.float64) * part.factor
+    return rows
+
+
+def rescale_importance(rescaled: Sequence[Rescaled], columns: np.ndarray) -> np.ndarray:
+    """Mean squared inputs, float32 [n_matrices, n_columns], of a tensor with rescaled columns: what its column is
+    divided by, its input is multiplied by."""
+    columns = columns.astype(np.float64)
+    for part in rescaled:
+        if part.axis == "column":
+            columns[part.matrix, part.index] /= part.factor**2
+    return columns.astype(np.float32)
