@@ -270,27 +270,27 @@ class Protector:
         self, name: str, weights: list[SuperWeight], special: set[str], baseline: Baseline, watched: dict[str, Any]
     ) -> Decision:
         """The best of all ways for a tensor by measurement, or none."""
-        none = Decision(name, None, "")
-        options = [self._option(action, name, weights) for action in _FREE]
+        none = Decision(name, None, f"{_which(weights)}: nothing lowers the divergence of this tensor beyond doubt")
+        actions: list[Action] = [*_FREE]
         if self.plan.spent is None:  # a budget has weighed the tensor's format against all others
-            options.append(self._option("raise", name, weights))
-        scores = {None: self._scores(none, weights, baseline, watched)}
-        trials = [self._trial(none, scores[None], scores[None])]
+            actions.append("raise")
+        options = [none, *(self._option(action, name, weights) for action in actions)]
+        scores = {o.action: self._scores(o, weights, baseline, watched) for o in options if o is none or o.action}
         best = none
-        for option in options:
-            if option.action is None:
-                continue
-            scores[option.action] = self._scores(option, weights, baseline, watched)
-            trials.append(self._trial(option, scores[option.action], scores[None]))
-            difference = scores[best.action] - scores[option.action]
-            if _beyond_doubt(difference, scores[None]) and (
-                option.action in _FREE or self._worth_its_bytes(option, difference, special, baseline, watched)
-            ):
-                best = option
-        why = best.why or f"{_which(weights)}: nothing lowers the divergence of this tensor beyond doubt"
-        if best.action is not None:
-            why += f", KLD of this tensor {trials[0].divergence:.4g} -> {scores[best.action].mean():.4g}"
-        return replace(best, why=why, trials=tuple(trials))
+        for option in options[1:]:
+            gained = scores[None] - scores.get(option.action, scores[None])
+            if option.action in _FREE and _beyond_doubt(gained, scores[None]):
+                best = min(best, option, key=lambda o: scores[o.action].mean())
+        finer = options[-1]
+        if finer.action == "raise":
+            gained = scores[best.action] - scores["raise"]
+            if _beyond_doubt(gained, scores[None]) and self._worth_its_bytes(finer, gained, special, baseline, watched):
+                best = finer
+        why = best.why
+        if best is not none:
+            why += f", KLD of this tensor {scores[None].mean():.4g} -> {scores[best.action].mean():.4g}"
+        trials = tuple(self._trial(o, scores[o.action], scores[None]) for o in options if o is none or o.action)
+        return replace(best, why=why, trials=trials)
 
     def _worth_its_bytes(
         self, option: Decision, difference: np.ndarray, special: set[str], baseline: Baseline, watched: dict[str, Any]
