@@ -1,5 +1,7 @@
 """What the artifact is, before it is written: its name, its key-values with the recipe inside, its exact layout."""
 
+from collections.abc import Mapping
+
 from gguf import GGML_QUANT_VERSION, Keys, LlamaFileType, naming_convention
 from gguf.constants import GGUFValueType
 from gguf.gguf_writer import GGUFValue
@@ -17,14 +19,17 @@ from profiles.vocabulary import ModelMap
 _FILE_TYPES = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M"}
 
 
-def file_name(model_map: ModelMap, checkpoint: Checkpoint, profile_name: str) -> str:
-    """BaseName-SizeLabel-FineTune-Version-Encoding.gguf, the GGUF naming convention; the encoding is the profile."""
+def file_name(metadata: Mapping[str, object], model_name: str, profile_name: str) -> str:
+    """BaseName-SizeLabel-FineTune-Version-Encoding.gguf, the GGUF naming convention; the encoding is the profile.
+
+    metadata: the model's key-values as plain values. model_name: for a model whose metadata has no name.
+    """
 
     def text(key: str) -> str | None:
-        return str(model_map.metadata[key].value) if key in model_map.metadata else None
+        return str(metadata[key]) if key in metadata else None
 
     stem = naming_convention(
-        model_name=text(Keys.General.NAME) or checkpoint.model_id.rpartition("/")[2],
+        model_name=text(Keys.General.NAME) or model_name,
         base_name=text(Keys.General.BASENAME),
         finetune_string=text(Keys.General.FINETUNE),
         version_string=text(Keys.General.VERSION),

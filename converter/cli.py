@@ -18,6 +18,8 @@ from converter import DEFAULT_PROFILE
 from formats.errors import ConvertError
 
 PATH = click.Path(path_type=Path)
+# The largest file that the Hub asks for.
+HUB_FILE_SIZE = "20GB"
 
 
 class DefaultGroup(click.Group):
@@ -127,15 +129,41 @@ def main() -> None:
     """
 
 
+def card_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of publishing that `convert MODEL --push-to` and `convert publish` share."""
+    command = click.option("--public", is_flag=True, help="Publish for everybody to see. [default: private]")(command)
+    return click.option("--base-model", metavar="ORG/NAME", help="The source's id on the Hub, for the card.")(command)
+
+
 @main.command("convert-model", hidden=True)
 @job_options
+@click.option("--push-to", metavar="ORG/NAME", help="Then publish it in this repository on the Hub, split at 20 GB.")
+@card_options
 @click.option("--dry-run", is_flag=True, help="Print the plan with its exact size; write nothing.")
 @click.option("--fresh", is_flag=True, help="Forget what an earlier run has done, and replace its output.")
 @fails_clearly
-def convert_model(dry_run: bool, fresh: bool, as_json: bool, **options: Any) -> None:
+def convert_model(
+    dry_run: bool,
+    fresh: bool,
+    as_json: bool,
+    push_to: str | None,
+    public: bool,
+    base_model: str | None,
+    split_size: str | None,
+    **options: Any,
+) -> None:
     """Convert MODEL."""
+    job = build_job(**options, split_size=split_size or (HUB_FILE_SIZE if push_to is not None else None))
+    target = None
+    if push_to is not None:
+        from converter.publish import Target, preflight
+
+        target = Target(push_to, public, base_model)
+        preflight(target, job.shard_bytes, lambda line: click.echo(line, err=True))
+    elif public or base_model is not None:
+        raise ConvertError("nothing is published", "--public, --base-model", "say where: --push-to org/name")
     if dry_run:
-        print_plan(build_job(**options), as_json, None)
+        print_plan(job, as_json, None)
         return
     from converter.pipeline import run
     from converter.progress import Progress, Stop
@@ -144,10 +172,70 @@ def convert_model(dry_run: bool, fresh: bool, as_json: bool, **options: Any) -> 
     progress = Progress()
     try:
         with Stop().on_interrupt() as should_stop:
-            prepared, report = run(build_job(**options), progress, should_stop, fresh)
+            prepared, report = run(job, progress, should_stop, fresh)
+        if not as_json:
+            click.echo(report_text(report, prepared.plan))
+        if target is not None:
+            report = {**report, "published": push(report, prepared.job.work_dir, target, progress, as_json)}
     finally:
         progress.close()
-    click.echo(json.dumps(report) if as_json else report_text(report, prepared.plan))
+    if as_json:
+        click.echo(json.dumps(report))
+
+
+def push(report: dict, work_dir: Path | None, target, progress, as_json: bool) -> dict:
+    """Publish what has just been converted."""
+    from converter.publish import publish as publish_artifact
+    from converter.publish import result_text
+
+    first = Path(report["artifact"]["files"][0]["path"])
+    result = publish_artifact(first, target, progress, work_dir=work_dir)
+    if not as_json:
+        click.echo("\n" + result_text(result))
+    return result
+
+
+@main.command()
+@click.argument("artifact", type=PATH)
+@click.option("--to", "repository", required=True, metavar="ORG/NAME", help="The repository; made where there is none.")
+@card_options
+@click.option("--name", metavar="NAME.gguf", help="The artifact's name there. [default: its own, by GGUF naming]")
+@click.option("--replace", is_flag=True, help="Put it in the place of another artifact that has its name.")
+@click.option("--work-dir", type=PATH, help="Where its report is. [default: beside the artifact]")
+@click.option("--dry-run", is_flag=True, help="Show the repository and the card as they would be; write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print data for machines on stdout.")
+@fails_clearly
+def publish(artifact: Path, work_dir: Path | None, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Publish ARTIFACT on the Hub, with its report, its recipe and a model card."""
+    from converter.progress import Progress
+    from converter.publish import Target, result_text
+    from converter.publish import publish as publish_artifact
+
+    progress = Progress()
+    try:
+        result = publish_artifact(artifact, Target(**options), progress, work_dir=work_dir, dry_run=dry_run)
+    finally:
+        progress.close()
+    click.echo(json.dumps(result) if as_json else result_text(result))
+
+
+@main.command()
+@click.argument("artifact", type=PATH)
+@click.option("--split-size", required=True, metavar="SIZE", help="Bytes in a file at most, for instance 20GB.")
+@click.option("--work-dir", type=PATH, help="Where its report is. [default: beside the artifact]")
+@fails_clearly
+def split(artifact: Path, split_size: str, work_dir: Path | None) -> None:
+    """Split ARTIFACT into several files, without encoding it again."""
+    from converter.progress import Progress
+    from converter.split import split as split_artifact
+    from profiles.budget import parse_size
+
+    progress = Progress()
+    try:
+        paths = split_artifact(artifact, parse_size(split_size, "--split-size"), work_dir, progress)
+    finally:
+        progress.close()
+    click.echo("\n".join(map(str, paths)))
 
 
 @main.command()

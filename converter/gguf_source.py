@@ -9,7 +9,7 @@ from converter.architecture import Architecture, architectures, gguf_name, gguf_
 from converter.checkpoint import DTYPE_BYTES, Checkpoint, StoredTensor
 from converter.rope import FREQUENCIES, LONG_FACTORS, SHORT_FACTORS
 from formats.errors import ConvertError, nearest
-from formats.gguf_file import read_gguf
+from formats.gguf_file import EncodedTensor, TensorEntry, read_gguf
 from profiles.vocabulary import ModelMap, Role, TensorSpec
 
 # What the writer states about the new file itself.
@@ -41,6 +41,20 @@ def open_gguf(path: Path) -> Checkpoint:
     architecture = metadata.get(Keys.General.ARCHITECTURE)
     config = {"model_type": architecture.value if architecture else None}
     return Checkpoint(path, path.stem, None, config, tensors, metadata)
+
+
+def open_parts(path: Path) -> tuple[dict[str, GGUFValue], dict[str, EncodedTensor], list[TensorEntry]]:
+    """What a GGUF file in one piece consists of, to lay it out anew: key-values, tensors by name, and their entries in
+    the file's order. Raises ConvertError for one of several splits, and as read_gguf does."""
+    reader = read_gguf(path)
+    metadata = {key: _value(field) for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    if Keys.Split.LLM_KV_SPLIT_COUNT in metadata:
+        raise ConvertError(
+            "this is one of several splits of a model", str(path), "merge them: llama-gguf-split --merge"
+        )
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    entries = [TensorEntry(t.name, t.shape, int(t.ggml_type), t.n_bytes) for t in reader.tensors]
+    return metadata, tensors, entries
 
 
 def describe_gguf(checkpoint: Checkpoint) -> ModelMap:

@@ -91,17 +91,17 @@ def _hub_errors(model_id: str) -> Iterator[None]:
         ) from None
     except (errors.EntryNotFoundError, errors.NotASafetensorsRepoError) as error:
         raise ConvertError(
-            f"the repository lacks a file, or its copy here is incomplete ({_first_line(error)})",
+            f"the repository lacks a file, or its copy here is incomplete ({first_line(error)})",
             model_id,
             "check the network; a model without safetensors weights has to be converted to safetensors first",
         ) from None
     except (errors.HTTPError, errors.SafetensorsParsingError, OSError) as error:
         raise ConvertError(
-            f"the Hub did not answer as expected ({_first_line(error)})",
+            f"the Hub did not answer as expected ({first_line(error)})",
             model_id,
             "run the same command again: finished files are kept; HF_ENDPOINT chooses a mirror",
         ) from None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -33,7 +33,7 @@ class Job:
     output: the artifact's path, or a directory (anything that does not end in .gguf); None for the current one.
     work_dir: None for the default beside the output.
     samples, sequence_length: of the calibration, in sequences and tokens. shard_bytes: split the artifact in files of
-    at most that many bytes of tensor data. threads: 0 for every core; changes no byte. seed: of what is drawn.
+    at most that many bytes. threads: 0 for every core; changes no byte. seed: of what is drawn.
     chat: calibrate on conversations by the tokenizer's chat template; None stands for True where it has one.
     protect_super_weights: another way than the profile's.
     command: what continues the job when it is run again.

@@ -85,7 +85,8 @@ def prepare(job: Job) -> Prepared:
     checkpoint = open_checkpoint(job.model, metadata_only=True)
     model_map = describe(checkpoint, job.pre_tokenizer)
     plan = assign(job.profile, model_map, job.overrides, job.effort)
-    job = job.with_output(file_name(model_map, checkpoint, job.profile.name))
+    metadata = {key: entry.value for key, entry in model_map.metadata.items()}
+    job = job.with_output(file_name(metadata, checkpoint.model_id.rpartition("/")[2], job.profile.name))
     notes = fallback_lines(plan)
     importance = None
     looks = job.protection.looks(plan)
@@ -103,7 +104,11 @@ def prepare(job: Job) -> Prepared:
         )
     elif looks:
         notes.append("super weights are looked for when the job runs; what protects them best may add to the size")
-    return Prepared(job, checkpoint, model_map, plan, importance, tuple(notes))
+    prepared = Prepared(job, checkpoint, model_map, plan, importance, tuple(notes))
+    if job.shard_bytes is not None and len(prepared.layouts(importance)) == 1:
+        # A limit that nothing reaches makes no other job.
+        prepared = replace(prepared, job=replace(job, shard_bytes=None))
+    return prepared
 
 
 def fingerprint(prepared: Prepared) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a conversion cost and what it bought: plain data for machines, tables for people."""
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 
 from converter.checkpoint import DTYPE_BYTES, Checkpoint
 from converter.progress import size_text
@@ -99,11 +100,18 @@ def plan_text(plan: Plan, file_bytes: int) -> str:
     return f"{text}\n\n{plan.profile}: {size}"
 
 
-def quality_warning(quality: dict | None) -> str | None:
-    """What to tell about a quality loss, and what to do; None when there is nothing to tell."""
+def loss_degree(quality: Mapping | None) -> str | None:
+    """ "noticeable" or "broken"; None for a loss that is neither, and where nothing was measured."""
     if quality is None or quality["mean_kld"] < NOTICEABLE_KLD:
         return None
-    degree = "broken" if quality["mean_kld"] >= SEVERE_KLD else "noticeable"
+    return "broken" if quality["mean_kld"] >= SEVERE_KLD else "noticeable"
+
+
+def quality_warning(quality: dict | None) -> str | None:
+    """What to tell about a quality loss, and what to do; None when there is nothing to tell."""
+    degree = loss_degree(quality)
+    if quality is None or degree is None:
+        return None
     return (
         f"the quality loss is {degree}: mean KL divergence {quality['mean_kld']:.3f}, perplexity"
         f" {quality['source_perplexity']:.2f} -> {quality['perplexity']:.2f}; a finer profile costs more bytes and"

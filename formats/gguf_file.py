@@ -93,32 +93,48 @@ def _lay_out(file_name: str, metadata: Mapping[str, GGUFValue], tensors: Sequenc
 def lay_out(
     file_name: str, metadata: Mapping[str, GGUFValue], tensors: Sequence[TensorEntry], shard_bytes: int | None = None
 ) -> list[GgufLayout]:
-    """The layout of a model in one file, or in shards of at most shard_bytes of tensor data each.
+    """The layout of a model in one file, or in shards of at most shard_bytes each.
 
     Shards carry llama.cpp's split.* keys and its names (STEM-00001-of-00003.gguf); only the first describes the model.
-    A tensor larger than shard_bytes has a shard of its own.
+    A tensor for which shard_bytes is too little has a shard of its own.
     """
+    whole = _lay_out(file_name, metadata, tensors)
+    if not shard_bytes or whole.n_bytes <= shard_bytes:
+        return [whole]
     shards: list[list[TensorEntry]] = [[]]
+    header_bytes = len(_render_header({**metadata, **_split_keys(0, 0, 0)}, []))
+    later_header_bytes = len(_render_header(_split_keys(0, 0, 0), []))
     filled = 0
     for tensor in tensors:
-        if shard_bytes and shards[-1] and filled + tensor.n_bytes > shard_bytes:
+        n_bytes = _info_bytes(tensor) + padded(tensor.n_bytes)
+        # The infos are padded as a whole.
+        if shards[-1] and header_bytes + filled + n_bytes + GGUF_DEFAULT_ALIGNMENT > shard_bytes:
             shards.append([])
-            filled = 0
+            filled, header_bytes = 0, later_header_bytes
         shards[-1].append(tensor)
-        filled += tensor.n_bytes
+        filled += n_bytes
     if len(shards) == 1:
-        return [_lay_out(file_name, metadata, tensors)]
+        return [whole]
     stem = file_name.removesuffix(".gguf")
     layouts = []
     for i, shard in enumerate(shards):
-        split = {
-            Keys.Split.LLM_KV_SPLIT_NO: GGUFValue(i, GGUFValueType.UINT16),
-            Keys.Split.LLM_KV_SPLIT_COUNT: GGUFValue(len(shards), GGUFValueType.UINT16),
-            Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT: GGUFValue(len(tensors), GGUFValueType.INT32),
-        }
+        split = _split_keys(i, len(shards), len(tensors))
         name = SHARD_NAME_FORMAT.format(stem, i + 1, len(shards))
         layouts.append(_lay_out(name, {**metadata, **split} if i == 0 else split, shard))
     return layouts
+
+
+def _split_keys(index: int, count: int, n_tensors: int) -> dict[str, GGUFValue]:
+    return {
+        Keys.Split.LLM_KV_SPLIT_NO: GGUFValue(index, GGUFValueType.UINT16),
+        Keys.Split.LLM_KV_SPLIT_COUNT: GGUFValue(count, GGUFValueType.UINT16),
+        Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT: GGUFValue(n_tensors, GGUFValueType.INT32),
+    }
+
+
+def _info_bytes(tensor: TensorEntry) -> int:
+    """Of the tensor's entry in the header: length and name, number of dimensions and each, type, offset."""
+    return 8 + len(tensor.name.encode()) + 4 + 8 * len(tensor.shape) + 4 + 8
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Layouts are exact and readable by the gguf package; damaged files are refused in words."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, Keys
@@ -7,7 +9,7 @@ from gguf.constants import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
 from formats.errors import ConvertError
-from formats.gguf_file import TensorEntry, lay_out, read_gguf
+from formats.gguf_file import TensorEntry, lay_out, padded, read_gguf
 
 METADATA = {
     Keys.General.ARCHITECTURE: GGUFValue("llama", GGUFValueType.STRING),
@@ -62,6 +64,23 @@ def test_shards_hold_every_tensor_once_and_count_each_other(tmp_path):
         assert (reader.get_field("general.architecture") is not None) == (i == 0)
         names += [tensor.name for tensor in reader.tensors]
     assert names == [entry.name for entry in ENTRIES]
+
+
+@pytest.mark.parametrize("shard_bytes", [1500, 2000, 4000, 10_000, 60_000])
+def test_no_shard_is_larger_than_asked_for(shard_bytes):
+    """The whole file counts: header, padding and all. And none is so small that the next one's first tensor fits."""
+    random = np.random.default_rng(shard_bytes)
+    entries = [
+        TensorEntry(f"blk.{i}.{'x' * int(random.integers(1, 40))}", (n,), GGMLQuantizationType.F32, 4 * n)
+        for i, n in enumerate(random.integers(1, 120, 60).tolist())
+    ]
+    layouts = lay_out("m.gguf", METADATA, entries, shard_bytes)
+    assert [entry for layout in layouts for entry in layout.tensors] == entries
+    for layout in layouts:
+        assert layout.n_bytes <= shard_bytes
+    for layout, following in pairwise(layouts):
+        first = following.tensors[0]
+        assert layout.n_bytes + padded(first.n_bytes) + len(first.name) + 32 + 2 * 32 > shard_bytes
 
 
 def test_a_missing_file(tmp_path):

@@ -1,0 +1,331 @@
+"""The model card of a repository of quantizations: front matter for the Hub, and a section written from reports.
+
+The section lies between two marked lines and is written anew each time; what a person has written outside of them
+stays, and so do the front matter's entries that are not the publisher's to decide.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from calibration.corpus import EMBEDDED
+from converter.progress import size_text
+from converter.recipe import command_text, with_importance
+from converter.report import NOTICEABLE_KLD, SEVERE_KLD, loss_degree
+from formats.errors import ConvertError
+
+BEGIN = "<!-- bitwright:begin (from here on `convert publish` writes, anew each time; write your own text outside) -->"
+END = "<!-- bitwright:end -->"
+_SECTION = re.compile(r"<!-- bitwright:begin\b.*?<!-- bitwright:end -->", re.DOTALL)
+_FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
+# What the source's card says that holds for its quantizations too.
+_INHERITED = ("license", "license_name", "license_link", "pipeline_tag", "language")
+# Tags that the Hub derives by itself, or that speak of the source's files.
+_DERIVED_TAGS = re.compile(
+    r"(base_model|license|region|arxiv|dataset|doi):.*|safetensors|pytorch|transformers|endpoints.*"
+)
+
+Report = Mapping[str, Any]
+
+
+def front_matter(
+    base_model: str | None, source_card: Mapping[str, Any], owner: str, calibrated: bool
+) -> dict[str, Any]:
+    """The entries for the Hub. base_model: in the Hub's own letters, the link back depends on them."""
+    entries: dict[str, Any] = {}
+    if base_model is not None:
+        entries |= {"base_model": base_model, "base_model_relation": "quantized"}
+    entries |= {"quantized_by": owner, "library_name": "gguf"}
+    entries |= {key: source_card[key] for key in _INHERITED if source_card.get(key)}
+    link = str(entries.get("license_link", "https:"))
+    if base_model is not None and not link.startswith("http"):  # a file of the source's repository
+        entries["license_link"] = f"https://huggingface.co/{base_model}/blob/main/{link}"
+    tags = ["gguf", "bitwright", *(["imatrix"] if calibrated else [])]
+    inherited = source_card.get("tags") or []
+    for tag in inherited if isinstance(inherited, list) else [inherited]:
+        if tag not in (*tags, source_card.get("pipeline_tag")) and not _DERIVED_TAGS.fullmatch(str(tag)):
+            tags.append(str(tag))
+    return {**entries, "tags": tags}
+
+
+def write_card(existing: str | None, entries: Mapping[str, Any], section: str, where: str) -> str:
+    """The card with this front matter and this section. existing: the card that is there.
+
+    Raises ConvertError for a card whose front matter or marked lines cannot be made sense of.
+    """
+    block = f"{BEGIN}\n\n{section.strip()}\n\n{END}"
+    if existing is None:
+        return f"---\n{_dump(entries)}---\n\n{block}\n"
+    found = _FRONT_MATTER.match(existing)
+    body = existing[found.end() :] if found else existing
+    head = _merged_front_matter(found, entries, where)
+    if (body.count("<!-- bitwright:begin"), body.count(END)) not in ((0, 0), (1, 1)):
+        raise _unclear_marks(where)
+    if _SECTION.search(body):
+        return head + _SECTION.sub(lambda _: block, body)
+    if END in body:
+        raise _unclear_marks(where)
+    return f"{head}{body.rstrip()}\n\n{block}\n" if body.strip() else f"{head}\n{block}\n"
+
+
+def _merged_front_matter(found: re.Match[str] | None, entries: Mapping[str, Any], where: str) -> str:
+    """The front matter that is there with our entries in it, letter by letter the same where they are in it already.
+
+    What we know better than anybody is set: base_model, its relation, library_name. Tags are added to. Everything else
+    is set only where it is missing.
+    """
+    try:
+        present = (yaml.safe_load(found[1]) if found else None) or {}
+    except yaml.YAMLError as error:
+        raise ConvertError(
+            f"the front matter of the card is no YAML: {' '.join(str(error).split())}", where, "mend it on the Hub"
+        ) from None
+    if not isinstance(present, dict):
+        raise ConvertError("the front matter of the card has no entries", where, "mend it on the Hub")
+    merged = dict(present)
+    for key, value in entries.items():
+        if key == "tags":
+            tags = merged.get("tags") or []
+            tags = tags if isinstance(tags, list) else [tags]
+            merged[key] = [*tags, *(tag for tag in value if tag not in tags)]
+        elif key == "base_model" and isinstance(merged.get(key), list) and value in merged[key]:
+            continue
+        elif key in ("base_model", "base_model_relation", "library_name") or key not in merged:
+            merged[key] = value
+    if found and merged == present:
+        return found[0]
+    return f"---\n{_dump(merged)}---\n" + ("" if found else "\n")
+
+
+def _dump(entries: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(entries), sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _unclear_marks(where: str) -> ConvertError:
+    return ConvertError(
+        "the card's marked lines are not one pair of bitwright:begin and bitwright:end",
+        where,
+        "take the lines out, or put back the one that is missing; the section is then written again",
+    )
+
+
+def section(repository: str, base_model: str | None, reports: Sequence[Report], chat_template: bool) -> str:
+    """The text about these artifacts, smallest first; reports: as they are published, names relative to the repository.
+
+    Raises KeyError, TypeError or ValueError for what is no such report.
+    """
+    reports = sorted(reports, key=lambda report: (report["artifact"]["bytes"], report["artifact"]["files"][0]["path"]))
+    parts = [f"# {_text((base_model or str(reports[0]['model'])).rpartition('/')[2])} GGUF"]
+    parts += [_warning(report) for report in reports if loss_degree(report["quality"])]
+    parts += [_origin(base_model, reports), _overview(reports), _running(repository, reports[0], chat_template)]
+    parts += [_artifact(repository, report) for report in reports]
+    parts.append(_limits(reports))
+    return "\n\n".join(parts)
+
+
+def _warning(report: Report) -> str:
+    quality, name = report["quality"], _text(report["artifact"]["files"][0]["path"])
+    degree = loss_degree(quality)
+    meaning = (
+        f"from {SEVERE_KLD:g} on we call a model broken: expect text that makes no sense"
+        if degree == "broken"
+        else f"from {NOTICEABLE_KLD:g} on a reader notices: expect worse answers than the source's"
+    )
+    return (
+        f"> [!WARNING]\n> **{name} has lost much.** Its mean KL divergence from the source is"
+        f" {quality['mean_kld']:.3f} nats a token; {meaning}. Perplexity {quality['source_perplexity']:.2f} ->"
+        f" {quality['perplexity']:.2f}, the same most likely token in {quality['top1_agreement']:.1%} of places."
+    )
+
+
+def _origin(base_model: str | None, reports: Sequence[Report]) -> str:
+    source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"`{_code(reports[0]['model'])}`"
+    revisions = sorted({str(report["revision"]) for report in reports if report["revision"]})
+    at = f" at {', '.join(f'`{_code(revision)}`' for revision in revisions)}" if revisions else ""
+    tools = ", ".join(sorted({f"`{_code(report['tool'])}`" for report in reports}))
+    return f"GGUF files for llama.cpp, quantized from {source}{at} with Bitwright {tools}."
+
+
+def _overview(reports: Sequence[Report]) -> str:
+    rows = []
+    for report in reports:
+        quality, artifact = report["quality"], report["artifact"]
+        measured = ["not measured"] * 3
+        if quality:
+            measured = [
+                f"{quality['perplexity']:.3f} (source {quality['source_perplexity']:.3f})",
+                f"{quality['mean_kld']:.4f}",
+                f"{quality['top1_agreement']:.1%}",
+            ]
+        rows.append(
+            [
+                _link(artifact["files"][0]["path"]),
+                _text(report["profile"]),
+                size_text(artifact["bytes"]),
+                f"{sum(group['bytes'] for group in report['groups']) * 8 / _weights(report):.2f}",
+                f"{report['source']['bytes'] / artifact['bytes']:.2f}x",
+                *measured,
+            ]
+        )
+    header = ["file", "profile", "size", "bits per weight", "smaller than the source", "perplexity", "mean KLD"]
+    return _table([*header, "same top token"], rows)
+
+
+def _running(repository: str, report: Report, chat_template: bool) -> str:
+    first = report["artifact"]["files"][0]["path"]
+    template = (
+        "The files carry the source's chat template, and llama.cpp applies it (`--jinja`)."
+        if chat_template
+        else "The source has no chat template: it continues text and knows no turns; `--no-conversation` is for that."
+    )
+    return (
+        "## Running it\n\n"
+        f"```sh\nllama-cli -hf {repository} --hf-file {first}\nllama-server -hf {repository} --hf-file {first}\n```\n\n"
+        f"{template} Of a split file name the first part; the others are found beside it."
+    )
+
+
+def _artifact(repository: str, report: Report) -> str:
+    artifact, stem = report["artifact"], report["artifact"]["files"][0]["path"].removesuffix(".gguf")
+    groups = [
+        [
+            _text(group["group"]),
+            ", ".join(f"{_text(name)} ({n})" for name, n in group["formats"].items()),
+            f"{group['weights'] / 1e6:.1f} M",
+            size_text(group["bytes"]),
+            f"{group['bits_per_weight']:.2f}",
+            f"{group['share']:.1%}",
+        ]
+        for group in report["groups"]
+    ]
+    files = [[_link(file["path"]), str(int(file["bytes"])), f"`{_code(file['sha256'])}`"] for file in artifact["files"]]
+    parts = [
+        f"## {_text(stem)}",
+        _table(["tensors", "formats (how many)", "weights", "size", "bits per weight", "share"], groups),
+        _quality(report),
+        _table(["file", "bytes", "SHA-256"], files),
+        _calibration(report),
+        _reproduction(repository, report),
+    ]
+    return "\n\n".join(parts)
+
+
+def _quality(report: Report) -> str:
+    quality = report["quality"]
+    if not quality:
+        return "The quality of this file was not measured."
+    rows = [
+        ["perplexity of the source", f"{quality['source_perplexity']:.4f}"],
+        ["perplexity of this file", f"{quality['perplexity']:.4f}"],
+        ["mean KL divergence from the source", f"{quality['mean_kld']:.5f} nats a token"],
+        ["99 % of tokens are below", f"{quality['kld_99']:.4f}"],
+        ["99.9 % of tokens are below", f"{quality['kld_99_9']:.4f}"],
+        ["largest", f"{quality['max_kld']:.4f}"],
+        ["same most likely token", f"{quality['top1_agreement']:.2%}"],
+        ["scored", f"{quality['tokens']} tokens of {_corpus(quality['corpus'])}"],
+    ]
+    return _table(["quality", "measured"], rows)
+
+
+def _calibration(report: Report) -> str:
+    manifest = report["calibration"]
+    if manifest is None:
+        return "No importance matrix was used: no format in this file profits from one."
+    rows = [
+        ["importance matrix", _link(f"{report['recipe_directory']}/{manifest['file']}")],
+        ["its SHA-256", f"`{_code(manifest['sha256'])}`"],
+        ["text", _corpus(manifest["corpus"] or "not stated by the file")],
+        ["SHA-256 of the text", f"`{_code(manifest['corpus_sha256'])}`" if manifest["corpus_sha256"] else "not stated"],
+        ["samples", f"{manifest['samples'] or 'not stated'}, of {manifest['sequence_length'] or '?'} tokens each"],
+    ]
+    if manifest["computed"]:
+        rows += [
+            ["seed", str(manifest["seed"])],
+            ["split", _text(manifest["split"] or "none: a text file, read whole")],
+        ]
+    else:
+        rows.append(["origin", "a file that was given; its seed and split are not known"])
+    return _table(["calibration", ""], rows)
+
+
+def _reproduction(repository: str, report: Report) -> str:
+    arguments, directory = list(map(str, report["arguments"])), report["recipe_directory"]
+    from_here = arguments
+    if report["calibration"]:
+        from_here = with_importance(arguments, directory, report["calibration"]["file"])
+    text = f"The same bytes again:\n\n```sh\n{command_text(arguments)}\n```"
+    if from_here != arguments:
+        text += (
+            "\n\nor, without calibrating, from the profile and the importance matrix in this repository:\n\n"
+            f"```sh\nhf download {repository} --include '{directory}/*' --local-dir .\n{command_text(from_here)}\n```"
+        )
+    if not report["revision"]:
+        text += f"\n\n`{_code(report['model'])}` was a local checkpoint, known by its name alone."
+    return f"{text}\n\nEvery tensor's format and the reason for it: {_link(f'{directory}/plan.json')}."
+
+
+def _limits(reports: Sequence[Report]) -> str:
+    """What the figures say against these files, and what they do not say."""
+    measured = [report for report in reports if report["quality"]]
+    lines = []
+    for report in measured:
+        quality, name = report["quality"], _text(report["artifact"]["files"][0]["path"])
+        worst = max(report["errors"], key=lambda error: error["weighted_error"])
+        coarsest = min(
+            (group for group in report["groups"] if group["weights"] >= _weights(report) // 100),
+            key=lambda group: group["bits_per_weight"],
+        )
+        lines.append(
+            f"{name}: in {1 - quality['top1_agreement']:.1%} of places its most likely token is not the source's;"
+            f" perplexity changes by {quality['perplexity'] / quality['source_perplexity'] - 1:+.1%}; one token in a"
+            f" thousand diverges by more than {quality['kld_99_9']:.2f} nats. Coarsest are the tensors of"
+            f" {_text(coarsest['group'])} ({coarsest['bits_per_weight']:.2f} bits); the largest error of a tensor,"
+            f" weighted by importance, is {worst['weighted_error']:.2%} of its energy ({_text(worst['tensor'])},"
+            f" {_text(worst['format'])})."
+        )
+    if measured:
+        scored = sorted({f"{r['quality']['tokens']} tokens of {_corpus(r['quality']['corpus'])}" for r in measured})
+        lines += [
+            "The KL divergence compares the distributions over the next token, source beside quantized, given the same"
+            " text: 0 means no difference. It says how far the file is from its source, not how good either is.",
+            f"Measured on {', '.join(scored)} alone. Other languages, domains and tasks may lose more; perplexities"
+            " compare within this card, not across tools or texts.",
+        ]
+    unmeasured = [_text(r["artifact"]["files"][0]["path"]) for r in reports if not r["quality"]]
+    if unmeasured:
+        lines.append(f"Nothing was measured of {', '.join(unmeasured)}; every tensor was decoded and compared.")
+    lines.append(
+        "Not tested: benchmarks and tasks, long contexts, conversations and tool calls, safety. What the source does"
+        " wrong, these files do too."
+    )
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _corpus(name: str) -> str:
+    return _text(f"{name}, the text that comes with Bitwright" if name == EMBEDDED else name)
+
+
+def _weights(report: Report) -> int:
+    return sum(group["weights"] for group in report["groups"])
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _text(value: object) -> str:
+    """A text that means nothing to Markdown or HTML."""
+    escaped = str(value).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([|`\[\]*\\])", r"\\\1", " ".join(escaped.split()))
+
+
+def _code(value: object) -> str:
+    """A text for between backticks."""
+    return " ".join(str(value).split()).replace("`", "'").replace("|", "\\|").replace("<", "(")
+
+
+def _link(path: str) -> str:
+    return f"[{_text(path.rpartition('/')[2])}]({path.replace(' ', '%20')})"

@@ -1,0 +1,605 @@
+"""Publishing to a Hub on this machine: what arrives, what is sent twice, what goes wrong, and who may not."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from huggingface_hub.utils import close_session
+
+from converter import publication
+from converter.cli import main
+from converter.job import default_work_dir, file_sha256
+from tests.converter.writable_hub import SIGNATURE, Account, Fault, Repository, WritableHub, serve
+
+ROOT = Path(__file__).parents[2]
+TOKEN = "hf_0nlyF0rThisTest"
+ALICE = Account("alice", organizations={"lab": "contributor", "club": "read"})
+TO = "alice/Tiny-GGUF"
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+SHORT = ["--calibration", "embedded", "--samples", "128", "--sequence-length", "16", "--effort", "fast"]
+SOURCE_CARD = {"license": "llama3.2", "license_link": "LICENSE", "pipeline_tag": "text-generation", "tags": ["chat"]}
+
+
+def convert(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def converted(tiny, tmp_path_factory) -> Path:
+    """An artifact of the model org/tiny, as its finished conversion left it."""
+    directory = tmp_path_factory.mktemp("converted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        done = convert(*SHORT, "--output", directory / "Tiny-113K-v1.0-Q4.gguf", tiny("llama"))
+    assert done.exit_code == 0, done.stderr
+    path = directory / "Tiny-113K-v1.0-Q4.gguf"
+    *options, _ = json.loads(report_of(path).read_text())["arguments"]
+    edit_report(path, model="org/tiny", revision=REVISION, arguments=[*options, f"org/tiny@{REVISION}"])
+    return path
+
+
+@pytest.fixture
+def artifact(converted, tmp_path) -> Path:
+    """A copy of it, to be changed. Its report still names the files of the first one."""
+    shutil.copytree(converted.parent, tmp_path / "artifact")
+    return tmp_path / "artifact" / converted.name
+
+
+def report_of(artifact: Path) -> Path:
+    return default_work_dir(artifact) / "report.json"
+
+
+def edit_report(artifact: Path, **changes: Any) -> None:
+    report = json.loads(report_of(artifact).read_text())
+    report_of(artifact).write_text(json.dumps({**report, **changes}))
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Iterator[WritableHub]:
+    """A Hub with the source model, and alice logged in."""
+    with here(monkeypatch, {TOKEN: ALICE}) as server:
+        yield server
+
+
+@contextmanager
+def here(monkeypatch, accounts: dict[str, Account], **options: Any) -> Iterator[WritableHub]:
+    with serve(accounts, **options) as server:
+        server.add("Org/Tiny", card=SOURCE_CARD)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        close_session()
+        yield server
+        close_session()
+
+
+def publish(artifact: Path, *arguments: object, to: str = TO) -> dict[str, Any]:
+    done = convert("publish", artifact, "--to", to, "--json", *arguments)
+    assert done.exit_code == 0, done.stderr
+    keeps_secrets(done)
+    return {**json.loads(done.stdout), "stderr": done.stderr}
+
+
+def refused(artifact: Path, *arguments: object, to: str = TO) -> str:
+    done = convert("publish", artifact, "--to", to, *arguments, "--verbose")
+    assert done.exit_code == 1, done.output
+    keeps_secrets(done)
+    return done.stderr
+
+
+def keeps_secrets(done: Result) -> None:
+    for secret in (TOKEN, SIGNATURE):
+        assert secret not in done.output
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def card_of(hub: WritableHub, repository: str = TO) -> str:
+    return hub.files(repository)["README.md"].decode()
+
+
+def test_a_new_repository(hub, converted):
+    result = publish(converted)
+    files = hub.files(TO)
+    recipe = "recipe/Tiny-113K-v1.0-Q4"
+    names = ["balanced-4bit.toml", "importance.gguf", "plan.json", "report.json"]
+    assert sorted(files) == ["README.md", "Tiny-113K-v1.0-Q4.gguf", *(f"{recipe}/{name}" for name in names)]
+    assert files["Tiny-113K-v1.0-Q4.gguf"] == converted.read_bytes()
+    work_dir = default_work_dir(converted)
+    assert files[f"{recipe}/importance.gguf"] == (work_dir / "importance.gguf").read_bytes()
+    assert hub.repositories[TO].private
+    assert len(hub.repositories[TO].commits) == 2  # the Hub's own, and ours
+    assert result["commit"] == hub.repositories[TO].commits[-1][0]
+
+    here = str(converted.parent)
+    for name, content in files.items():
+        assert TOKEN.encode() not in content
+        assert here.encode() not in content or name.endswith(".gguf"), name
+    report = json.loads(files[f"{recipe}/report.json"])
+    original = json.loads(report_of(converted).read_text())
+    assert {key: report[key] for key in ("quality", "errors", "groups", "recipe")} == {
+        key: original[key] for key in ("quality", "errors", "groups", "recipe")
+    }
+    assert report["artifact"]["files"][0]["path"] == "Tiny-113K-v1.0-Q4.gguf"
+    assert "output" not in json.loads(files[f"{recipe}/plan.json"])
+
+
+def test_the_card_of_a_new_repository(hub, converted):
+    publish(converted)
+    card = card_of(hub)
+    assert front_matter(card) == {
+        "base_model": "Org/Tiny",  # the checkpoint was opened as org/tiny: the Hub links the exact letters only
+        "base_model_relation": "quantized",
+        "quantized_by": "alice",
+        "library_name": "gguf",
+        "license": "llama3.2",
+        "license_link": "https://huggingface.co/Org/Tiny/blob/main/LICENSE",
+        "pipeline_tag": "text-generation",
+        "tags": ["gguf", "bitwright", "imatrix", "chat"],
+    }
+    report = json.loads(report_of(converted).read_text())
+    quality = report["quality"]
+    for fact in (
+        file_sha256(converted),
+        str(converted.stat().st_size),
+        f"{quality['mean_kld']:.5f} nats a token",
+        f"{quality['perplexity']:.4f}",
+        f"{quality['top1_agreement']:.2%}",
+        report["calibration"]["corpus_sha256"],
+        "128, of 16 tokens each",
+        REVISION,
+        report["tool"],
+        f"--hf-file {converted.name}",
+    ):
+        assert fact in card, fact
+    for group in report["groups"]:
+        assert f"| {group['group']} |" in card
+    assert (
+        "convert --profile balanced-4bit --calibration embedded --samples 128 --sequence-length 16 --effort fast"
+        f" --seed 0 org/tiny@{REVISION}\n" in card
+    )
+
+
+def test_a_second_time_nothing_is_sent(hub, converted):
+    first = publish(converted)
+    hub.requests.clear()
+    second = publish(converted)
+    assert hub.writes() == []
+    assert {row["change"] for row in second["files"]} == {"same", "kept"}
+    assert second["commit"] == first["commit"]
+    assert "already there" in second["stderr"]
+
+
+def test_a_dry_run_shows_what_comes_and_writes_nothing(hub, converted):
+    shown = publish(converted, "--dry-run")
+    assert hub.writes() == [] and TO not in hub.repositories
+    assert shown["commit"] is None and not shown["exists"] and shown["private"]
+    assert {row["change"] for row in shown["files"]} == {"new"}
+    done = publish(converted)
+    assert shown["card"] == done["card"] == card_of(hub)
+    described = {row["path"]: (row["bytes"], row["sha256"]) for row in shown["files"]}
+    for path, content in hub.files(TO).items():
+        assert described[path][0] == len(content)
+        assert described[path][1] == publication.RepositoryFile.of_bytes(path, content).sha256
+    text = convert("publish", converted, "--to", TO, "--dry-run").stdout
+    assert "there already" in text and "base_model: Org/Tiny" in text and "nothing was written" in text
+
+
+def test_a_dry_run_needs_no_login_and_no_network(hub, converted, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    shown = publish(converted, "--dry-run")
+    assert shown["notes"] == ["not logged in: shown as for a new repository"]
+    assert front_matter(shown["card"])["base_model"] == "Org/Tiny"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    shown = publish(converted, "--dry-run")
+    assert "does not answer" in shown["notes"][0]
+    assert front_matter(shown["card"])["base_model"] == "org/tiny"
+
+
+LATER = {"Retry-After": "1"}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("GET /api/whoami", 429, LATER),
+        Fault("POST /api/repos/create", 503),
+        Fault("POST /api/repos/create", "lost"),
+        Fault("POST .*/preupload/", 429, LATER),
+        Fault("POST .*/objects/batch", 503),
+        Fault("PUT /storage/", 503, times=2),
+        Fault("PUT /storage/", "cut"),
+        Fault("PUT /storage/", "lost"),
+        Fault("POST /api/validate-yaml", 503),
+        Fault("POST .*/commit/", 429, LATER),
+        Fault("POST .*/commit/", "cut"),
+        Fault("POST .*/commit/", "lost"),
+        Fault("GET .*/tree/", 503),
+    ],
+    ids=lambda fault: f"{fault.pattern}-{fault.what}",
+)
+def test_what_passes_is_waited_for(hub, converted, fault):
+    fault = replace(fault)
+    hub.faults = [fault]
+    publish(converted)
+    assert fault.times == 0
+    assert len(hub.files(TO)) == 6
+    assert len(hub.repositories[TO].commits) == 2
+
+
+def test_the_pause_that_the_hub_asks_for_is_kept(hub, converted):
+    """In seconds, and as a date, which huggingface_hub does not understand."""
+    for pause in ("2", formatdate(time.time() + 3, usegmt=True)):
+        hub.faults = [Fault("POST /api/validate-yaml", 429, {"Retry-After": pause})]
+        start = time.monotonic()
+        publish(converted, "--name", f"Tiny-113K-v{len(pause)}.0.gguf")
+        assert time.monotonic() - start >= 1.9
+
+
+def test_a_pause_too_long_to_wait_for(hub, converted):
+    hub.faults = [Fault("GET /api/whoami", 429, {"Retry-After": "7200"})]
+    assert "run the same command again in 120 minutes" in refused(converted)
+
+
+def test_a_failure_that_stays_is_an_error(hub, converted, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    hub.faults = [Fault("PUT /storage/", 503, times=10_000)]
+    message = refused(converted)
+    assert "the Hub did not take it" in message and "503" in message and "is not sent again" in message
+    assert len(hub.repositories[TO].commits) == 1
+    hub.faults = [Fault("", "cut", times=10_000)]
+    assert "the Hub does not answer" in refused(converted)
+    hub.faults = []
+    publish(converted)
+    assert len(hub.files(TO)) == 6
+
+
+def test_large_files_go_in_parts(monkeypatch, converted):
+    with here(monkeypatch, {TOKEN: ALICE}, part_bytes=20_000) as hub:
+        hub.faults = [Fault("PUT /storage/.*/2$", "cut"), Fault("PUT /storage/.*/3$", 503)]
+        publish(converted)
+        assert hub.files(TO)[converted.name] == converted.read_bytes()
+        assert len([r for r in hub.requests if r.startswith("PUT") and r.endswith("/1")]) == 1
+
+
+def test_killed_in_the_middle_it_continues(hub, converted, monkeypatch, tmp_path):
+    """The process dies when the weights have arrived and nothing is committed; they are not sent again."""
+    command = [sys.executable, "-m", "converter", "publish", str(converted), "--to", TO]
+    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    hub.on_stored = lambda oid: process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, errors
+    assert len(hub.repositories[TO].commits) == 1
+    weights = file_sha256(converted)
+    assert hub.stored_bytes == {weights: converted.stat().st_size}
+
+    hub.on_stored = lambda oid: None
+    publish(converted)
+    assert hub.stored_bytes[weights] == converted.stat().st_size
+    assert hub.files(TO)[converted.name] == converted.read_bytes()
+    assert len(hub.repositories[TO].commits) == 2
+
+
+@pytest.mark.parametrize(
+    ("account", "to", "what"),
+    [
+        (replace(ALICE, role="read"), TO, "it may only read"),
+        (ALICE, "bob/Tiny-GGUF", "alice is no member of bob"),
+        (ALICE, "club/Tiny-GGUF", "the role of alice in club is 'read'"),
+        (Account("alice", "fineGrained", (("user", "bob", "repo.write"),)), TO, "is not among its scopes"),
+        (Account("alice", "fineGrained", (("user", "alice", "repo.content.read"),)), TO, "is not among its scopes"),
+        (ALICE, "Org/Tiny", "the Hub refuses writing to it"),
+    ],
+)
+def test_a_token_without_rights(monkeypatch, converted, account, to, what):
+    with here(monkeypatch, {TOKEN: account}) as hub:
+        message = refused(converted, "--public", to=to)
+        assert what in message and "hf auth login" in message
+        assert hub.writes() == []
+
+
+@pytest.mark.parametrize(
+    ("account", "to"),
+    [
+        (ALICE, "lab/Tiny-GGUF"),
+        (ALICE, "Alice/Tiny-GGUF"),
+        (Account("alice", "fineGrained", (("org", "lab", "repo.write"),)), "lab/Tiny-GGUF"),
+    ],
+)
+def test_a_token_with_rights(monkeypatch, converted, account, to):
+    with here(monkeypatch, {TOKEN: account}) as hub:
+        publish(converted, to=to)
+        assert len(hub.files(to.lower().replace("tiny-gguf", "Tiny-GGUF"))) == 6
+
+
+def test_tokens_that_are_none(hub, converted, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "hf_unknown")
+    assert "Invalid user token" in refused(converted)
+    hub.requests.clear()
+    monkeypatch.setenv("HF_TOKEN", f"{TOKEN} \x07{TOKEN}")
+    assert "characters that no token has" in refused(converted)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    message = refused(converted)
+    assert "there is no token for the Hub" in message and "hf auth login" in message
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["tiny", "a/b/c", "alice/ti--ny", "alice/tiny.git", "alice/..", "", "alice/ti ny"])
+def test_names_that_are_none(hub, converted, name):
+    assert "is no name of a repository" in refused(converted, to=name)
+    assert hub.requests == []
+
+
+def test_public_and_private(hub, converted):
+    hub.add(TO)
+    assert "the repository is public: everybody would see" in refused(converted)
+    assert hub.writes() == []
+    publish(converted, "--public")
+    publish(converted, "--public", to="alice/new")
+    assert not hub.repositories["alice/new"].private
+    hub.add("alice/old", private=True)
+    assert "stays so" in publish(converted, "--public", to="alice/old")["notes"][0]
+    assert hub.repositories["alice/old"].private
+
+
+def test_a_persons_text_stays(hub, converted):
+    publish(converted)
+    written = card_of(hub)
+    theirs = written.replace("license: llama3.2", "license: mit").replace(
+        "tags:\n", "datasets:\n- a/b\ntags:\n- mine\n"
+    )
+    theirs = theirs.replace("<!-- bitwright:begin", "# My words\n\n<!-- bitwright:begin") + "\nAnd a last word.\n"
+    theirs = theirs.replace("## Limits", "## No limits")
+    commit(hub.repositories[TO], **{"README.md": theirs.encode()})
+    publish(converted)
+    card = card_of(hub)
+    assert card == theirs.replace("## No limits", "## Limits")
+    assert front_matter(card)["tags"] == ["mine", "gguf", "bitwright", "imatrix", "chat"]
+
+
+def commit(repository: Repository, **files: bytes | None) -> None:
+    kept = {path: content for path, content in {**repository.commits[-1][1], **files}.items() if content is not None}
+    repository.commit(kept)
+
+
+def test_several_artifacts_share_a_repository(hub, converted, artifact):
+    publish(converted)
+    first_card = card_of(hub)
+    other = other_artifact(artifact, "Tiny-113K-v1.0-Q8")
+    publish(other)
+    card = card_of(hub)
+    assert f"[{converted.name}]({converted.name})" in card and f"[{other.name}]({other.name})" in card
+    assert "## Tiny-113K-v1.0-Q4\n" in card and "## Tiny-113K-v1.0-Q8\n" in card
+    assert hub.files(TO)[converted.name] == converted.read_bytes()
+    hub.requests.clear()
+    publish(converted)  # the order of publishing leaves no trace
+    assert hub.writes() == []
+    # When its weights are deleted by hand, an artifact leaves the card.
+    commit(hub.repositories[TO], **{other.name: None})
+    result = publish(converted)
+    assert "no longer there" in result["notes"][0]
+    assert card_of(hub) == first_card
+
+
+def other_artifact(artifact: Path, stem: str) -> Path:
+    """The artifact under another name, by another plan and one byte longer."""
+    path = artifact.with_name(f"{stem}.gguf")
+    artifact.rename(path)
+    default_work_dir(artifact).rename(default_work_dir(path))
+    path.write_bytes(path.read_bytes() + b"\0")
+    report = json.loads(report_of(path).read_text())
+    report["artifact"] = {"bytes": path.stat().st_size, "files": [described(path)]}
+    report["recipe"]["plan_sha256"] = report["plan_sha256"] = "0" * 64
+    report_of(path).write_text(json.dumps(report))
+    plan = default_work_dir(path) / "plan.json"
+    plan.write_text(json.dumps({**json.loads(plan.read_text()), "plan_sha256": "0" * 64}))
+    return path
+
+
+def described(path: Path) -> dict[str, Any]:
+    return {"path": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def test_an_artifact_of_another_model_is_refused(hub, converted, artifact):
+    publish(converted)
+    other = other_artifact(artifact, "Other-1B-v1.0-Q4")
+    hub.add("Org/Other")
+    edit_report(other, model="Org/Other")
+    assert "holds quantizations of Org/Tiny, and this is one of Org/Other" in refused(other)
+    edit_report(other, model="tiny", revision=None)
+    assert "and this is one of tiny" in refused(other)
+    publish(other, "--base-model", "ORG/tiny")
+
+
+def test_another_artifact_of_the_same_name(hub, converted, artifact):
+    publish(converted)
+    other = other_artifact(artifact, artifact.stem)
+    message = refused(other)
+    assert "another artifact of this name (profile balanced-4bit)" in message and "--replace" in message
+    publish(other, "--name", "Tiny-113K-v2.0-Q4")
+    assert hub.files(TO)["Tiny-113K-v2.0-Q4.gguf"] == other.read_bytes()
+    publish(other, "--replace")
+    assert hub.files(TO)[converted.name] == other.read_bytes()
+
+
+def test_shards_that_are_no_more_are_deleted(hub, converted, artifact):
+    sizes = convert("split", artifact, "--split-size", "60K")
+    assert sizes.exit_code == 0, sizes.stderr
+    shards = [Path(line) for line in sizes.stdout.split()]
+    publish(shards[0])
+    names = {f"Tiny-113K-v1.0-Q4-{i + 1:05d}-of-{len(shards):05d}.gguf" for i in range(len(shards))}
+    assert {name for name in hub.files(TO) if "/" not in name} == {"README.md", *names}
+    for shard in shards:
+        assert hub.files(TO)[shard.name] == shard.read_bytes()
+    assert f"--hf-file {shards[0].name}" in card_of(hub)
+    result = publish(converted)
+    assert {row["path"] for row in result["files"] if row["change"] == "deleted"} == names
+    assert {name for name in hub.files(TO) if "/" not in name} == {"README.md", converted.name}
+
+
+def test_a_file_too_large_is_refused_with_the_command_that_splits_it(hub, artifact, monkeypatch):
+    monkeypatch.setattr(publication, "LARGEST_FILE_BYTES", 60_000)
+    message = refused(artifact)
+    line = message.splitlines()[-1]
+    program, *arguments = line.partition("split it: ")[2].split()
+    assert program == "convert"
+    done = convert(*arguments[:-1], "60000")  # instead of the Hub's 20GB
+    assert done.exit_code == 0, done.stderr
+    publish(Path(done.stdout.split()[0]))
+
+
+def test_a_commit_in_between_is_built_upon(hub, converted):
+    def meddle(oid: str) -> None:
+        hub.on_stored = lambda oid: None
+        commit(hub.repositories[TO], **{"README.md": b"Words of somebody else.\n", "notes.txt": b"theirs"})
+
+    hub.on_stored = meddle
+    publish(converted)
+    assert hub.files(TO)["notes.txt"] == b"theirs"
+    card = card_of(hub)
+    assert (
+        "Words of somebody else." in card and converted.name in card and front_matter(card)["base_model"] == "Org/Tiny"
+    )
+
+
+def test_a_gitignore_that_leaves_a_file_out_is_noticed(hub, converted):
+    hub.add(TO, private=True, files={".gitignore": b"*.toml\n"})
+    message = refused(converted)
+    assert "balanced-4bit.toml" in message and ".gitignore" in message
+
+
+def test_a_damaged_report_in_the_repository(hub, converted, artifact):
+    other = other_artifact(artifact, "Tiny-113K-v1.0-Q8")
+    path = "recipe/Tiny-113K-v1.0-Q4/report.json"
+    for damaged in (b"{", b"[]", b'{"base_model": null}', b"\xff"):
+        hub.add(TO, private=True, files={path: damaged})
+        message = refused(other)
+        assert "a report in the repository cannot be read" in message and path in message
+        assert "cannot be read" in refused(converted)
+        publish(converted, "--replace")
+
+
+def test_what_the_hub_refuses_in_the_card(hub, converted, artifact):
+    source = json.loads(report_of(artifact).read_text())["source"]
+    edit_report(artifact, model="tiny", revision=None, source={**source, "card": {"license": "none of any"}})
+    message = refused(artifact)
+    assert '"license" must be one of' in message
+    assert len(hub.repositories[TO].commits) == 1
+
+
+def test_the_base_model(hub, converted, artifact):
+    assert "the Hub has no such model" in refused(converted, "--base-model", "org/absent")
+    assert "is no name of a repository" in refused(converted, "--base-model", "absent")
+    edit_report(artifact, model="tiny", revision=None)
+    shown = publish(artifact, "--dry-run")
+    assert "base_model" not in front_matter(shown["card"])
+    assert "--base-model" in shown["notes"][0]
+    shown = publish(artifact, "--dry-run", "--base-model", "oRG/tINY")
+    assert front_matter(shown["card"])["base_model"] == "Org/Tiny"
+    edit_report(artifact, model="org/gone", revision=REVISION)
+    shown = publish(artifact, "--dry-run")
+    assert front_matter(shown["card"])["base_model"] == "org/gone" and "does not show org/gone" in shown["notes"][0]
+
+
+def test_an_artifact_that_is_not_its_reports(hub, artifact, tmp_path):
+    manifest = json.loads(report_of(artifact).read_text())["calibration"]
+    edit_report(artifact, calibration={**manifest, "path": str(tmp_path / "moved")})
+    publish(artifact, "--dry-run")  # found in the work directory
+    importance = default_work_dir(artifact) / "importance.gguf"
+    importance.write_bytes(importance.read_bytes()[:-1])
+    assert "importance matrix of this artifact has been removed or changed" in refused(artifact)
+    with artifact.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    assert "not the one that the report was made of" in refused(artifact)
+    report_of(artifact).unlink()
+    assert "--work-dir" in refused(artifact)
+    assert hub.writes() == []
+
+
+def test_names_follow_the_convention(hub, artifact):
+    work_dir = default_work_dir(artifact)
+    mine = artifact.with_name("mine.gguf")
+    artifact.rename(mine)
+    report = json.loads((work_dir / "report.json").read_text())
+    report["artifact"]["files"] = [described(mine)]
+    (work_dir / "report.json").write_text(json.dumps(report))
+    shown = publish(mine, "--dry-run", "--work-dir", work_dir)
+    assert shown["files"][0]["path"] == "Llama-113K-BALANCED_4BIT.gguf"
+    assert "by the GGUF naming convention" in shown["notes"][-1]
+    assert "does not follow" in refused(mine, "--dry-run", "--work-dir", work_dir, "--name", "mine.gguf")
+    assert "does not follow" in refused(mine, "--dry-run", "--work-dir", work_dir, "--name", "../Tiny-113K.gguf")
+
+
+def test_over_xet_where_the_server_has_it(hub, converted, tmp_path):
+    """hf_xet writes into a directory in the place of the real storage: its own stand-in for tests."""
+    contents = {converted.name: converted, "importance.gguf": default_work_dir(converted) / "importance.gguf"}
+    hub.xet = (f"local://{tmp_path}", {file_sha256(path): path.read_bytes() for path in contents.values()})
+    publish(converted)
+    assert hub.files(TO)[converted.name] == converted.read_bytes()
+    assert not [request for request in hub.requests if "/storage/" in request or "objects/batch" in request]
+    stored = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert stored > converted.stat().st_size / 4
+    hub.requests.clear()
+    publish(converted)
+    assert hub.writes() == []
+
+
+def test_converted_and_pushed_in_one_command(hub, tiny, monkeypatch, tmp_path):
+    """The model comes from the Hub, in letters that are not quite its own, and goes back quantized."""
+    hub.add_directory("Org/Tiny", tiny("llama"), card=SOURCE_CARD)
+    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-m", "converter", "--profile", "uniform-8bit", "--no-quality", "--json"]
+    command += ["--output", str(tmp_path / "out"), "--push-to", TO, "org/tiny"]
+
+    def run() -> subprocess.CompletedProcess:
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+    monkeypatch.setitem(hub.accounts, TOKEN, replace(ALICE, role="read"))
+    done = run()
+    assert done.returncode == 1 and "it may only read" in done.stderr
+    assert not (tmp_path / "out").exists()  # before anything else
+
+    monkeypatch.setitem(hub.accounts, TOKEN, ALICE)
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["published"]["commit"] == hub.repositories[TO].commits[-1][0]
+    (artifact,) = (tmp_path / "out").glob("*.gguf")
+    assert hub.files(TO)[artifact.name] == artifact.read_bytes()
+    card = card_of(hub)
+    assert front_matter(card)["base_model"] == "Org/Tiny"
+    commit_of_source = hub.repositories["Org/Tiny"].commits[-1][0]
+    assert f"convert --profile uniform-8bit --seed 0 org/tiny@{commit_of_source}" in card
+    assert "No importance matrix was used" in card and "not measured" in card
+    hub.requests.clear()
+    done = run()
+    assert done.returncode == 0 and hub.writes() == []
+
+
+def test_options_of_pushing_alone(tiny):
+    done = convert("--public", tiny("llama"))
+    assert done.exit_code == 1 and "--push-to org/name" in done.stderr
+    done = convert("--push-to", TO, "--split-size", "30GB", tiny("llama"))
+    assert done.exit_code == 1 and "at most 20 GB" in done.stderr

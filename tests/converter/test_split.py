@@ -1,0 +1,48 @@
+"""`convert split`: the files are those that `convert --split-size` writes."""
+
+import json
+from pathlib import Path
+
+from click.testing import CliRunner, Result
+
+from converter.cli import main
+from converter.job import default_work_dir
+
+
+def convert(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_split_afterwards_is_split_at_once(tiny, tmp_path):
+    arguments = ["--profile", "uniform-8bit", "--no-quality", "--set", "mlp_down=NVFP4", tiny("llama-256")]
+    whole, at_once = tmp_path / "whole" / "m.gguf", tmp_path / "at-once" / "m.gguf"
+    assert convert("--output", whole, *arguments).exit_code == 0
+    assert convert("--output", at_once, "--split-size", "500K", *arguments).exit_code == 0
+    done = convert("split", whole, "--split-size", "500K")
+    assert done.exit_code == 0, done.stderr
+    shards = [Path(line) for line in done.stdout.split()]
+    expected = sorted(at_once.parent.glob("*.gguf"))
+    assert len(shards) > 2 and [path.name for path in shards] == [path.name for path in expected]
+    assert [path.read_bytes() for path in shards] == [path.read_bytes() for path in expected]
+    assert all(path.stat().st_size <= 500_000 for path in shards)
+    assert convert("verify", shards[0], "--against", tiny("llama-256")).exit_code == 0
+
+    reports = [json.loads((default_work_dir(path) / "report.json").read_text()) for path in (whole, at_once)]
+    for report in reports:
+        report["artifact"]["files"] = [{**f, "path": Path(f["path"]).name} for f in report["artifact"]["files"]]
+    assert reports[0]["artifact"] == reports[1]["artifact"]
+    assert reports[0]["arguments"] == reports[1]["arguments"]
+    # The job is still done, and knows it.
+    again = convert("--output", whole, *arguments)
+    assert again.exit_code == 0 and "already done" in again.stderr
+
+
+def test_what_cannot_be_split(tiny, tmp_path):
+    path = tmp_path / "m.gguf"
+    assert convert("--output", path, "--profile", "uniform-8bit", "--no-quality", tiny("llama")).exit_code == 0
+    fits = convert("split", path, "--split-size", "20GB")
+    assert fits.exit_code == 1 and "nothing is to be done" in fits.stderr
+    first = Path(convert("split", path, "--split-size", "60K").stdout.split()[0])
+    assert "is there already" in convert("split", path, "--split-size", "60K").stderr
+    assert "one of several splits" in convert("split", first, "--split-size", "30K").stderr
+    assert "no size" in convert("split", path, "--split-size", "many").stderr
