@@ -116,7 +116,7 @@ def test_component_mixed_is_a_sixth_of_float32():
     assert 5.5 < 32 / plan.bits_per_weight < 8
 
 
-@pytest.mark.parametrize("preset", SAFETENSORS)
+@pytest.mark.parametrize("preset", sorted(SAFETENSORS))
 def test_presets_for_another_writer_say_so(preset):
     profile = load_profile(preset)
     assert profile.target == "safetensors"
