@@ -245,7 +245,8 @@ def test_what_passes_is_waited_for(hub, converted, fault):
 
 def test_the_pause_that_the_hub_asks_for_is_kept(hub, converted):
     """In seconds, and as a date, which huggingface_hub does not understand."""
-    for pause in ("2", formatdate(time.time() + 3, usegmt=True)):
+    for asked in ("2", None):
+        pause = asked or formatdate(time.time() + 4, usegmt=True)
         hub.faults = [Fault("POST /api/validate-yaml", 429, {"Retry-After": pause})]
         start = time.monotonic()
         publish(converted, "--name", f"Tiny-113K-v{len(pause)}.0.gguf")
@@ -283,12 +284,12 @@ def test_killed_in_the_middle_it_continues(hub, converted, monkeypatch, tmp_path
     command = [sys.executable, "-m", "converter", "publish", str(converted), "--to", TO]
     environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path)}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    hub.on_stored = lambda oid: process.send_signal(signal.SIGKILL)
+    weights = file_sha256(converted)
+    hub.on_stored = lambda oid: process.send_signal(signal.SIGKILL) if oid == weights else None
     _, errors = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, errors
     assert len(hub.repositories[TO].commits) == 1
-    weights = file_sha256(converted)
-    assert hub.stored_bytes == {weights: converted.stat().st_size}
+    assert weights in hub.stored_bytes  # and perhaps a smaller file that was on its way
 
     hub.on_stored = lambda oid: None
     publish(converted)
