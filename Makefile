@@ -1,5 +1,5 @@
 # make demo    set up, convert a real model, run it in llama.cpp, print the report
-# make test    set up, then run the tests
+# make test    set up, then run the tests; some look at pages in Chromium: make browser installs it where apt can
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PROFILE ?= balanced-4bit
 # make batch JOBS=jobs.txt [-j 2]    one conversion a line; goes on past failures and lists them
 
-.PHONY: setup demo test lint bench bench-encoders bench-calibration bench-memory bench-kld convert batch clean
+.PHONY: setup demo test browser lint bench bench-encoders bench-calibration bench-memory bench-kld convert batch clean
 
 setup: $(VENV)/.ready
 
@@ -32,6 +32,14 @@ demo: setup
 
 test: setup $(VENV)-convert/.ready
 	LLAMA_CPP_CONVERTER=$(VENV)-convert/bin/python $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The browser that the tests look at the report's page with.
+browser:
+	@for name in "$$CHROMIUM" chromium chromium-browser google-chrome chrome; do \
+	    [ -n "$$name" ] && command -v "$$name" > /dev/null && exit 0; done; \
+	if ! command -v apt-get > /dev/null; then echo "install Chromium, or set CHROMIUM to its path" >&2; exit 1; \
+	elif [ "$$(id -u)" = 0 ]; then sudo=; else sudo=sudo; fi; \
+	$$sudo apt-get update -q && $$sudo apt-get install -y -q --no-install-recommends chromium fonts-dejavu-core
 
 lint: setup
 	$(BIN)/ruff check .

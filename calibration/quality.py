@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.control import Interrupted, Progress, ShouldStop, never, silent
+from calibration.words import NO_WORD, word_accuracy
 from formats.errors import ConvertError
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ class QualityReport:
 
     KL divergences are of the candidate from the source, in nats: mean, percentiles and maximum over positions.
     top1_agreement: the share of positions at which both find the same token most probable.
+    next_word_accuracy: the share of the text's `words` whose every token is the most probable one after the true text
+    before it, as a greedy reader would complete the sentence; None where there are no words, or none were told apart.
     """
 
     source_perplexity: float
@@ -35,6 +38,9 @@ class QualityReport:
     kld_99_9: float
     max_kld: float
     top1_agreement: float
+    source_next_word_accuracy: float | None
+    next_word_accuracy: float | None
+    words: int
     tokens: int
     corpus: str
     corpus_sha256: str
@@ -84,9 +90,9 @@ class Baseline:
         progress: Progress = silent,
         should_stop: ShouldStop = never,
     ) -> np.ndarray:
-        """For every scored position, in order, float64 [4, n_positions]: the negative log-likelihood of the true next
-        token by the source and by the candidate, the KL divergence of the candidate from the source, and whether the
-        top tokens agree.
+        """For every scored position, in order, float64 [6, n_positions]: the negative log-likelihood of the true next
+        token by the source and by the candidate, the KL divergence of the candidate from the source, whether the top
+        tokens agree, and whether the true next token is the source's and the candidate's top one.
 
         name: of these weights among all that are measured in the work directory.
         Raises Interrupted when should_stop says so.
@@ -135,18 +141,21 @@ def compare(
     corpus: "Corpus",
     *,
     work_dir: Path,
+    words: np.ndarray | None = None,
     progress: Progress = silent,
     should_stop: ShouldStop = never,
     **options: Any,
 ) -> QualityReport:
     """Measure the candidate's weights against the source's in the same model; options: as of Baseline.
 
+    words: the word that each token of the corpus is part of, see words.word_numbers; None to tell none apart.
+
     A second call continues in the work directory, and what is there is deleted at the end. Raises as Baseline does.
     """
     baseline = Baseline(source, config_dir, corpus, work_dir=work_dir, **options)
     scores = baseline.scores(candidate, progress=progress, should_stop=should_stop)
     baseline.discard()
-    return _report(scores, corpus)
+    return _report(scores, corpus, np.full(corpus.tokens.shape, NO_WORD) if words is None else words)
 
 
 def _scores(streams: list["LayerStream"], tokens: np.ndarray) -> Iterator[np.ndarray]:
@@ -176,15 +185,20 @@ def _score(source: "torch.Tensor", candidate: "torch.Tensor", following: "torch.
     """source, candidate: logits [n_positions, vocabulary]; following: the true next tokens [n_positions]."""
     import torch
 
-    agree = (source.argmax(-1) == candidate.argmax(-1)).float()
+    tops = [logits.argmax(-1) for logits in (source, candidate)]
+    agree = (tops[0] == tops[1]).float()
+    hits = [(top == following).float() for top in tops]
     log_p, log_q = source.float().log_softmax(-1), candidate.float().log_softmax(-1)
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
     likelihoods = [-log.gather(-1, following[:, None])[:, 0] for log in (log_p, log_q)]
-    return torch.stack([*likelihoods, divergence, agree]).cpu().numpy().astype(np.float64)
+    return torch.stack([*likelihoods, divergence, agree, *hits]).cpu().numpy().astype(np.float64)
 
 
-def _report(scores: np.ndarray, corpus: "Corpus") -> QualityReport:
-    source, candidate, divergence, agree = scores
+def _report(scores: np.ndarray, corpus: "Corpus", words: np.ndarray) -> QualityReport:
+    source, candidate, divergence, agree, *hits = scores
+    first = corpus.tokens.shape[1] // 2 + 1
+    scored = np.where(np.isin(words[:, first:], words[:, :first]), NO_WORD, words[:, first:])
+    (n_words, source_words), (_, candidate_words) = (word_accuracy(scored, hit.reshape(scored.shape)) for hit in hits)
     return QualityReport(
         source_perplexity=float(np.exp(source.mean())),
         perplexity=float(np.exp(candidate.mean())),
@@ -193,6 +207,9 @@ def _report(scores: np.ndarray, corpus: "Corpus") -> QualityReport:
         kld_99_9=float(np.quantile(divergence, 0.999)),
         max_kld=float(divergence.max()),
         top1_agreement=float(agree.mean()),
+        source_next_word_accuracy=source_words,
+        next_word_accuracy=candidate_words,
+        words=n_words,
         tokens=scores.shape[1],
         corpus=corpus.name,
         corpus_sha256=corpus.sha256,

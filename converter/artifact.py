@@ -67,9 +67,16 @@ def artifact_metadata(
         for key, n in (("entries_count", len(importance.sums)), ("chunks_count", importance.samples or 0)):
             metadata[f"quantize.imatrix.{key}"] = GGUFValue(n, GGUFValueType.INT32)
     for key, value in recipe(job, checkpoint, plan, importance).items():
-        kind = GGUFValueType.STRING if isinstance(value, str) else GGUFValueType.UINT32
-        metadata[f"bitwright.{key}"] = GGUFValue(value, kind)
+        metadata[f"bitwright.{key}"] = GGUFValue(value, _kind(value))
     return metadata
+
+
+def _kind(value: str | int | float) -> GGUFValueType:
+    if isinstance(value, str):
+        return GGUFValueType.STRING
+    if isinstance(value, float):
+        return GGUFValueType.FLOAT64
+    return GGUFValueType.UINT32 if value < 1 << 32 else GGUFValueType.UINT64
 
 
 def artifact_layout(file: str, metadata: dict[str, GGUFValue], plan: Plan, shard_bytes: int | None) -> list[GgufLayout]:

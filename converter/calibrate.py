@@ -47,11 +47,12 @@ def uses_chat(job: Job, model_map: ModelMap) -> bool:
     return has_template if job.chat is None else job.chat
 
 
-def planned_importance(job: Job, checkpoint: Checkpoint, model_map: ModelMap, plan: Plan) -> ImportanceMatrix:
+def planned_importance(job: Job, checkpoint: Checkpoint, model_map: ModelMap) -> ImportanceMatrix:
     """What `calibrate` will give, without running the model: the file that is named, or the identity of what will be
     computed, with statistics of zero."""
     if job.imatrix is not None:
-        return given_importance(job.imatrix, plan)
+        shapes = {tensor.name: (tensor.n_matrices, tensor.n_columns) for tensor in model_map.tensors}
+        return load_imatrix(job.imatrix).shaped_as(shapes)
     names = {name for name, _ in observed_names(model_map).values()}
     observed = [tensor for tensor in model_map.tensors if tensor.name in names]
     corpus, _ = resolve_corpus(job.calibration)
@@ -66,14 +67,6 @@ def planned_importance(job: Job, checkpoint: Checkpoint, model_map: ModelMap, pl
         samples=job.samples,
         sequence_length=job.sequence_length,
     )
-
-
-def given_importance(path: Path, plan: Plan) -> ImportanceMatrix:
-    """A file's importance matrix, for this plan's model; raises ConvertError as check_importance does."""
-    shapes = {p.tensor.name: (p.tensor.n_matrices, p.tensor.n_columns) for p in plan.tensors}
-    importance = load_imatrix(path).shaped_as(shapes)
-    check_importance(importance, plan, str(path))
-    return importance
 
 
 def check_importance(importance: ImportanceMatrix, plan: Plan, where: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from converter import DEFAULT_PROFILE
+from converter import BUDGET_PROFILE, DEFAULT_PROFILE, default_profile
 from formats.errors import ConvertError
 
 PATH = click.Path(path_type=Path)
@@ -65,12 +65,18 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that describe a job: the same for `convert MODEL` and `convert plan MODEL`."""
     options = [
         click.argument("model"),
-        click.option("--profile", default=DEFAULT_PROFILE, show_default=True, help="A preset, or a TOML file."),
+        click.option(
+            "--profile", help=f"A preset, or a TOML file. [default: {DEFAULT_PROFILE}; with a target {BUDGET_PROFILE}]"
+        ),
+        click.option("--target-size", metavar="SIZE", help="Choose formats for the best file of 1.2GiB, for instance."),
+        click.option("--target-bpw", type=float, metavar="BITS", help="The same by bits per weight."),
+        click.option("--target-kld", type=float, metavar="NATS", help="The smallest file below this predicted KLD."),
         click.option("--output", type=PATH, help="The artifact's file or directory. [default: by GGUF naming]"),
         click.option("--set", "overrides", multiple=True, metavar="PATTERN=FORMAT", help="Override a role or tensor."),
         click.option(
             "--imatrix", type=PATH, help="Use this importance matrix (GGUF or .dat) instead of computing one."
         ),
+        click.option("--sensitivity", type=PATH, help="Use this sensitivity table instead of measuring one."),
         click.option("--calibration", metavar="NAME|FILE", help="Text: a file, wikitext-2, or a Hub dataset."),
         click.option(
             "--chat/--no-chat", default=None, help="Calibrate on conversations. [default: with a chat template]"
@@ -92,6 +98,8 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--quality/--no-quality", default=True, help="Measure perplexity and KL divergence. [default: on]"
         ),
+        click.option("--lm-eval", metavar="TASKS", help="Run tasks of the lm-evaluation-harness, by comma, too."),
+        click.option("--lm-eval-limit", type=click.IntRange(1), help="Examples of each task. [default: all]"),
         click.option("--json", "as_json", is_flag=True, help="Print data for machines on stdout."),
     ]
     for option in reversed(options):
@@ -99,16 +107,24 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def build_job(profile: str, overrides: tuple[str, ...], split_size: str | None, **options: Any):
+def build_job(
+    profile: str | None,
+    overrides: tuple[str, ...],
+    split_size: str | None,
+    target_size: str | None,
+    lm_eval: str | None,
+    **options: Any,
+):
     from converter.job import Job
     from profiles.budget import parse_size
     from profiles.rules import parse_override
     from profiles.schema import load_profile
 
     return Job(
-        profile=load_profile(profile),
+        profile=load_profile(profile or default_profile({**options, "target_size": target_size})),
         overrides=tuple(parse_override(text) for text in overrides),
         shard_bytes=parse_size(split_size, "--split-size") if split_size else None,
+        target_size=parse_size(target_size, "--target-size") if target_size else None,
         command=this_command(),
         **options,
     )
@@ -141,10 +157,12 @@ def card_options(command: Callable[..., None]) -> Callable[..., None]:
 @card_options
 @click.option("--dry-run", is_flag=True, help="Print the plan with its exact size; write nothing.")
 @click.option("--fresh", is_flag=True, help="Forget what an earlier run has done, and replace its output.")
+@click.option("--strict", is_flag=True, help="End with exit code 3 when the model is severely damaged.")
 @fails_clearly
 def convert_model(
     dry_run: bool,
     fresh: bool,
+    strict: bool,
     as_json: bool,
     push_to: str | None,
     public: bool,
@@ -165,9 +183,12 @@ def convert_model(
     if dry_run:
         print_plan(job, as_json, None)
         return
+    if strict and not options["quality"]:
+        raise ConvertError("--strict judges what --no-quality leaves out", "--strict", "leave out one of the two")
     from converter.pipeline import run
     from converter.progress import Progress, Stop
     from converter.report import report_text
+    from converter.verdict import EXIT_CODE, is_severe
 
     progress = Progress()
     try:
@@ -175,12 +196,15 @@ def convert_model(
             prepared, report = run(job, progress, should_stop, fresh)
         if not as_json:
             click.echo(report_text(report, prepared.plan))
-        if target is not None:
+        damaged = strict and is_severe(report["verdict"])
+        if target is not None and not damaged:
             report = {**report, "published": push(report, prepared.job.work_dir, target, progress, as_json)}
     finally:
         progress.close()
     if as_json:
         click.echo(json.dumps(report))
+    if damaged:
+        sys.exit(EXIT_CODE)
 
 
 def push(report: dict, work_dir: Path | None, target, progress, as_json: bool) -> dict:
@@ -251,7 +275,7 @@ def print_plan(job, as_json: bool, explain: str | None) -> None:
     from fnmatch import fnmatchcase
 
     from converter.pipeline import prepare
-    from converter.report import plan_text, table
+    from converter.report import explanation, plan_text
     from formats.errors import nearest
 
     prepared = prepare(job)
@@ -268,18 +292,7 @@ def print_plan(job, as_json: bool, explain: str | None) -> None:
         click.echo(json.dumps(data))
         return
     if explain is not None:
-        cells = [
-            [
-                r["tensor"],
-                "x".join(map(str, r["shape"])),
-                r["format"],
-                str(r["bytes"]),
-                f"{r['bits_per_weight']:.2f}",
-                r["reason"],
-            ]
-            for r in data["tensors"]
-        ]
-        click.echo(table(["tensor", "shape", "format", "bytes", "bits", "reason"], cells))
+        click.echo(explanation(data["tensors"]))
         return
     click.echo(plan_text(prepared.plan, data["bytes"]))
     click.echo(f"would write {prepared.job.output}")
@@ -405,10 +418,17 @@ def verify(artifact: Path, model: str, as_json: bool) -> None:
 
 @main.command()
 @click.argument("file", type=PATH)
+@click.option("--plot", type=PATH, metavar="FILE", help="Draw it by layer and role instead, as .svg or .html.")
 @click.option("--json", "as_json", is_flag=True, help="Print data for machines on stdout.")
 @fails_clearly
-def inspect(file: Path, as_json: bool) -> None:
+def inspect(file: Path, plot: Path | None, as_json: bool) -> None:
     """Show what is in FILE: an artifact with its recipe, or an importance matrix."""
+    if plot is not None:
+        from converter.plot import plot_file
+
+        plot_file(file, plot)
+        click.echo(plot)
+        return
     from converter.inspect import inspect_file, inspect_text
 
     data = inspect_file(file)

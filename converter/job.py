@@ -21,6 +21,9 @@ from profiles.protection import Mode, Protection
 from profiles.rules import LayerQuantizationConfig
 from profiles.schema import QuantizationProfile
 
+UNDECIDED = "undecided"
+"""In a job's fingerprint: what is not known before some of its work is done."""
+
 DEFAULT_SAMPLES = 512
 SAMPLES_RANGE = (128, 1024)
 DEFAULT_SEQUENCE_LENGTH = 512
@@ -34,8 +37,11 @@ class Job:
     work_dir: None for the default beside the output.
     samples, sequence_length: of the calibration, in sequences and tokens. shard_bytes: split the artifact in files of
     at most that many bytes. threads: 0 for every core; changes no byte. seed: of what is drawn.
+    sensitivity: a table of what every format costs every tensor; None for measuring it where the profile needs it.
+    target_size, target_bpw, target_kld: what the profile's budget is to meet, see profiles.budget.Budget.
     chat: calibrate on conversations by the tokenizer's chat template; None stands for True where it has one.
     protect_super_weights: another way than the profile's.
+    lm_eval, lm_eval_limit: tasks of the lm-evaluation-harness to run on the artifact, and examples of each.
     command: what continues the job when it is run again.
     """
 
@@ -45,6 +51,10 @@ class Job:
     output: Path | None = None
     work_dir: Path | None = None
     imatrix: Path | None = None
+    sensitivity: Path | None = None
+    target_size: int | None = None
+    target_bpw: float | None = None
+    target_kld: float | None = None
     calibration: str | None = None
     chat: bool | None = None
     samples: int = DEFAULT_SAMPLES
@@ -54,10 +64,19 @@ class Job:
     shard_bytes: int | None = None
     protect_super_weights: Mode | None = None
     quality: bool = True
+    lm_eval: tuple[str, ...] = ()
+    lm_eval_limit: int | None = None
     threads: int = 0
     device: str = "auto"
     seed: int = 0
     command: str = "the same call"
+
+    def aimed(self) -> "Job":
+        """This job with its targets in its profile."""
+        targets = {"--target-size": self.target_size, "--target-bpw": self.target_bpw, "--target-kld": self.target_kld}
+        where = ", ".join(option for option, target in targets.items() if target is not None)
+        profile = self.profile.aiming_at(self.target_size, self.target_bpw, self.target_kld, where)
+        return replace(self, profile=profile)
 
     def with_output(self, file_name: str) -> "Job":
         """This job with its paths decided: the artifact in the current directory unless said otherwise."""
@@ -155,17 +174,19 @@ class WorkDirectory:
             os.close(descriptor)
 
     def claim(self, fingerprint: dict[str, Any]) -> None:
-        """Take the directory for the job of this fingerprint; refuse it when it holds another job's work."""
+        """Take the directory for the job of this fingerprint; refuse it when it holds another job's work. A field that
+        is UNDECIDED contradicts nothing, and is decided by a later claim."""
         stored = self.path / "job.json"
         if not stored.exists():
-            with whole_file(stored, "job's description") as file:
-                file.write(json.dumps(fingerprint, indent=1).encode())
+            _describe_job(stored, fingerprint)
             return
         try:
             previous = json.loads(stored.read_bytes())
         except ValueError:
             raise ConvertError("the job's description is damaged", str(stored), "start again with --fresh") from None
-        differing = [key for key in {**previous, **fingerprint} if previous.get(key) != fingerprint.get(key)]
+        undecided = {key for of in (previous, fingerprint) for key, value in of.items() if value == UNDECIDED}
+        keys = [key for key in {**previous, **fingerprint} if key not in undecided]
+        differing = [key for key in keys if previous.get(key) != fingerprint.get(key)]
         if differing:
             key = differing[0]
             raise ConvertError(
@@ -174,6 +195,8 @@ class WorkDirectory:
                 str(stored),
                 "name another directory with --work-dir, or start over in this one with --fresh",
             )
+        if UNDECIDED in previous.values() and UNDECIDED not in fingerprint.values():
+            _describe_job(stored, fingerprint)
 
     def clear(self) -> None:
         """Remove what earlier runs left, all but the lock that this process holds."""
@@ -182,6 +205,11 @@ class WorkDirectory:
                 shutil.rmtree(path)
             elif path.name != "lock":
                 path.unlink()
+
+
+def _describe_job(path: Path, fingerprint: dict[str, Any]) -> None:
+    with whole_file(path, "job's description") as file:
+        file.write(json.dumps(fingerprint, indent=1).encode())
 
 
 def _short(value: object) -> str:

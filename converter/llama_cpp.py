@@ -12,6 +12,7 @@ Whatever llama.cpp cannot recover from ends its process, so a conversion runs it
 import ctypes
 import os
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,7 +92,14 @@ class LlamaCpp:
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self.n_vocab: int = self._lib.llama_vocab_n_tokens(self._vocab)
         self.n_ctx = n_ctx
+        self._owner = True
         self._context = None if vocab_only else self._new_context(n_threads or os.cpu_count() or 1)
+
+    def sibling(self, n_threads: int = 1) -> "LlamaCpp":
+        """The same model with another context, for another thread; to be closed before this one."""
+        other = copy(self)
+        other._context, other._owner = self._new_context(n_threads), False
+        return other
 
     def __enter__(self) -> "LlamaCpp":
         return self
@@ -102,7 +110,7 @@ class LlamaCpp:
     def close(self) -> None:
         if self._context:
             self._lib.llama_free(self._context)
-        if self._model:
+        if self._model and self._owner:
             self._lib.llama_model_free(self._model)
         self._context = self._model = None
 
@@ -126,10 +134,11 @@ class LlamaCpp:
             raise ValueError(f"llama_detokenize returned {n}")
         return buffer.raw[:n].decode(errors="replace")
 
-    def logits(self, tokens: Sequence[int]) -> np.ndarray:
-        """float32 [len(tokens), n_vocab]: the logits after each of the tokens, which start an empty context."""
+    def logits(self, tokens: Sequence[int], n_last: int | None = None) -> np.ndarray:
+        """float32 [n, n_vocab]: the logits after each of the tokens, which start an empty context, or after the last
+        n_last of them."""
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
-        return self._decode(tokens, start=0, all_positions=True)
+        return self._decode(tokens, start=0, n_outputs=len(tokens) if n_last is None else n_last)
 
     def generate(
         self, tokens: Sequence[int], n_tokens: int, seen: Callable[[np.ndarray], bool] | None = None
@@ -142,7 +151,7 @@ class LlamaCpp:
         generated: list[int] = []
         pending, position = list(tokens), 0
         while len(generated) < n_tokens:
-            logits = self._decode(pending, position, all_positions=False)[-1]
+            logits = self._decode(pending, position, n_outputs=1)[-1]
             token = int(logits.argmax())
             if (seen is not None and not seen(logits)) or token in self.end_tokens:
                 break
@@ -156,7 +165,7 @@ class LlamaCpp:
         """The tokens that end a generation."""
         return frozenset(i for i in range(self.n_vocab) if self._lib.llama_vocab_is_eog(self._vocab, i))
 
-    def _decode(self, tokens: Sequence[int], start: int, all_positions: bool) -> np.ndarray:
+    def _decode(self, tokens: Sequence[int], start: int, n_outputs: int) -> np.ndarray:
         if start + len(tokens) > self.n_ctx:
             raise ValueError(f"{start + len(tokens)} tokens do not fit into the context of {self.n_ctx}")
         n = len(tokens)
@@ -165,12 +174,11 @@ class LlamaCpp:
         for i, token in enumerate(tokens):
             batch.token[i], batch.pos[i] = token, start + i
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-            batch.logits[i] = all_positions or i == n - 1
+            batch.logits[i] = i >= n - n_outputs
         status = self._lib.llama_decode(self._context, batch)
         self._lib.llama_batch_free(batch)
         if status != 0:
             raise ValueError(f"llama_decode returned {status}: {_take_errors()}")
-        n_outputs = n if all_positions else 1
         raw = self._lib.llama_get_logits(self._context)
         return np.ctypeslib.as_array(raw, (n_outputs, self.n_vocab)).copy()
 

@@ -13,7 +13,7 @@ import yaml
 from calibration.corpus import EMBEDDED
 from converter.progress import size_text
 from converter.recipe import command_text, with_importance
-from converter.report import NOTICEABLE_KLD, SEVERE_KLD, loss_degree
+from converter.report import NOTICEABLE_KLD, SEVERE_KLD
 from formats.errors import ConvertError
 
 BEGIN = "<!-- bitwright:begin (from here on `convert publish` writes, anew each time; write your own text outside) -->"
@@ -118,19 +118,21 @@ def section(repository: str, base_model: str | None, reports: Sequence[Report], 
     """
     reports = sorted(reports, key=lambda report: (report["artifact"]["bytes"], report["artifact"]["files"][0]["path"]))
     parts = [f"# {_text((base_model or str(reports[0]['model'])).rpartition('/')[2])} GGUF"]
-    parts += [_warning(report) for report in reports if loss_degree(report["quality"])]
+    parts += [warning for report in reports if (warning := _warning(report))]
     parts += [_origin(base_model, reports), _overview(reports), _running(repository, reports[0], chat_template)]
     parts += [_artifact(repository, report) for report in reports]
     parts.append(_limits(reports))
     return "\n\n".join(parts)
 
 
-def _warning(report: Report) -> str:
+def _warning(report: Report) -> str | None:
+    """What has to be said before anything else, of a file that has lost much."""
     quality, name = report["quality"], _text(report["artifact"]["files"][0]["path"])
-    degree = loss_degree(quality)
+    if not quality or quality["mean_kld"] < NOTICEABLE_KLD:
+        return None
     meaning = (
         f"from {SEVERE_KLD:g} on we call a model broken: expect text that makes no sense"
-        if degree == "broken"
+        if quality["mean_kld"] >= SEVERE_KLD
         else f"from {NOTICEABLE_KLD:g} on a reader notices: expect worse answers than the source's"
     )
     return (
@@ -254,7 +256,8 @@ def _reproduction(repository: str, report: Report) -> str:
     arguments, directory = list(map(str, report["arguments"])), report["recipe_directory"]
     from_here = arguments
     if report["calibration"]:
-        from_here = with_importance(arguments, directory, report["calibration"]["file"])
+        looked = report.get("super_weight_coverage") is not None
+        from_here = with_importance(arguments, directory, report["calibration"]["file"], looked)
     text = f"The same bytes again:\n\n```sh\n{command_text(arguments)}\n```"
     if from_here != arguments:
         text += (

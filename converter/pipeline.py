@@ -1,6 +1,9 @@
 """The whole conversion: the stages in the order they run, each of which leaves its result in the work directory.
 
-source -> describe -> plan -> preflight -> calibrate -> protect -> encode -> write -> verify -> quality -> report
+source -> describe -> plan -> preflight -> calibrate -> protect -> encode -> write
+       -> verify -> quality -> guard -> report
+
+Where the profile decides by measured sensitivity, the order is calibrate -> analyse -> plan.
 """
 
 import hashlib
@@ -15,50 +18,66 @@ from typing import Any
 from calibration.control import ShouldStop, never
 from calibration.corpus import resolve_corpus
 from calibration.importance import ImportanceMatrix
+from converter.analyse import analyse, analysis_is_needed, found_evidence
 from converter.artifact import artifact_layout, artifact_metadata, file_name
+from converter.breakdown import layer_rows, uniform_sizes
 from converter.calibrate import calibrate, check_importance, planned_importance
 from converter.checkpoint import Checkpoint
 from converter.encode import Encoder
-from converter.job import Job, WorkDirectory, file_sha256, stops_cleanly, tool_identity
+from converter.job import UNDECIDED, Job, WorkDirectory, file_sha256, stops_cleanly, tool_identity
 from converter.metadata import source_card
 from converter.model_map import describe
+from converter.page import report_page
 from converter.preflight import check_output_is_free, check_samples, preflight, ternary_warning
 from converter.progress import Progress
-from converter.protect import protect, protected_before, refuse_protection
-from converter.recipe import IMPORTANCE_FILE, calibration_manifest, recipe, reproducing_arguments
-from converter.report import fallback_lines, group_rows, quality_warning, source_bytes
+from converter.protect import protect, protected_before, protection_notes, refuse_protection
+from converter.recipe import (
+    IMPORTANCE_FILE,
+    PROTECTION_RESERVE,
+    calibration_manifest,
+    recipe,
+    reproducing_arguments,
+)
+from converter.report import fallback_lines, group_rows, source_bytes
 from converter.source import open_checkpoint
 from converter.super_weights import super_weight_coverage
+from converter.verdict import better_recipe, overall, warning
 from converter.verify import verify
 from converter.write import ArtifactWriter
 from formats.errors import ConvertError
 from formats.gguf_file import GgufLayout
 from formats.whole_file import whole_file
 from profiles.assign import assign
+from profiles.evidence import Evidence
 from profiles.plan import Plan
+from profiles.target import require_writer
 from profiles.vocabulary import ModelMap
+
+JOURNAL = "encoded.jsonl"
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """Everything that is known before anything runs.
-
-    importance: the identity of what the encoders will use, None when no format asks for it. notes: what was decided in
-    the user's place and should be said.
-    """
+class Surveyed:
+    """What headers say: the job with its paths and its goal decided, and the model. notes: what was decided in the
+    user's place and should be said."""
 
     job: Job
     checkpoint: Checkpoint
     model_map: ModelMap
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Prepared(Surveyed):
+    """Everything that is known before the artifact is begun. importance: the identity of what the encoders will use,
+    None when no format asks for it."""
+
     plan: Plan
     importance: ImportanceMatrix | None
-    notes: tuple[str, ...]
 
     def layouts(self, importance: ImportanceMatrix | None) -> list[GgufLayout]:
         """The artifact's files; equally long for the planned identity of the importance and for the final one."""
-        assert self.job.output is not None
-        metadata = artifact_metadata(self.job, self.checkpoint, self.model_map, self.plan, importance)
-        return artifact_layout(self.job.output.name, metadata, self.plan, self.job.shard_bytes)
+        return _layouts(self, self.plan, importance)
 
     @property
     def file_bytes(self) -> int:
@@ -74,57 +93,112 @@ class Prepared:
             "output": str(self.job.output),
             "bytes": self.file_bytes,
             "bits_per_weight": self.plan.bits_per_weight,
+            "predicted_kld": self.plan.predicted_kld,
+            "budget": asdict(self.plan.spent) if self.plan.spent else None,
             "groups": group_rows(self.plan),
             "tensors": self.plan.rows(),
         }
 
 
-def prepare(job: Job) -> Prepared:
-    """source, describe and plan: reads headers, configuration and tokenizer, and no weight."""
+def _layouts(surveyed: Surveyed, plan: Plan, importance: ImportanceMatrix | None) -> list[GgufLayout]:
+    job = surveyed.job
+    assert job.output is not None
+    metadata = artifact_metadata(job, surveyed.checkpoint, surveyed.model_map, plan, importance)
+    return artifact_layout(job.output.name, metadata, plan, job.shard_bytes)
+
+
+def survey(job: Job) -> Surveyed:
+    """source and describe: reads headers, configuration and tokenizer, and no weight."""
     check_samples(job.samples, job.sequence_length)
+    job = job.aimed()
+    require_writer(job.profile.target, job.profile.name)
     checkpoint = open_checkpoint(job.model, metadata_only=True)
     model_map = describe(checkpoint, job.pre_tokenizer)
-    plan = assign(job.profile, model_map, job.overrides, job.effort)
     metadata = {key: entry.value for key, entry in model_map.metadata.items()}
-    job = job.with_output(file_name(metadata, checkpoint.model_id.rpartition("/")[2], job.profile.name))
-    notes = fallback_lines(plan)
+    job = job.with_output(file_name(metadata, checkpoint.model_id.rpartition("/")[2], job.profile.label))
+    surveyed = Surveyed(job, checkpoint, model_map, ())
+    return _with_corpus(surveyed) if job.profile.needs_sensitivity else surveyed
+
+
+def _with_corpus(surveyed: Surveyed, also_for_super_weights: bool = False) -> Surveyed:
+    """The same with the text of its calibration: decided once, as the network may come and go while the job runs.
+
+    also_for_super_weights: which are looked for on that text even where the importance is given."""
+    job = surveyed.job
+    if (job.imatrix is not None and not also_for_super_weights) or job.calibration is not None:
+        return surveyed
+    corpus, reason = resolve_corpus(None)
+    note = f"calibration on {corpus}: {reason}"
+    return replace(surveyed, job=replace(job, calibration=corpus), notes=(*surveyed.notes, note))
+
+
+def decide(surveyed: Surveyed, evidence: Evidence | None) -> Prepared:
+    """plan: by the profile, and by the evidence where the profile decides by any. A function of these alone: with
+    corrected evidence it makes a corrected plan."""
+    job, checkpoint, model_map = surveyed.job, surveyed.checkpoint, surveyed.model_map
     importance = None
-    looks = job.protection.looks(plan)
+    if job.profile.needs_sensitivity or job.imatrix is not None:
+        importance = planned_importance(job, checkpoint, model_map)
+    reserve = 0 if job.protection.super_weights == "off" else PROTECTION_RESERVE
+    plan = assign(
+        job.profile,
+        model_map,
+        job.overrides,
+        job.effort,
+        evidence,
+        importance.sums.keys() if importance is not None else (),
+        lambda plan: sum(layout.n_bytes for layout in _layouts(surveyed, plan, importance)) + reserve,
+    )
     refuse_protection(job.protection, plan)
-    if ((plan.uses_importance and job.imatrix is None) or looks) and job.calibration is None:
-        # Decided once: the network may come and go while the job runs.
-        corpus, reason = resolve_corpus(None)
-        job = replace(job, calibration=corpus)
-        notes.append(f"calibration on {corpus}: {reason}")
-    if plan.uses_importance or job.imatrix is not None:
-        importance = planned_importance(job, checkpoint, model_map, plan)
-    if looks and job.protection.super_weights != "auto":
-        notes.append(
-            f"super weights are looked for when the job runs, and {job.protection.super_weights} protects them"
-        )
-    elif looks:
-        notes.append("super weights are looked for when the job runs; what protects them best may add to the size")
-    prepared = Prepared(job, checkpoint, model_map, plan, importance, tuple(notes))
-    if job.shard_bytes is not None and len(prepared.layouts(importance)) == 1:
+    if importance is None and plan.uses_importance:
+        surveyed = _with_corpus(surveyed)
+        importance = planned_importance(surveyed.job, checkpoint, model_map)
+    elif job.protection.looks(plan):
+        surveyed = _with_corpus(surveyed, also_for_super_weights=True)
+    if job.imatrix is not None and importance is not None:
+        check_importance(importance, plan, str(job.imatrix))
+    notes = (*surveyed.notes, *fallback_lines(plan), *protection_notes(job.protection, plan))
+    prepared = Prepared(surveyed.job, checkpoint, model_map, notes, plan, importance)
+    if job.shard_bytes is not None and not job.protection.looks(plan) and len(prepared.layouts(importance)) == 1:
         # A limit that nothing reaches makes no other job.
-        prepared = replace(prepared, job=replace(job, shard_bytes=None))
+        prepared = replace(prepared, job=replace(prepared.job, shard_bytes=None))
     return prepared
 
 
-def fingerprint(prepared: Prepared) -> dict[str, Any]:
-    """What decides the artifact's bytes: finished work is reused only where all of it is the same."""
-    job, checkpoint = prepared.job, prepared.checkpoint
+def prepare(job: Job) -> Prepared:
+    """The plan of a job before anything runs: a dry run.
+
+    Raises ConvertError for a profile that decides by measured sensitivity when that has not been measured yet.
+    """
+    surveyed = survey(job)
+    evidence = found_evidence(surveyed.job, surveyed.checkpoint, surveyed.model_map)
+    if evidence is None and surveyed.job.profile.needs_sensitivity:
+        raise analysis_is_needed(surveyed.job)
+    return decide(surveyed, evidence)
+
+
+def fingerprint(known: Surveyed) -> dict[str, Any]:
+    """What decides the artifact's bytes: finished work is reused only where all of it is the same. known: what was
+    prepared; or only surveyed, where the plan rests on an analysis that is still to be made."""
+    job, checkpoint = known.job, known.checkpoint
+    if isinstance(known, Prepared):
+        plan, importance = known.plan.digest(), known.importance
+    else:
+        plan, importance = UNDECIDED, planned_importance(job, checkpoint, known.model_map)
+    profile = "".join((*job.profile.inherited, job.profile.text))
     return {
         "tool": tool_identity(),
         "model": checkpoint.model_id,
         "revision": checkpoint.revision,
         "files": [list(entry) for entry in checkpoint.files()],
-        "profile": hashlib.sha256(job.profile.text.encode()).hexdigest(),
+        "profile": hashlib.sha256(profile.encode()).hexdigest(),
         "overrides": [rule.text for rule in job.overrides],
         "protection": job.protection.super_weights,
-        "plan": prepared.plan.digest(),
+        "target": [job.target_size, job.target_bpw, job.target_kld],
+        "plan": plan,
         "imatrix": file_sha256(job.imatrix) if job.imatrix else None,
-        "calibration": prepared.importance.corpus if prepared.importance else None,
+        "sensitivity": file_sha256(job.sensitivity) if job.sensitivity else None,
+        "calibration": importance.corpus if importance else None,
         "calibration_file": file_sha256(Path(job.calibration))
         if job.calibration and Path(job.calibration).is_file()
         else None,
@@ -148,33 +222,70 @@ def run(
     """
     clock = _Clock()
     with clock("plan"):
-        prepared = prepare(job)
-        job = prepared.job
-        assert job.output is not None and job.work_dir is not None
-        layouts = prepared.layouts(prepared.importance)
-        preflight(job, prepared.checkpoint, prepared.model_map, layouts)
-    for note in prepared.notes:
+        known = _known(survey(job), fresh)
+        job = known.job
+        assert job.work_dir is not None
+        layouts = known.layouts(known.importance) if isinstance(known, Prepared) else []
+        preflight(job, known.checkpoint, known.model_map, layouts)
+        if job.lm_eval:
+            from converter.tasks import check_tasks
+
+            check_tasks(job.lm_eval)
+    for note in known.notes:
         progress.say(note)
     work = WorkDirectory(job.work_dir)
     with work.locked():
-        checkpoint = prepared.checkpoint.with_weights()
-        prepared = replace(prepared, checkpoint=checkpoint)
+        known = replace(known, checkpoint=known.checkpoint.with_weights())
+        if job.sensitivity is not None:  # the weights tell models apart that look alike by their headers
+            found_evidence(job, known.checkpoint, known.model_map)
         if fresh:
             work.clear()
         if not (work.path / "job.json").exists() and not fresh:
             check_output_is_free(job, layouts)
-        work.claim(fingerprint(prepared))
-        if (report := _finished_report(work.path, job.quality)) is not None:
+        work.claim(fingerprint(known))
+        if isinstance(known, Prepared) and (report := _finished_report(work.path, job)) is not None:
             progress.say("already done: the artifact is there and its hashes are right")
-            done = protected_before(prepared.job, prepared.model_map, prepared.plan, prepared.importance)
-            return replace(prepared, plan=done.plan, model_map=done.model_map), report
-        if warning := ternary_warning(checkpoint, prepared.plan):
-            progress.say(f"warning: {warning}")
+            done = protected_before(known.job, known.model_map, known.plan, known.importance)
+            return replace(known, plan=done.plan, model_map=done.model_map), report
         with stops_cleanly(work.path, job.command):
+            prepared = known if isinstance(known, Prepared) else _analyse(known, work, progress, should_stop, clock)
+            if text := ternary_warning(prepared.checkpoint, prepared.plan):
+                progress.say(f"warning: {text}")
             prepared, report = _run_stages(prepared, work.path, progress, should_stop, clock)
-    if warning := quality_warning(report["quality"]):
-        progress.say(f"warning: {warning}")
+    if text := warning(report):
+        progress.say(f"warning: {text}")
     return prepared, report
+
+
+def _known(surveyed: Surveyed, fresh: bool) -> Surveyed:
+    """What is known before anything runs: a Prepared, unless its plan rests on an analysis that is still to be made."""
+    evidence = found_evidence(surveyed.job, surveyed.checkpoint, surveyed.model_map, in_work_dir=not fresh)
+    if evidence is None and surveyed.job.profile.needs_sensitivity:
+        return surveyed
+    return decide(surveyed, evidence)
+
+
+def _analyse(
+    surveyed: Surveyed, work: WorkDirectory, progress: Progress, should_stop: ShouldStop, clock: "_Clock"
+) -> Prepared:
+    """The plan, after what it rests on has been measured."""
+    job, checkpoint, model_map = surveyed.job, surveyed.checkpoint, surveyed.model_map
+    importance = planned_importance(job, checkpoint, model_map)
+    if job.imatrix is None:
+        with clock("calibrate"):
+            importance = calibrate(job, checkpoint, model_map, work.path, progress, should_stop)
+    with clock("analyse"):
+        evidence = analyse(job, checkpoint, model_map, importance, work.path, progress, should_stop)
+    with clock("plan"):
+        prepared = decide(surveyed, evidence)
+        layouts = prepared.layouts(prepared.importance)
+        preflight(job, checkpoint, model_map, layouts)
+        if not (work.path / JOURNAL).exists():
+            check_output_is_free(job, layouts)
+        work.claim(fingerprint(prepared))
+    for note in prepared.notes[len(surveyed.notes) :]:
+        progress.say(note)
+    return prepared
 
 
 def _run_stages(
@@ -182,6 +293,11 @@ def _run_stages(
 ) -> tuple[Prepared, dict[str, Any]]:
     job, checkpoint, importance = prepared.job, prepared.checkpoint, prepared.importance
     assert job.output is not None
+    reads_text = (
+        (importance is not None and job.imatrix is None)
+        or (job.profile.needs_sensitivity and job.sensitivity is None)
+        or job.protection.looks(prepared.plan)
+    )
     if importance is not None and job.imatrix is None:
         with clock("calibrate"):
             importance = calibrate(job, checkpoint, prepared.model_map, work_dir, progress, should_stop)
@@ -198,18 +314,40 @@ def _run_stages(
         progress.say(f"{decision.tensor}: {decision.why}")
     with clock("encode"):
         layouts = prepared.layouts(importance)
+        _check_size(plan, layouts)
         with Encoder(checkpoint, plan, importance, job.n_threads) as encoder:
-            writer = ArtifactWriter(encoder, layouts, job.output.parent, work_dir / "encoded.jsonl")
+            writer = ArtifactWriter(encoder, layouts, job.output.parent, work_dir / JOURNAL)
             paths = writer.write(progress, should_stop)
     with clock("verify"):
         errors = verify(paths, checkpoint, model_map, importance, progress)
         coverage = super_weight_coverage(protected.report, paths, model_map, job.protection.tolerance)
-    quality = None
+    quality = coherence = None
     if job.quality:
+        from converter.guard import guard
         from converter.quality import measure_quality
 
         with clock("quality"):
             quality = measure_quality(job, checkpoint, model_map, paths, work_dir, progress, should_stop)
+        with clock("guard"):
+            coherence = guard(
+                checkpoint,
+                model_map,
+                paths,
+                work_dir,
+                held_out=quality["corpus"],
+                seed=job.seed,
+                device=job.device,
+                threads=job.n_threads,
+                progress=progress,
+                should_stop=should_stop,
+            )
+    tasks = None
+    if job.lm_eval:
+        from converter.tasks import measured_tasks
+
+        with clock("tasks"):
+            tasks = measured_tasks(paths[0], job.lm_eval, job.lm_eval_limit, job.n_threads, work_dir)
+    verdict = overall(quality, coherence)
     files: list[dict[str, Any]] = [
         {"path": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths
     ]
@@ -220,7 +358,7 @@ def _run_stages(
         "plan_sha256": plan.digest(),
         "tool": tool_identity(),
         "recipe": recipe(job, checkpoint, plan, importance),
-        "arguments": reproducing_arguments(job, checkpoint, plan.uses_importance),
+        "arguments": reproducing_arguments(job, checkpoint, reads_text),
         "calibration": calibration_manifest(job, importance, work_dir),
         "source": {"bytes": source_bytes(checkpoint), "card": source_card(checkpoint)},
         "artifact": {"bytes": sum(file["bytes"] for file in files), "files": files},
@@ -228,26 +366,53 @@ def _run_stages(
         "errors": [error.to_dict() for error in errors],
         "super_weight_coverage": coverage,
         "protection": [asdict(decision) for decision in protected.decisions],
+        "layers": layer_rows(plan, errors),
+        "uniform": uniform_sizes(model_map),
         "quality": quality,
+        "coherence": coherence,
+        "tasks": tasks,
+        "verdict": verdict,
+        "better": better_recipe(job, model_map, plan, work_dir, verdict),
         "seconds": clock.seconds,
         "path": str(work_dir / "report.json"),
+        "page": str(work_dir / "report.html"),
     }
-    for name, content in (("plan.json", prepared.to_dict()), ("report.json", report)):
+    described = prepared.to_dict()
+    for name, content in (
+        ("plan.json", json.dumps(described, indent=1)),
+        ("report.html", report_page(report, described["tensors"])),
+        ("report.json", json.dumps(report, indent=1)),  # last: with it the job is done
+    ):
         with whole_file(work_dir / name, "report") as file:
-            file.write(json.dumps(content, indent=1).encode())
+            file.write(content.encode())
     return prepared, report
 
 
-def _finished_report(work_dir: Path, with_quality: bool) -> dict[str, Any] | None:
+def _check_size(plan: Plan, layouts: list[GgufLayout]) -> None:
+    """A size that was asked for holds for the whole artifact, with the record of what protects super weights."""
+    n_bytes = sum(layout.n_bytes for layout in layouts)
+    if plan.spent is not None and plan.spent.budget.size is not None and n_bytes > plan.spent.budget.size:
+        raise ConvertError(
+            f"with the record of its super weights the artifact takes {n_bytes} bytes, more than the"
+            f" {plan.spent.budget.size} of its budget",
+            plan.spent.budget.where,
+            "raise the size a little, or use --protect-super-weights off",
+        )
+
+
+def _finished_report(work_dir: Path, job: Job) -> dict[str, Any] | None:
     """The report of a job that is done and whose files are as it left them; a changed or missing file is an error.
 
-    A report without the quality that is asked for now does not count: what it lacks is still to be measured.
+    A report without the quality or the tasks that are asked for now does not count: what it lacks is to be measured.
     """
     path = work_dir / "report.json"
     if not path.exists():
         return None
     report = json.loads(path.read_bytes())
-    if with_quality and report["quality"] is None:
+    tasks = report["tasks"] or {}
+    if job.quality and (report["quality"] is None or report["coherence"] is None):
+        return None
+    if job.lm_eval and (tasks.get("tasks"), tasks.get("limit")) != (list(job.lm_eval), job.lm_eval_limit):
         return None
     for file in report["artifact"]["files"]:
         if not Path(file["path"]).exists() or file_sha256(Path(file["path"])) != file["sha256"]:
@@ -269,4 +434,4 @@ class _Clock:
     def __call__(self, stage: str) -> Iterator[None]:
         start = time.monotonic()
         yield
-        self.seconds[stage] = round(time.monotonic() - start, 3)
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.monotonic() - start, 3)

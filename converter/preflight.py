@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from calibration.fisher import gradient_work_bytes
 from calibration.importance import work_bytes
+from converter.analyse import ANALYSIS_SAMPLES, ANALYSIS_SEQUENCE_LENGTH
 from converter.checkpoint import Checkpoint
 from converter.job import SAMPLES_RANGE, Job
 from converter.model_map import read_rows
@@ -82,10 +84,10 @@ def ternary_warning(checkpoint: Checkpoint, plan: Plan) -> str | None:
 
 
 def check_output_is_free(job: Job, layouts: list[GgufLayout]) -> None:
-    """Refuse to replace a file that this job did not write."""
+    """Refuse to replace a file that this job did not write; without layouts, any that it might write."""
     assert job.output is not None
-    for layout in layouts:
-        path = job.output.with_name(layout.file_name)
+    paths = [job.output.with_name(layout.file_name) for layout in layouts]
+    for path in paths or [job.output, *job.output.parent.glob(f"{job.output.stem}-00001-of-*.gguf")]:
         if path.exists():
             raise ConvertError(
                 "the output exists and is not of this job",
@@ -111,7 +113,8 @@ def _check_memory(job: Job, checkpoint: Checkpoint, model_map: ModelMap) -> None
     for tensor in model_map.tensors:
         weights[tensor.layer] += tensor.n_weights
     streamed = 2 * max((n for layer, n in weights.items() if layer is not None), default=0)
-    runs = job.quality or job.imatrix is None
+    measures = job.profile.needs_sensitivity and job.sensitivity is None
+    runs = job.quality or job.imatrix is None or measures
     resident = 0 if not runs else streamed if checkpoint.location.is_dir() else sum(weights.values())
     needed, available = 4 * resident, psutil.virtual_memory().available
     if needed > available:
@@ -129,9 +132,14 @@ def _check_space(job: Job, checkpoint: Checkpoint, model_map: ModelMap, layouts:
     for layout in layouts:
         path = partial_path(job.output.with_name(layout.file_name))
         written += path.stat().st_size if path.exists() else 0
-    needs = [("the artifact", job.output.parent, sum(layout.n_bytes for layout in layouts) - written)]
+    # Before there is a plan, the artifact is as large as its budget says.
+    budget = job.profile.budget
+    expected = sum(layout.n_bytes for layout in layouts) or (budget.size if budget is not None else None) or 0
+    needs = [("the artifact", job.output.parent, expected - written)]
     width = int(checkpoint.config.get("hidden_size", 0))
     states = work_bytes(job.samples, job.sequence_length, width) if job.imatrix is None else 0
+    if job.profile.needs_sensitivity and job.sensitivity is None:
+        states += gradient_work_bytes(ANALYSIS_SAMPLES, ANALYSIS_SEQUENCE_LENGTH, width, model_map.n_layers)
     restored = 0 if checkpoint.location.is_dir() else 4 * sum(t.n_weights for t in model_map.tensors)
     needs.append(("the work directory", job.work_dir, states + restored + _SMALL_FILES))
     by_device: dict[int, list[tuple[str, Path, int]]] = {}

@@ -159,6 +159,15 @@ def refuse_protection(protection: Protection, plan: Plan) -> None:
         )
 
 
+def protection_notes(protection: Protection, plan: Plan) -> list[str]:
+    """What a plan that is made before super weights are known leaves open."""
+    if not protection.looks(plan):
+        return []
+    if protection.super_weights == "auto":
+        return ["super weights are looked for when the job runs; what protects them best may add to the size"]
+    return [f"super weights are looked for when the job runs, and {protection.super_weights} protects them"]
+
+
 def protected_before(job: Job, model_map: ModelMap, plan: Plan, importance: ImportanceMatrix | None) -> Protected:
     """What `protect` has decided in the job's work directory."""
     assert job.work_dir is not None

@@ -299,7 +299,7 @@ def _obsolete(
         raise ConvertError(
             f"the repository has another artifact of this name ({theirs})",
             f"{repository.name}: {stem}.gguf",
-            "give this one another name with --name, or put it in the other's place with --replace",
+            "give this one another name (convert publish ... --name), or put it in the other's place (--replace)",
         )
     kept = {file.path for file in files}
     mine = [name for name in state.files if name.startswith(f"{RECIPES}/{stem}/")]

@@ -8,6 +8,7 @@ from typing import Any
 from calibration.control import ShouldStop
 from calibration.corpus import load_corpus
 from calibration.quality import compare
+from calibration.words import word_numbers
 from converter.calibrate import load_tokenizer, runnable
 from converter.checkpoint import Checkpoint
 from converter.job import Job
@@ -37,9 +38,10 @@ def measure_quality(
     result = work_dir / "quality.json"
     if not result.exists():
         checkpoint, model_map = runnable(checkpoint, model_map, work_dir)
+        tokenizer = load_tokenizer(checkpoint.location)
         corpus = load_corpus(
             None,
-            load_tokenizer(checkpoint.location),
+            tokenizer,
             REPORT_SAMPLES,
             min(REPORT_SEQUENCE_LENGTH, job.sequence_length),
             job.seed,
@@ -51,6 +53,7 @@ def measure_quality(
             checkpoint.location,
             corpus,
             work_dir=work_dir / "quality",
+            words=word_numbers(corpus.tokens, tokenizer),
             device=job.device,
             threads=job.n_threads,
             progress=progress,
@@ -80,13 +83,15 @@ def evaluate_artifact(
     with tempfile.TemporaryDirectory() as directory:
         work_dir = Path(directory)
         checkpoint, model_map = runnable(checkpoint, describe(checkpoint), work_dir)
-        corpus = load_corpus(text, load_tokenizer(checkpoint.location), samples, sequence_length, split="test")
+        tokenizer = load_tokenizer(checkpoint.location)
+        corpus = load_corpus(text, tokenizer, samples, sequence_length, split="test")
         report = compare(
             checkpoint,
             DecodedArtifact(artifact_files(artifact), model_map),
             checkpoint.location,
             corpus,
             work_dir=work_dir / "quality",
+            words=word_numbers(corpus.tokens, tokenizer),
             device=device,
             threads=threads or None,
             progress=progress,

@@ -9,8 +9,12 @@ from typing import Any
 from calibration.importance import ImportanceMatrix
 from converter.checkpoint import Checkpoint
 from converter.job import Job, file_sha256, tool_identity
+from profiles.budget import Budget
 from profiles.plan import Plan
 from profiles.schema import load_profile, preset_names
+
+PROTECTION_RESERVE = 4096
+"""Bytes of a budget that are kept for what a recipe says of super weights, which are found after the plan is made."""
 
 IMPORTANCE_FILE = "importance.gguf"
 # JSON: tensor -> [row over all matrices, column, tolerance] of each pin, and tensor -> [axis, matrix, index, factor] of
@@ -22,16 +26,21 @@ _CALIBRATION_FIELDS = ("calibration", "chat", "samples", "sequence_length")
 _CALIBRATION_OPTIONS = [field.replace("_", "-") for field in _CALIBRATION_FIELDS]
 _STATED_FIELDS = ("calibration", "samples", "sequence_length", "seed")
 # Fields of a Job that do not decide a byte, and those that the command spells in a way of their own.
-_LOCAL_FIELDS = ("output", "work_dir", "quality", "threads", "command")
-_SPELT_FIELDS = ("model", "profile", "overrides", "imatrix", "shard_bytes")
+_LOCAL_FIELDS = ("output", "work_dir", "quality", "lm_eval", "lm_eval_limit", "threads", "command")
+_SPELT_FIELDS = ("model", "profile", "overrides", "imatrix", "sensitivity", "shard_bytes")
 
 
-def recipe(job: Job, checkpoint: Checkpoint, plan: Plan, importance: ImportanceMatrix | None) -> dict[str, str | int]:
-    """What the artifact says of its making, under `bitwright.`: nothing in it depends on paths, dates or threads."""
-    entries: dict[str, str | int] = {
+def recipe(
+    job: Job, checkpoint: Checkpoint, plan: Plan, importance: ImportanceMatrix | None
+) -> dict[str, str | int | float]:
+    """What the artifact says of its making, under `bitwright.`: nothing in it depends on paths, dates or threads.
+
+    Its length does not depend on the formats that a budget chooses, so that a size is met to the byte."""
+    entries: dict[str, str | int | float] = {
         "version": tool_identity(),
         "profile": job.profile.name,
         "profile_toml": job.profile.text,
+        "profile_inherited_toml": "\n".join(job.profile.inherited),
         "overrides": "\n".join(rule.text for rule in job.overrides),
         "effort": plan.effort,
         "plan_sha256": plan.digest(),
@@ -53,7 +62,23 @@ def recipe(job: Job, checkpoint: Checkpoint, plan: Plan, importance: ImportanceM
         PINNED_KEY: json.dumps(pinned) if pinned else "",
         RESCALED_KEY: json.dumps(rescaled) if rescaled else "",
     }
+    entries |= {f"sensitivity.{key}": value for key, value in plan.evidence.items()}
+    if plan.spent is not None:
+        entries |= _budget_entries(plan, plan.spent.budget)
     return {key: value for key, value in entries.items() if value != ""}
+
+
+def _budget_entries(plan: Plan, budget: Budget) -> dict[str, str | int | float]:
+    """The goal, what limited the choice, and what was promised."""
+    goals = {"size": budget.size, "bits_per_weight": budget.bpw, "kld": budget.kld}
+    assert plan.predicted_kld is not None
+    return {
+        **{f"budget.{key}": goal for key, goal in goals.items() if goal is not None},
+        "budget.formats": " ".join(budget.formats),
+        "budget.floors": "\n".join(f"{floor.roles}={floor.format}" for floor in budget.floors),
+        "budget.alike": "\n".join(" ".join(roles) for roles in budget.alike),
+        "budget.predicted_kld": plan.predicted_kld,
+    }
 
 
 def importance_name(job: Job) -> str:
@@ -86,18 +111,21 @@ def calibration_manifest(job: Job, importance: ImportanceMatrix | None, work_dir
     }
 
 
-def reproducing_arguments(job: Job, checkpoint: Checkpoint, uses_importance: bool) -> list[str]:
+def reproducing_arguments(job: Job, checkpoint: Checkpoint, reads_text: bool) -> list[str]:
     """What to write after `convert` to get the same bytes: options with their values, --option=value, and the model.
-    Files go by their names, wherever they lie. Every field of Job that decides bytes is an option of its own name."""
+    Files go by their names, wherever they lie. Every field of Job that decides bytes is an option of its own name.
+
+    reads_text: the job runs the model over the calibration text.
+    """
     preset = job.profile.name in preset_names() and load_profile(job.profile.name).text == job.profile.text
     arguments = [f"--profile={job.profile.name if preset else profile_file(job.profile.name)}"]
     arguments += [f"--set={(rule.roles or rule.tensors)[0]}={rule.format}" for rule in job.overrides]
-    if job.imatrix is not None:
-        arguments.append(f"--imatrix={job.imatrix.name}")
-    calibrates = uses_importance and job.imatrix is None
+    for name, file in (("imatrix", job.imatrix), ("sensitivity", job.sensitivity)):
+        if file is not None:
+            arguments.append(f"--{name}={file.name}")
     for field in fields(job):
         value = getattr(job, field.name)
-        if field.name in (*_LOCAL_FIELDS, *_SPELT_FIELDS) or (field.name in _CALIBRATION_FIELDS and not calibrates):
+        if field.name in (*_LOCAL_FIELDS, *_SPELT_FIELDS) or (field.name in _CALIBRATION_FIELDS and not reads_text):
             continue
         if value == field.default and field.name not in _STATED_FIELDS:
             continue
@@ -113,15 +141,20 @@ def reproducing_arguments(job: Job, checkpoint: Checkpoint, uses_importance: boo
     return [*arguments, f"{checkpoint.model_id}{revision}"]
 
 
-def with_importance(arguments: list[str], directory: str, imatrix: str) -> list[str]:
-    """The same with profile and importance matrix taken from files in a directory instead of computing the latter."""
+def with_importance(arguments: list[str], directory: str, imatrix: str, reads_text: bool) -> list[str]:
+    """The same with profile and importance matrix taken from files in a directory instead of computing the latter.
+
+    reads_text: the calibration text serves for something else, too.
+    """
     *options, model = arguments
     replaced = []
     for option in options:
         name, _, value = option.partition("=")
         if name == "--profile":
             replaced.append(f"--profile={directory}/{profile_file(value.removesuffix('.toml'))}")
-        elif name != "--imatrix" and name.removeprefix("--").removeprefix("no-") not in _CALIBRATION_OPTIONS:
+        elif name == "--imatrix":
+            continue
+        elif reads_text or name.removeprefix("--").removeprefix("no-") not in _CALIBRATION_OPTIONS:
             replaced.append(option)
     return [*replaced, f"--imatrix={directory}/{imatrix}", model]
 

@@ -97,7 +97,29 @@ def plan_text(plan: Plan, file_bytes: int) -> str:
     ]
     text = table(["group", "formats", "weights", "bytes", "bits/weight", "share"], rows)
     size = f"{file_bytes} bytes ({size_text(file_bytes)}), {plan.bits_per_weight:.3f} bits per weight"
-    return f"{text}\n\n{plan.profile}: {size}"
+    return "\n".join([text, "", f"{plan.profile}: {size}", *prediction_lines(plan)])
+
+
+def prediction_lines(plan: Plan) -> list[str]:
+    """What was measured promises, and how near the best choice a budget's is; nothing where nothing was measured."""
+    if plan.predicted_kld is None:
+        return []
+    lines = [f"predicted mean KL divergence: {plan.predicted_kld:.4g} nats a token"]
+    if plan.spent is not None:
+        lines.append(plan.spent.text)
+    return lines
+
+
+def explanation(rows: list[dict]) -> str:
+    """Rows of a plan, with the reason of each; what was measured of them, where anything was."""
+    measured = any(row["predicted_loss"] is not None for row in rows)
+    cells = []
+    for row in rows:
+        shape = "x".join(map(str, row["shape"]))
+        loss = "" if row["predicted_loss"] is None else f"{row['predicted_loss']:.2e}"
+        numbers = [str(row["bytes"]), f"{row['bits_per_weight']:.2f}", *([loss] if measured else [])]
+        cells.append([row["tensor"], shape, row["format"], *numbers, row["reason"]])
+    return table(["tensor", "shape", "format", "bytes", "bits", *(["loss"] if measured else []), "reason"], cells)
 
 
 def loss_degree(quality: Mapping | None) -> str | None:
@@ -126,6 +148,10 @@ def report_text(report: dict, plan: Plan) -> str:
     lines.append(f"size         {size_text(source)} -> {size_text(artifact)}, {source / artifact:.2f}x smaller")
     if report["quality"]:
         lines += quality_lines(report["quality"])
+    if report["coherence"]:
+        lines.append(coherence_line(report["coherence"]))
+    for task, metrics in (report["tasks"] or {"results": {}})["results"].items():
+        lines.append(f"{task:<12} " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     worst = max(report["errors"], key=lambda error: error["weighted_error"])
     lines.append(
         f"verified     {len(report['errors'])} tensors decoded by gguf; largest weighted error"
@@ -138,7 +164,7 @@ def report_text(report: dict, plan: Plan) -> str:
         "time         " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report["seconds"].items())
     )
     lines += [f"written      {file['path']}  sha256 {file['sha256']}" for file in report["artifact"]["files"]]
-    lines.append(f"report       {report['path']}")
+    lines.append(f"report       {report['page']}, {report['path']}")
     return "\n".join(lines)
 
 
@@ -149,9 +175,26 @@ def error_table(errors: list[dict]) -> str:
 
 
 def quality_lines(quality: dict) -> list[str]:
-    """Perplexity and divergence for people."""
-    return [
+    """Perplexity, divergence and the words that were found, for people."""
+    lines = [
         f"perplexity   {quality['source_perplexity']:.3f} -> {quality['perplexity']:.3f}",
         f"divergence   mean KLD {quality['mean_kld']:.4f}, 99.9 % {quality['kld_99_9']:.3f}, same top token"
         f" {quality['top1_agreement']:.1%}  ({quality['tokens']} tokens of {quality['corpus']})",
     ]
+    if quality["words"]:
+        lines.append(
+            f"next word    {quality['source_next_word_accuracy']:.1%} -> {quality['next_word_accuracy']:.1%} of"
+            f" {quality['words']} words found"
+        )
+    return lines
+
+
+def coherence_line(coherence: dict) -> str:
+    """The guard's finding for people."""
+    whole = sum(not row["problems"] for row in coherence["prompts"])
+    return (
+        f"generation   {coherence['verdict']}: {whole} of {len(coherence['prompts'])} answers hold together; of"
+        f" {coherence['greedy_prompts']} continuations {coherence['greedy_agreement']:.0%} equal the source's over"
+        f" {coherence['greedy_tokens']} tokens, {coherence['greedy_common_prefix']:.1f} tokens alike on average"
+        f"  ({coherence['runtime']})"
+    )

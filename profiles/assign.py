@@ -110,7 +110,8 @@ class _Assigner:
             scale = scale_of(tensor, rows[-1].format, self.names)
             if scale is not None:
                 rows.append(PlannedTensor(scale, "F32", f"second-level scale of {rows[-1].format}"))
-        return Plan(self.profile.name, self.effort, tuple(rows))
+        decided_by = self.evidence.identity if self.evidence is not None and self.profile.needs_sensitivity else {}
+        return Plan(self.profile.name, self.effort, tuple(rows), evidence=decided_by)
 
     def _row(self, tensor: TensorSpec, chosen: dict[str, tuple[str, str]]) -> PlannedTensor:
         if not tensor.quantizable:

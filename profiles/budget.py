@@ -46,6 +46,16 @@ class Budget:
     def has_goal(self) -> bool:
         return any(goal is not None for goal in (self.size, self.bpw, self.kld))
 
+    @property
+    def label(self) -> str:
+        """The goal in a word, for the name of a file: "2.4bpw", "1200MB", "kld0.05"."""
+        goals = [
+            f"{self.size / 1e6:.4g}MB" if self.size is not None else "",
+            f"{self.bpw:g}bpw" if self.bpw is not None else "",
+            f"kld{self.kld:g}" if self.kld is not None else "",
+        ]
+        return "_".join(filter(None, goals))
+
     def least_bits(self, roles: Sequence[Role]) -> float:
         """Bits a weight that a tensor which plays these roles has at least."""
         bits = [

@@ -1,14 +1,16 @@
 """What was measured of a model and decisions rest on, as plain data."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Evidence:
     """losses: GGUF tensor -> format -> expected increase of the mean KL divergence, in nats a token.
-    layer_scores: layer -> how much it matters, in any unit. where: the file it is from, for messages."""
+    layer_scores: layer -> how much it matters, in any unit. where: the file it is from, for messages.
+    identity: what an artifact says of it in its recipe."""
 
     losses: Mapping[str, Mapping[str, float]]
     layer_scores: Mapping[int, float]
     where: str
+    identity: Mapping[str, str | int] = field(default_factory=dict)

@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections import Counter
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, field
 from math import fsum
 
 from formats.block_format import Effort
@@ -61,15 +62,23 @@ class Spent:
     gap: float
     exact: bool
 
+    @property
+    def text(self) -> str:
+        """One line: the goal, and how near the best choice is."""
+        unit = "bytes" if self.budget.size is None and self.budget.bpw is None else "nats"
+        bound = f"the relaxed problem's bound is {self.gap:.2g} {unit} lower"
+        return f"budget {self.budget.label}: {'the best choice' if self.exact else 'near the best choice'}; {bound}"
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be written, in the order of the file."""
+    """What will be written, in the order of the file. evidence: identity of the measurements that decided."""
 
     profile: str
     effort: Effort
     tensors: tuple[PlannedTensor, ...]
     spent: Spent | None = None
+    evidence: Mapping[str, str | int] = field(default_factory=dict)
 
     @property
     def n_bytes(self) -> int:

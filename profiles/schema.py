@@ -39,7 +39,7 @@ from formats.errors import ConvertError, nearest
 from profiles.budget import Budget, default_budget, parse_budget
 from profiles.protection import Protection, parse_protection
 from profiles.rules import LayerQuantizationConfig, parse_rule
-from profiles.strict import known_keys, tables
+from profiles.strict import known_keys, number, tables
 from profiles.target import Target, format_name, parse_target
 from profiles.tiers import Tier, parse_tiers
 
@@ -72,10 +72,18 @@ class QuantizationProfile:
         """Whether its decisions rest on what was measured of the model."""
         return bool(self.tiers) or (self.budget is not None and self.budget.has_goal)
 
+    @property
+    def label(self) -> str:
+        """The name, and the goal where it has one."""
+        return f"{self.name}_{self.budget.label}" if self.budget is not None and self.budget.has_goal else self.name
+
     def aiming_at(self, size: int | None, bpw: float | None, kld: float | None, where: str) -> "QuantizationProfile":
         """This profile with a goal, whose budget then decides what no rule names; all None leaves it as it is."""
         if size is None and bpw is None and kld is None:
             return self
+        for number_of in (bpw, kld):
+            if number_of is not None:
+                number(number_of, where)
         return replace(self, budget=(self.budget or default_budget()).aiming_at(size, bpw, kld, where))
 
 

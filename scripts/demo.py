@@ -1,4 +1,4 @@
-"""Convert a real model with one command, run it in llama.cpp, and print what it cost.
+"""Convert a real model with one command, run it in llama.cpp, print what it cost, and say where the report's page is.
 
     python -m scripts.demo [DIRECTORY]
 
@@ -33,6 +33,8 @@ def main(directory: Path) -> None:
     convert(arguments, standalone_mode=False)
     (artifact,) = directory.glob("*.gguf")
     click.echo(f"\nllama.cpp, {N_TOKENS} tokens of {artifact.name}:\n{PROMPT}{generate(artifact)}")
+    (page,) = directory.glob("*.bitwright/report.html")
+    click.echo(f"\nall of it as a page: {page.absolute().as_uri()}")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ import pytest
 from click.testing import CliRunner
 
 from converter.cli import main
+from profiles.schema import parse_profile, preset_names
 
 GUIDE = Path(__file__).parent.parent / "docs" / "guide.md"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: Path = GUIDE) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_the_guide(in_a_directory_with_a_model):
         done = CliRunner().invoke(main, arguments)
         assert done.exit_code == 0, f"{command}\n{done.stderr}"
         assert done.stdout, command
-    assert len([path for path in Path("out").glob("*.gguf") if "-of-" not in path.name]) == 4
+    assert len([path for path in Path("out").glob("*.gguf") if "-of-" not in path.name]) == 5
 
 
 def test_the_guides_python(in_a_directory_with_a_model, capsys):
@@ -44,3 +45,16 @@ def test_the_guides_python(in_a_directory_with_a_model, capsys):
         float(capsys.readouterr().out)
         == json.loads(Path("out/python.bitwright/report.json").read_text())["quality"]["mean_kld"]
     )
+
+
+@pytest.mark.parametrize("page", ["profiles.md", "add-a-profile.md"])
+def test_profiles_in_the_documentation_are_valid(page):
+    texts = blocks("toml", GUIDE.with_name(page))
+    assert texts
+    for text in texts:
+        assert parse_profile(text, "mine", page).description
+
+
+def test_every_preset_is_described():
+    text = GUIDE.with_name("profiles.md").read_text()
+    assert all(f"`{name}`" in text for name in preset_names())

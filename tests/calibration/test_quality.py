@@ -8,9 +8,11 @@ import torch
 
 from calibration.control import Interrupted
 from calibration.corpus import Corpus
+from calibration.generation import generate_greedily
 from calibration.quality import Baseline, QualityReport, compare
 from formats.errors import ConvertError
 from tests.calibration.streaming import DictSource, load_whole, random_corpus, with_config
+from tests.tiny_models import VOCAB_SIZE
 
 
 def with_noise(source: DictSource, scale: float = 0.2) -> DictSource:
@@ -89,6 +91,28 @@ def test_streamed_equals_the_whole_models_logits(name, tiny, tmp_path):
     measured = report.to_dict()
     assert {key: measured[key] for key in expected} == pytest.approx(expected, rel=2e-4)
     assert (report.corpus, report.samples, report.sequence_length) == ("random", *corpus.tokens.shape)
+
+
+def test_words_are_found_as_a_greedy_reader_completes_them(tiny, tmp_path):
+    """On a text that the source has written itself, the source finds all; the candidate what its logits say."""
+    source = uncertain(tiny("llama"))
+    candidate = with_noise(source)
+    prompts = np.random.default_rng(2).integers(3, VOCAB_SIZE, (6, 4)).tolist()
+    own = generate_greedily(source, tiny("llama"), prompts, 28, frozenset(), work_dir=tmp_path / "own", device="cpu")
+    tokens = np.array([[*prompt, *answer.tokens] for prompt, answer in zip(prompts, own, strict=True)], np.int32)
+    corpus = Corpus(tokens, "own", "0" * 64)
+    words = np.arange(tokens.size).reshape(tokens.shape) // 3  # one of each sample begins before what is scored
+    report = run(tiny("llama"), tmp_path / "work", candidate, corpus, source, words=words)
+
+    logits = whole_logits(tiny("llama"), candidate, tokens, tmp_path / "whole")[:, 16:-1]
+    hits, scored = logits.argmax(-1) == tokens[:, 17:], words[:, 17:]
+    whole = [n for n in np.unique(scored) if n not in words[:, :17]]
+    assert report.words == len(whole) > 20
+    assert report.source_next_word_accuracy == 1
+    assert report.next_word_accuracy == pytest.approx(np.mean([hits[scored == n].all() for n in whole]))
+    assert 0 < report.next_word_accuracy < 1
+    untold = run(tiny("llama"), tmp_path / "untold", candidate, corpus, source)
+    assert untold.words == 0 and untold.next_word_accuracy is None and untold.mean_kld == report.mean_kld
 
 
 def test_model_compared_with_itself_is_the_same(tiny, tmp_path):

@@ -65,7 +65,7 @@ def test_the_arguments_of_a_report_make_the_same_bytes(here):
     (here / "recipe").mkdir()
     shutil.copy("own.toml", "recipe/own.toml")
     shutil.copy(manifest["path"], "recipe")
-    arguments = with_importance(first["arguments"], "recipe", manifest["file"])
+    arguments = with_importance(first["arguments"], "recipe", manifest["file"], reads_text=False)
     assert not [argument for argument in arguments if argument.startswith(("--calibration", "--samples"))]
     from_importance = convert(*arguments, "--output", "third/a.gguf", "--no-quality")
     assert "calibrate" not in from_importance["seconds"]
@@ -109,7 +109,7 @@ def test_every_field_that_decides_bytes_is_an_option(here):
     plain = Job("model", load_profile("balanced-4bit"), calibration="embedded")
 
     def options(job: Job) -> set[str]:
-        return set(reproducing_arguments(job, checkpoint, uses_importance=True))
+        return set(reproducing_arguments(job, checkpoint, reads_text=True))
 
     for field in fields(Job):
         if field.name in ("model", "profile", "overrides", "imatrix", "output", "work_dir", "command"):

@@ -1,0 +1,137 @@
+"""The stage `analyse`: what every format costs every tensor, measured where the profile decides by it."""
+
+from pathlib import Path
+
+from calibration.control import ShouldStop
+from calibration.corpus import load_corpus
+from calibration.fisher import compute_fisher
+from calibration.importance import ImportanceMatrix
+from calibration.layer_score import layer_scores
+from calibration.sensitivity import SensitivityTable, load_sensitivity, save_sensitivity
+from converter.calibrate import load_tokenizer, runnable, uses_chat
+from converter.checkpoint import Checkpoint
+from converter.job import Job
+from converter.progress import Progress
+from converter.sensitivity import CANDIDATE_FORMATS, build_sensitivity, check_sensitivity
+from formats.errors import ConvertError
+from formats.registry import get_format
+from profiles.evidence import Evidence
+from profiles.schema import QuantizationProfile
+from profiles.vocabulary import ModelMap
+
+SENSITIVITY_FILE = "sensitivity.safetensors"
+# Gradients need far fewer samples than importance: they are summed over rows and columns.
+ANALYSIS_SAMPLES = 32
+ANALYSIS_SEQUENCE_LENGTH = 256
+
+
+def analyse(
+    job: Job,
+    checkpoint: Checkpoint,
+    model_map: ModelMap,
+    importance: ImportanceMatrix,
+    work_dir: Path,
+    progress: Progress,
+    should_stop: ShouldStop,
+) -> Evidence:
+    """Measure what the job's profile decides by. The table stays in the work directory and is not measured again; what
+    is done of it when the job stops is not lost."""
+    path = work_dir / SENSITIVITY_FILE
+    if not path.exists():
+        running, running_map = runnable(checkpoint, model_map, work_dir)
+        corpus = load_corpus(
+            job.calibration,
+            load_tokenizer(running.location),
+            ANALYSIS_SAMPLES,
+            min(ANALYSIS_SEQUENCE_LENGTH, job.sequence_length),
+            job.seed,
+            chat=uses_chat(job, model_map),
+        )
+        factors = compute_fisher(
+            running,
+            running.location,
+            matrices_of(running_map),
+            corpus,
+            seed=job.seed,
+            work_dir=work_dir / "analysis",
+            model=checkpoint.model_id,
+            revision=checkpoint.revision,
+            device=job.device,
+            threads=job.n_threads,
+            progress=progress,
+            should_stop=should_stop,
+        )
+        table = build_sensitivity(
+            checkpoint,
+            model_map,
+            factors,
+            importance,
+            formats=formats_to_measure(job.profile, [rule.format for rule in job.overrides]),
+            journal=work_dir / "sensitivity.jsonl",
+            threads=job.n_threads,
+            progress=progress,
+            should_stop=should_stop,
+        )
+        save_sensitivity(path, table)
+    return evidence_of(load_sensitivity(path), checkpoint, model_map)
+
+
+def matrices_of(model_map: ModelMap) -> dict[str, tuple[str, int]]:
+    """Checkpoint tensor -> (GGUF tensor, matrix index), for every matrix that may be quantized."""
+    return {
+        source: (tensor.name, matrix)
+        for tensor in model_map.tensors
+        if tensor.quantizable
+        for matrix, source in enumerate(tensor.sources)
+    }
+
+
+def formats_to_measure(profile: QuantizationProfile, overriding: list[str]) -> list[str]:
+    """What the profile chooses among or names; of 16 and 32 bits nothing is worth measuring."""
+    names = [] if profile.budget is None else [*CANDIDATE_FORMATS, *profile.budget.formats]
+    names += [] if profile.base is None else [profile.base]
+    names += [tier.format for tier in profile.tiers] + [rule.format for rule in profile.rules] + overriding
+    return [name for name in dict.fromkeys(names) if get_format(name).block_size > 1]
+
+
+def found_evidence(job: Job, checkpoint: Checkpoint, model_map: ModelMap, in_work_dir: bool = True) -> Evidence | None:
+    """From the file that the job names, or from what an earlier run has left in the work directory; None when there is
+    neither. Raises ConvertError for a file of another model."""
+    path = job.sensitivity
+    if path is None and in_work_dir and job.profile.needs_sensitivity:
+        assert job.work_dir is not None
+        path = job.work_dir / SENSITIVITY_FILE
+        path = path if path.exists() else None
+    return None if path is None else evidence_of(load_sensitivity(path), checkpoint, model_map)
+
+
+def evidence_of(table: SensitivityTable, checkpoint: Checkpoint, model_map: ModelMap) -> Evidence:
+    """What decisions take from a table. Raises ConvertError for a table of another model."""
+    check_sensitivity(table, checkpoint, model_map)
+    factors = table.factors
+    layers = {tensor.name: tensor.layer for tensor in model_map.tensors if tensor.layer is not None}
+    return Evidence(
+        table.losses,
+        layer_scores(factors, layers),
+        table.where,
+        {
+            "corpus": factors.corpus,
+            "corpus_sha256": factors.corpus_sha256,
+            "samples": factors.samples,
+            "sequence_length": factors.sequence_length,
+            "labels": factors.labels,
+            "effort": table.effort,
+            "tool": table.tool,
+        },
+    )
+
+
+def analysis_is_needed(job: Job) -> ConvertError:
+    """What a dry run says of a plan that rests on measurements which are still to be made."""
+    return ConvertError(
+        f"the profile {job.profile.name!r} decides by measured sensitivity, which has not been measured yet:"
+        " there is no plan before the analysis",
+        f"--profile {job.profile.name}",
+        "convert without --dry-run, which measures first; or measure once with `convert imatrix --sensitivity MODEL`"
+        " and give the file: --sensitivity FILE",
+    )

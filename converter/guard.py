@@ -1,0 +1,222 @@
+"""The coherence guard: what the artifact really writes, beside what the source writes.
+
+llama.cpp generates greedily from the artifact, on fixed prompts and on beginnings of held-out text; without llama.cpp
+the model itself does, with the decoded weights. The source reads all of it in one pass through its layers, which tells
+where it would first have gone another way, and answers the fixed prompts itself.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from calibration.coherence import problems
+from calibration.control import ShouldStop
+from calibration.corpus import load_corpus
+from calibration.generation import Generation, Reading, generate_greedily, read_continuations
+from converter.calibrate import load_tokenizer, runnable
+from converter.checkpoint import Checkpoint
+from converter.generate import Generated, RuntimeFailed, RuntimeUnavailable, generate_by_llama_cpp
+from converter.progress import Progress
+from converter.verify import DecodedArtifact
+from formats.whole_file import whole_file
+from profiles.vocabulary import ModelMap
+
+# One kind of task each, none of which a language model of any size answers with a loop.
+PROMPTS = (
+    "Explain in two sentences why the sky is blue.",
+    "Write a short story that begins with: The old lighthouse had been dark for years.",
+    "List the planets of the solar system in order from the sun.",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "A train travels 60 kilometres in 45 minutes. What is its average speed in kilometres per hour?",
+    "Translate into French: The library opens at nine o'clock in the morning.",
+    "What should one consider before adopting a dog?",
+    "Summarize in one sentence: Photosynthesis turns light, water and carbon dioxide into sugar and oxygen.",
+)
+N_TOKENS = 32
+# Beginnings of held-out text: so many, each of so many tokens, so far apart.
+HELD_OUT_PROMPTS, HELD_OUT_TOKENS, _HELD_OUT_APART = 32, 32, 256
+# Of the fixed prompts: from so many on that have a problem the model is damaged, or lost.
+_SEVERE_PROMPTS, _FAILED_PROMPTS = 2, 6
+_DAY = "01 Jan 2026"  # for the templates that ask what day it is
+
+
+def guard(
+    checkpoint: Checkpoint,
+    model_map: ModelMap,
+    paths: list[Path],
+    work_dir: Path,
+    *,
+    held_out: str | None,
+    seed: int,
+    device: str,
+    threads: int,
+    progress: Progress,
+    should_stop: ShouldStop,
+) -> dict[str, Any]:
+    """What the artifact generates, what is wrong with it, and how much of it the source would have written.
+
+    held_out: name of the corpus that the held-out prompts begin, see calibration.corpus. Measured once: the result
+    stays in the work directory, and so does each finished part of it until then. Raises Interrupted.
+    """
+    result = work_dir / "coherence.json"
+    if not result.exists():
+        checkpoint, model_map = runnable(checkpoint, model_map, work_dir)
+        tokenizer = load_tokenizer(checkpoint.location)
+        parts = work_dir / "guard"
+        options: dict[str, Any] = {
+            "device": device,
+            "threads": threads,
+            "progress": progress,
+            "should_stop": should_stop,
+        }
+        asked = [prompt_tokens(tokenizer, prompt) for prompt in PROMPTS]
+        samples = load_corpus(held_out, tokenizer, HELD_OUT_PROMPTS, _HELD_OUT_APART, seed, split="test")
+        prompts = [*asked, *samples.tokens[:, :HELD_OUT_TOKENS].tolist()]
+        generated, note = _generate(checkpoint, model_map, paths, prompts, tokenizer, parts, options)
+        continuations = [generation.tokens for generation in generated.generations]
+        texts = list(zip(prompts, continuations, strict=True))
+        readings = read_continuations(checkpoint, checkpoint.location, texts, work_dir=parts / "read", **options)
+        own = generate_greedily(
+            checkpoint,
+            checkpoint.location,
+            asked,
+            N_TOKENS,
+            generated.end_tokens,
+            work_dir=parts / "source",
+            **options,
+        )
+        found = _judged(tokenizer, generated, readings, own, note) | {"held_out_text": samples.name}
+        with whole_file(result, "coherence report") as file:
+            file.write(json.dumps(found, indent=1).encode())
+    shutil.rmtree(work_dir / "guard", ignore_errors=True)
+    return json.loads(result.read_bytes())
+
+
+def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
+    """The prompt as the model is used to get it: in its chat template, if it has one that takes a plain question."""
+    if getattr(tokenizer, "chat_template", None):
+        from jinja2 import TemplateError
+
+        question = [{"role": "user", "content": prompt}]
+        try:
+            text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True, date_string=_DAY)
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+        except (TemplateError, ValueError, TypeError, KeyError):
+            pass  # the template wants something else; the bare question is as good a beginning
+    return tokenizer(prompt)["input_ids"]
+
+
+def _generate(
+    checkpoint: Checkpoint,
+    model_map: ModelMap,
+    paths: list[Path],
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Any,
+    parts: Path,
+    options: dict[str, Any],
+) -> tuple[Generated, dict[str, str]]:
+    """What the artifact generates, and what there is to say about the runtime: why it is not llama.cpp, or how
+    llama.cpp failed."""
+    kept = parts / "generated.json"
+    if not kept.exists():
+        parts.mkdir(parents=True, exist_ok=True)
+        note = {}
+        try:
+            generated = generate_by_llama_cpp(
+                paths[0],
+                prompts,
+                N_TOKENS,
+                texts=PROMPTS,
+                threads=options["threads"],
+                progress=options["progress"],
+                should_stop=options["should_stop"],
+            )
+        except (RuntimeUnavailable, RuntimeFailed) as error:
+            note = {"failed" if isinstance(error, RuntimeFailed) else "unavailable": str(error)}
+            ends = end_tokens(checkpoint.location, tokenizer)
+            generations = generate_greedily(
+                DecodedArtifact(paths, model_map),
+                checkpoint.location,
+                prompts,
+                N_TOKENS,
+                ends,
+                work_dir=parts / "artifact",
+                **options,
+            )
+            generated = Generated(generations, ends, [], "transformers, with the decoded weights")
+        with whole_file(kept, "generated text") as file:
+            file.write(json.dumps([generated.to_dict(), note]).encode())
+    data, note = json.loads(kept.read_bytes())
+    return Generated.from_dict(data), note
+
+
+def end_tokens(directory: Path, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a text, as configuration, generation settings and tokenizer name them."""
+    found = {tokenizer.eos_token_id}
+    for name in ("config.json", "generation_config.json"):
+        if (directory / name).exists():
+            named = json.loads((directory / name).read_bytes()).get("eos_token_id")
+            found |= set(named) if isinstance(named, list) else {named}
+    return frozenset(token for token in found if isinstance(token, int))
+
+
+def _judged(
+    tokenizer: Any, generated: Generated, readings: list[Reading], own: list[Generation], note: dict[str, str]
+) -> dict[str, Any]:
+    rows = []
+    for prompt, generation, reading, answer in zip(PROMPTS, generated.generations, readings, own, strict=False):
+        text, own_text = (tokenizer.decode(g.tokens, skip_special_tokens=True) for g in (generation, answer))
+        found = problems(generation, reading, answer, text, own_text)
+        rows.append(
+            {
+                "prompt": prompt,
+                "text": text,
+                "agreed_text": tokenizer.decode(generation.tokens[: reading.agreed], skip_special_tokens=True),
+                "source_text": own_text,
+                "tokens": len(generation.tokens),
+                "agreed": reading.agreed,
+                "entropy": _mean(generation.entropies),
+                "source_entropy": _mean(answer.entropies),
+                "surprise": _mean(reading.surprises),
+                "source_surprise": _mean(answer.surprises),
+                "problems": [problem.__dict__ for problem in found],
+            }
+        )
+    misread = [
+        prompt
+        for prompt, tokens in zip(PROMPTS, generated.tokenized, strict=False)
+        if tokens != tokenizer(prompt)["input_ids"]
+    ]
+    held_out = list(zip(generated.generations, readings, strict=True))[len(PROMPTS) :]
+    equal = [g.finite and r.agreed == len(g.tokens) for g, r in held_out]
+    return {
+        "verdict": verdict(rows, note, misread),
+        "runtime": generated.runtime,
+        "runtime_note": note,
+        "misread_prompts": misread,
+        "prompts": rows,
+        "greedy_agreement": sum(equal) / len(equal),
+        "greedy_common_prefix": sum(r.agreed for _, r in held_out) / len(held_out),
+        "greedy_prompts": len(held_out),
+        "greedy_tokens": N_TOKENS,
+    }
+
+
+def verdict(rows: list[dict[str, Any]], note: dict[str, str], misread: list[str]) -> str:
+    """ "coherent", "noticeable" (one prompt has a problem), "severe", or "failed": the model writes no text any more.
+
+    A runtime that the artifact breaks, and a tokenizer that it reads differently, are severe whatever is written.
+    """
+    kinds = [{problem["kind"] for problem in row["problems"]} for row in rows]
+    troubled = sum(map(bool, kinds))
+    if troubled >= _FAILED_PROMPTS:
+        return "failed"
+    if troubled >= _SEVERE_PROMPTS or any("not finite" in k for k in kinds) or "failed" in note or misread:
+        return "severe"
+    return "noticeable" if troubled else "coherent"
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

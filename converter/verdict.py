@@ -1,0 +1,114 @@
+"""Whether the artifact is fit for use, in one word, and the command of a better recipe where it is not."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from converter.job import Job
+from converter.recipe import IMPORTANCE_FILE
+from converter.report import NOTICEABLE_KLD, SEVERE_KLD
+from formats.errors import ConvertError
+from profiles.assign import assign
+from profiles.plan import Plan
+from profiles.schema import QuantizationProfile, load_profile, preset_names
+from profiles.vocabulary import ModelMap
+
+# From good to lost; the exit code with --strict is EXIT_CODE from SEVERE on.
+COHERENT, NOTICEABLE, SEVERE, FAILED = "coherent", "noticeable", "severe", "failed"
+_DEGREES = (COHERENT, NOTICEABLE, SEVERE, FAILED)
+EXIT_CODE = 3
+
+# How much larger a better recipe has to be, at least, to be worth the work.
+_LARGER = {NOTICEABLE: 1.1, SEVERE: 1.25, FAILED: 1.5}
+# Formats that only models trained for them survive, or that hardware asks for: nobody is sent there.
+_SPECIAL = ("TQ1_0", "TQ2_0", "Q1_0", "Q2_0", "NVFP4", "MXFP4")
+
+
+def overall(quality: dict[str, Any] | None, coherence: dict[str, Any] | None) -> str | None:
+    """The worse of what the divergence says and of what was generated; None where nothing was measured."""
+    found = [coherence["verdict"]] if coherence is not None else []
+    if quality is not None:
+        kld = quality["mean_kld"]
+        found.append(SEVERE if kld >= SEVERE_KLD else NOTICEABLE if kld >= NOTICEABLE_KLD else COHERENT)
+    return max(found, key=_DEGREES.index, default=None)
+
+
+def is_severe(verdict: str | None) -> bool:
+    return verdict in (SEVERE, FAILED)
+
+
+def warning(report: dict[str, Any]) -> str | None:
+    """What to tell about the verdict and what to do; None when there is nothing to tell."""
+    verdict, quality, coherence = report["verdict"], report["quality"], report["coherence"]
+    if verdict in (None, COHERENT):
+        return None
+    text = {
+        NOTICEABLE: "the model has lost noticeably",
+        SEVERE: "the model is severely damaged",
+        FAILED: "the model has failed: it no longer writes text",
+    }[verdict]
+    reasons = []
+    if quality is not None and quality["mean_kld"] >= NOTICEABLE_KLD:
+        reasons.append(
+            f"mean KL divergence {quality['mean_kld']:.3f}, perplexity"
+            f" {quality['source_perplexity']:.2f} -> {quality['perplexity']:.2f}"
+        )
+    reasons += [*findings(coherence)] if coherence is not None else []
+    lines = [text, *(f"  {reason}" for reason in reasons)]
+    if report["better"]:
+        lines.append(f"  a better recipe: {report['better']}")
+    return "\n".join(lines)
+
+
+def findings(coherence: dict[str, Any]) -> list[str]:
+    """A sentence for each thing that is wrong with what was generated."""
+    lines = []
+    note = coherence["runtime_note"]
+    if "failed" in note:
+        lines.append(f"llama.cpp does not run the artifact: {note['failed']}")
+    if coherence["misread_prompts"]:
+        lines.append(f"llama.cpp splits {len(coherence['misread_prompts'])} of the prompts into other tokens")
+    troubled = [row for row in coherence["prompts"] if row["problems"]]
+    kinds = sorted({problem["kind"] for row in troubled for problem in row["problems"]})
+    if troubled:
+        worst = max(troubled, key=lambda row: len(row["problems"]))
+        shown = worst["text"] if len(worst["text"]) <= 60 else worst["text"][:57] + "..."
+        lines.append(
+            f"{len(troubled)} of {len(coherence['prompts'])} answers do not hold together ({', '.join(kinds)});"
+            f" to {worst['prompt']!r} it writes {shown!r}"
+        )
+    return lines
+
+
+def better_recipe(job: Job, model_map: ModelMap, plan: Plan, work_dir: Path, verdict: str | None) -> str | None:
+    """The command of the smallest preset that is enough larger; None where there is no need or none such."""
+    if verdict not in _LARGER:
+        return None
+    finer = [
+        (found.n_bytes, profile.name)
+        for profile in map(load_profile, preset_names())
+        if (found := _plan(profile, model_map)) is not None and found.n_bytes >= _LARGER[verdict] * plan.n_bytes
+    ]
+    if not finer:
+        return None
+    _, name = min(finer)
+    assert job.output is not None
+    output = job.output.with_name(f"{job.output.stem.removesuffix(_suffix(plan.profile))}{_suffix(name)}.gguf")
+    importance = job.imatrix or work_dir / IMPORTANCE_FILE
+    given = ["--imatrix", str(importance)] if importance.exists() else []
+    return shlex.join(["convert", "--profile", name, *given, "--output", str(output), job.model])
+
+
+def _suffix(profile: str) -> str:
+    """How the GGUF naming convention ends the name of a file with this profile."""
+    return f"-{profile.replace('-', '_').upper()}"
+
+
+def _plan(profile: QuantizationProfile, model_map: ModelMap) -> Plan | None:
+    """The plan by this profile, where it needs nothing but the model and is made for any."""
+    if profile.base in _SPECIAL:
+        return None
+    try:
+        return assign(profile, model_map)
+    except ConvertError:
+        return None  # it asks for a target, for a measurement, or for a writer

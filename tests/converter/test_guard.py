@@ -1,0 +1,211 @@
+"""The coherence guard: the same findings by either runtime and after interruptions; verdicts and their advice."""
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import converter.generate
+from calibration.control import Interrupted, never, silent
+from converter.cli import main
+from converter.generate import RuntimeFailed, generate_by_llama_cpp
+from converter.guard import N_TOKENS, PROMPTS, end_tokens, guard, prompt_tokens, verdict
+from converter.job import Job
+from converter.llama_cpp import LlamaCpp
+from converter.model_map import describe
+from converter.progress import Progress
+from converter.source import open_checkpoint
+from converter.verdict import EXIT_CODE, better_recipe, overall, warning
+from profiles.assign import assign
+from profiles.schema import load_profile, parse_profile
+from tests import tiny_models
+from tests.converter.f32_file import write_f32
+
+
+@pytest.fixture(scope="module")
+def f32(tiny, tmp_path_factory) -> Path:
+    """The tiny llama as a GGUF in F32: what it generates is what the source generates."""
+    path = tmp_path_factory.mktemp("f32") / "m.gguf"
+    write_f32(tiny("llama-256"), path)
+    return path
+
+
+@pytest.fixture
+def few_prompts(monkeypatch) -> None:
+    monkeypatch.setattr("converter.guard.PROMPTS", PROMPTS[:3])
+    monkeypatch.setattr("converter.guard.HELD_OUT_PROMPTS", 4)
+
+
+def run_guard(model: Path, artifact: Path, work_dir: Path, should_stop=never) -> dict:
+    checkpoint = open_checkpoint(str(model))
+    work_dir.mkdir(exist_ok=True)
+    return guard(
+        checkpoint,
+        describe(checkpoint),
+        [artifact],
+        work_dir,
+        held_out="embedded",
+        seed=0,
+        device="cpu",
+        threads=2,
+        progress=Progress(quiet=True),
+        should_stop=should_stop,
+    )
+
+
+def test_an_exact_artifact_writes_what_the_source_writes(tiny, f32, tmp_path, few_prompts):
+    found = run_guard(tiny("llama-256"), f32, tmp_path)
+    assert found["verdict"] == "coherent" and found["runtime"].startswith("llama.cpp") and not found["runtime_note"]
+    assert found["greedy_agreement"] == 1 and found["misread_prompts"] == []
+    for row in found["prompts"]:
+        assert row["text"] == row["agreed_text"] == row["source_text"] and row["agreed"] == row["tokens"] > 0
+        assert row["entropy"] == pytest.approx(row["source_entropy"], abs=1e-2)
+        assert row["surprise"] == pytest.approx(row["source_surprise"], abs=1e-2)
+    assert [path.name for path in tmp_path.iterdir()] == ["coherence.json"]
+
+
+def test_without_llama_cpp_the_model_itself_generates(tiny, f32, tmp_path, few_prompts, monkeypatch):
+    with_runtime = run_guard(tiny("llama-256"), f32, tmp_path / "with")
+    monkeypatch.setattr(converter.generate, "installed", lambda: False)
+    without = run_guard(tiny("llama-256"), f32, tmp_path / "without")
+    assert "xllamacpp is not installed" in without["runtime_note"]["unavailable"]
+    assert without["runtime"].startswith("transformers") and without["verdict"] == "coherent"
+    assert [row["text"] for row in without["prompts"]] == [row["text"] for row in with_runtime["prompts"]]
+    assert without["greedy_agreement"] == with_runtime["greedy_agreement"] == 1
+
+
+def test_interrupted_anywhere_it_ends_with_the_same_findings(tiny, f32, tmp_path, few_prompts):
+    whole = run_guard(tiny("llama-256"), f32, tmp_path / "whole")
+    stops, patience = 0, 2.0
+    while True:
+        polls = iter(range(int(patience)))
+        try:  # a little further each time
+            found = run_guard(tiny("llama-256"), f32, tmp_path / "work", lambda polls=polls: next(polls, None) is None)
+            break
+        except Interrupted:
+            stops, patience = stops + 1, patience * 2
+    assert stops > 3
+    assert found == whole
+
+
+def generate(artifact: Path, prompts: list[list[int]], **options):
+    options = {"texts": [], "threads": 2, "progress": silent, "should_stop": never} | options
+    return generate_by_llama_cpp(artifact, prompts, 8, **options)
+
+
+def test_the_child_generates_what_the_binding_does(f32):
+    prompts = [tiny_models.tokens("llama-256")[:n] for n in (1, 5, 9, 30, 2)]
+    found = generate(f32, prompts, texts=["The quick", ""])
+    with LlamaCpp(f32, n_threads=1) as model:
+        expected = [model.generate(prompt, 8) for prompt in prompts]
+        assert found.end_tokens == model.end_tokens
+        assert found.tokenized == [model.tokenize("The quick"), model.tokenize("")]
+        logits = model.logits(prompts[1])[-1].astype(np.float64)
+    assert [[t for t in g.tokens if t not in found.end_tokens] for g in found.generations] == expected
+    p = np.exp(logits - logits.max())
+    p /= p.sum()
+    assert found.generations[1].entropies[0] == pytest.approx(-(p * np.log(p)).sum(), rel=1e-4)
+    assert found.generations == generate(f32, prompts, threads=1).generations
+
+
+def test_an_artifact_that_llama_cpp_cannot_run_is_a_finding(tiny, f32, tmp_path, few_prompts):
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(f32.read_bytes()[:-100_000])
+    with pytest.raises(RuntimeFailed, match="cannot load"):
+        generate(broken, [[5]])
+
+    def dies(*_, **__):
+        raise RuntimeFailed("llama.cpp was ended by SIGABRT: GGML_ASSERT")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("converter.guard.generate_by_llama_cpp", dies)
+        found = run_guard(tiny("llama-256"), f32, tmp_path / "work")
+    assert found["verdict"] == "severe" and found["greedy_agreement"] == 1
+    report = {"verdict": "severe", "quality": None, "coherence": found, "better": "convert x"}
+    assert "llama.cpp does not run the artifact: llama.cpp was ended by SIGABRT" in warning(report)
+
+
+def test_a_stopped_child_leaves_nothing_behind(f32):
+    with pytest.raises(Interrupted):
+        generate(f32, [[5, 6]] * 20, should_stop=lambda: True)
+
+
+def test_prompts_are_asked_as_the_model_is_used(smollm2, tiny):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    text = tokenizer.decode(prompt_tokens(tokenizer, "Why?"))
+    assert text.startswith("<|im_start|>") and text.endswith("<|im_start|>assistant\n") and "Why?" in text
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in end_tokens(smollm2, tokenizer)
+    bare = AutoTokenizer.from_pretrained(tiny("llama-tied"))
+    assert prompt_tokens(bare, "Why?") == bare("Why?")["input_ids"]
+    bare.chat_template = "{{ raise_exception('system message first') }}"
+    assert prompt_tokens(bare, "Why?") == bare("Why?")["input_ids"]
+
+
+def rows(*kinds: str) -> list[dict]:
+    found = [
+        {"prompt": "p", "text": "SSSS", "problems": [{"kind": kind, "detail": ""}] if kind else []} for kind in kinds
+    ]
+    return found + [{"prompt": "p", "text": "fine", "problems": []}] * (8 - len(found))
+
+
+@pytest.mark.parametrize(
+    ("found", "note", "misread", "expected"),
+    [
+        (rows(), {}, [], "coherent"),
+        (rows(), {"unavailable": "no xllamacpp"}, [], "coherent"),
+        (rows("loop"), {}, [], "noticeable"),
+        (rows("loop", "flat"), {}, [], "severe"),
+        (rows("not finite"), {}, [], "severe"),
+        (rows(*["incoherent"] * 6), {}, [], "failed"),
+        (rows(), {"failed": "SIGABRT"}, [], "severe"),
+        (rows(), {}, ["p"], "severe"),
+    ],
+)
+def test_verdicts(found, note, misread, expected):
+    assert verdict(found, note, misread) == expected
+
+
+def test_the_worse_of_both_measures_counts_and_is_never_averaged():
+    failed, coherent = {"verdict": "failed"}, {"verdict": "coherent"}
+    assert overall({"mean_kld": 0.01}, failed) == "failed"
+    assert overall({"mean_kld": 3.0}, coherent) == "severe"
+    assert overall({"mean_kld": 0.6}, coherent) == "noticeable"
+    assert overall({"mean_kld": 0.01}, coherent) == "coherent"
+    assert overall(None, None) is None
+    coherence = {"verdict": "failed", "prompts": rows(*["loop"] * 7), "runtime_note": {}, "misread_prompts": []}
+    text = warning({"verdict": "failed", "quality": None, "coherence": coherence, "better": None})
+    assert "failed: it no longer writes text" in text and "7 of 8 answers" in text and "'SSSS'" in text
+
+
+def test_the_better_recipe_is_a_command_that_runs(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = open_checkpoint(str(tiny("llama-256")))
+    model_map = describe(checkpoint)
+    low = parse_profile('description = ""\ngood_for = ""\nbase = "IQ1_S"', "low", "low.toml")
+    job = Job(str(tiny("llama-256")), low, output=tmp_path / "tiny-LOW.gguf", work_dir=tmp_path / "work")
+    plan = assign(low, model_map)
+    assert better_recipe(job, model_map, plan, tmp_path, "coherent") is None
+    sizes = []
+    for degree in ("noticeable", "severe", "failed"):
+        command = better_recipe(job, model_map, plan, tmp_path, degree)
+        profile = load_profile(shlex.split(command)[2])
+        sizes.append(assign(profile, model_map).n_bytes / plan.n_bytes)
+    assert 1.1 <= sizes[0] <= sizes[1] <= sizes[2] and sizes[2] >= 1.5
+    program, *arguments = shlex.split(command)
+    assert program == "convert"
+    done = CliRunner().invoke(main, [*arguments, "--dry-run", "--json"])
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["output"] != str(job.output)
+    finest = load_profile("fp16-baseline")
+    assert better_recipe(job, model_map, assign(finest, model_map), tmp_path, "severe") is None
+
+
+def test_strictness_needs_a_measurement(tiny):
+    refused = CliRunner().invoke(main, ["--strict", "--no-quality", str(tiny("llama-256"))])
+    assert refused.exit_code == 1 and "--no-quality leaves out" in refused.stderr
+    assert EXIT_CODE == 3 and N_TOKENS == 32
