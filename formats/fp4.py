@@ -62,12 +62,18 @@ FAR = np.float32(1e6)
 
 
 def encode_mxfp4(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
+    e, codes = search_mxfp4(rows, importance, effort)
+    return np.concatenate([e[:, None], _pack_nibbles(codes)], axis=1).reshape(len(rows), -1)
+
+
+def search_mxfp4(rows: np.ndarray, importance: np.ndarray | None, effort: Effort) -> tuple[np.ndarray, np.ndarray]:
+    """The codes of the scales, uint8 [n_blocks], and of the weights, uint8 [n_blocks, 32]; arguments as every encoder."""
     blocks, weights = to_blocks(rows, importance, MXFP4_BLOCK_SIZE)
     e, codes = np.empty(len(blocks), np.uint8), np.empty(blocks.shape, np.uint8)
     # The exponent of a float32, whose bias is 127 too.
     first = (23, 0, 1)
     search_blocks(blocks, blocks.view(np.int32), weights, MXFP4_STEPS, first, 4, effort == "best", (e, codes))
-    return np.concatenate([e[:, None], _pack_nibbles(codes)], axis=1).reshape(len(rows), -1)
+    return e, codes
 
 
 def decode_mxfp4(data: np.ndarray) -> np.ndarray:
@@ -82,13 +88,19 @@ def encode_nvfp4(
 ) -> np.ndarray:
     """As every encoder; what is encoded is rows / tensor_scale. A weight beyond 2688 tensor_scale is cut off there."""
     scaled = rows if tensor_scale == 1 else rows / np.float32(tensor_scale)
-    blocks, weights = to_blocks(scaled, importance, NVFP4_SUB_BLOCK_SIZE)
+    d, codes = search_nvfp4(scaled, importance, effort)
+    qs = _pack_nibbles(codes)
+    return np.concatenate([d.reshape(-1, 4), qs.reshape(-1, 32)], axis=1).reshape(len(rows), -1)
+
+
+def search_nvfp4(rows: np.ndarray, importance: np.ndarray | None, effort: Effort) -> tuple[np.ndarray, np.ndarray]:
+    """As search_mxfp4, of sub-blocks of 16 weights."""
+    blocks, weights = to_blocks(rows, importance, NVFP4_SUB_BLOCK_SIZE)
     d, codes = np.empty(len(blocks), np.uint8), np.empty(blocks.shape, np.uint8)
     # The exponent and three bits of the mantissa. Below code 16 half of a scale may be none, so all of them are tried.
     first = (20, 8 * 120, 15)
     search_blocks(blocks, blocks.view(np.int32), weights, NVFP4_STEPS, first, 16, effort == "best", (d, codes))
-    qs = _pack_nibbles(codes)
-    return np.concatenate([d.reshape(-1, 4), qs.reshape(-1, 32)], axis=1).reshape(len(rows), -1)
+    return d, codes
 
 
 def decode_nvfp4(data: np.ndarray) -> np.ndarray:

@@ -1,0 +1,111 @@
+"""INT8 and INT4 weights: `int-quantized` and `pack-quantized` of compressed-tensors.
+
+int-quantized, a scale a row: 8 + 16 / columns bits per weight
+    weight             I8    [n, k]                 codes -128 .. 127
+    weight_scale       BF16  [n, 1]
+
+pack-quantized, a scale a row or a group of g columns: bits + 16 / g, and bits / g more where there are zero points
+    weight_packed      I32   [n, ceil(k bits / 32)] codes, packed along the row (formats/packed_int.py)
+    weight_scale       BF16  [n, k / g]
+    weight_zero_point  I32   [ceil(n bits / 32), k / g]  packed along the column; asymmetric only
+    weight_shape       I64   [2]                    n, k
+
+A weight is scale * code, or scale * (code - zero_point).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from formats.block_format import Effort
+from formats.encoding import to_blocks
+from formats.int_scales import search_asymmetric, search_symmetric
+from formats.packed_int import pack, packed_width, unpack
+from formats.plain import decode_bf16
+from formats.row_chunks import for_row_chunks
+from formats.weight_scheme import Tensors, TensorShapes, WeightScheme
+
+
+# Pairs of scale and zero point that the asymmetric search refines.
+_REFINED = {"best": 4, "fast": 1}
+
+
+@dataclass(frozen=True)
+class IntegerCodec:
+    weights: WeightScheme
+    packed: bool
+
+    def tensors(self, n_rows: int, n_columns: int) -> TensorShapes:
+        n_groups = n_columns // self._group(n_columns)
+        shapes: TensorShapes = {"weight_scale": ("BF16", (n_rows, n_groups))}
+        if not self.packed:
+            return {"weight": ("I8", (n_rows, n_columns))} | shapes
+        bits = self.weights.num_bits
+        shapes = {"weight_packed": ("I32", (n_rows, packed_width(n_columns, bits)))} | shapes
+        if not self.weights.symmetric:
+            shapes["weight_zero_point"] = ("I32", (packed_width(n_rows, bits), n_groups))
+        return shapes | {"weight_shape": ("I64", (2,))}
+
+    def encode(
+        self,
+        rows: np.ndarray,
+        importance: np.ndarray | None,
+        effort: Effort,
+        global_scale: float | None,
+        n_threads: int,
+    ) -> Tensors:
+        n_rows, n_columns = rows.shape
+        group = self._group(n_columns)
+        scales = np.empty((n_rows, n_columns // group), np.uint16)
+        zero_points = np.empty(scales.shape, np.int8)
+        codes = np.empty(rows.shape, np.int8)
+        stride = np.int32(1 if effort == "best" else self._fast_stride())
+        bottom, top = np.float32(-(1 << self.weights.num_bits - 1)), np.float32((1 << self.weights.num_bits - 1) - 1)
+
+        def work(chunk: slice) -> None:
+            blocks, weights = to_blocks(rows[chunk], importance, group)
+            chunk_codes = codes[chunk].reshape(-1, group)
+            if self.weights.symmetric:
+                out = (scales[chunk].reshape(-1), chunk_codes)
+                search_symmetric(blocks, weights, bottom, top, stride, effort == "best", out)
+            else:
+                both = (scales[chunk].reshape(-1), zero_points[chunk].reshape(-1), chunk_codes)
+                search_asymmetric(blocks, weights, bottom, top, _REFINED[effort], both)
+
+        for_row_chunks(n_rows, n_columns, n_threads, work)
+        if not self.packed:
+            return {"weight": codes, "weight_scale": scales}
+        bits = self.weights.num_bits
+        tensors = {"weight_packed": pack(codes, bits), "weight_scale": scales}
+        if not self.weights.symmetric:
+            tensors["weight_zero_point"] = np.ascontiguousarray(pack(np.ascontiguousarray(zero_points.T), bits).T)
+        return tensors | {"weight_shape": np.array(rows.shape, np.int64)}
+
+    def decode(self, tensors: Tensors, shape: tuple[int, int]) -> np.ndarray:
+        n_rows, n_columns = shape
+        bits = self.weights.num_bits
+        codes = unpack(tensors["weight_packed"], bits, n_columns) if self.packed else tensors["weight"]
+        groups = codes.reshape(n_rows, -1, self._group(n_columns)).astype(np.float32)
+        if not self.weights.symmetric:
+            packed = np.ascontiguousarray(tensors["weight_zero_point"].T)
+            groups -= unpack(packed, bits, n_rows).T[..., None]
+        groups *= bfloat16(tensors["weight_scale"])[..., None]
+        return groups.reshape(shape)
+
+    def global_scale(self, absolute_maximum: float) -> None:
+        return None
+
+    def _fast_stride(self) -> int:
+        """With which one window of trials spans the scales that are usually the best: half of an octave, and of eight
+        bits, whose best scale hardly cuts off anything, an eighth."""
+        if self.weights.num_bits == 8:
+            return 1
+        return 6
+
+    def _group(self, n_columns: int) -> int:
+        return self.weights.group_size or n_columns
+
+
+def bfloat16(bits: np.ndarray) -> np.ndarray:
+    """The values of bfloat16 bits, uint16 to float32."""
+    return decode_bf16(np.ascontiguousarray(bits).view(np.uint8)).reshape(bits.shape)

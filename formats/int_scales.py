@@ -1,0 +1,203 @@
+"""Search for the scale of integer codes with a bfloat16 scale: x = scale * code, or scale * (code - zero_point).
+
+bfloat16 has 128 values an octave, so the scales that can be stored are few, and all that may be the best are tried,
+from large to small, 16 at a time. A lane is a trial: the inner loops run over the trials, nothing is summed across
+lanes, and strict floating point does not stop the compiler from using vector registers. The search begins a little
+above the scale under which no weight is cut off, and ends when what the weights beyond the greatest code lose alone is
+as much as the least error found, as that only grows with smaller scales.
+"""
+
+import math
+
+import numpy as np
+from numba import njit
+
+ZERO, ONE = np.float32(0), np.float32(1)
+INFINITY = np.float32(np.inf)
+# A group without a weight beyond this is zero: squares of its scale would leave float32's normal range.
+NEGLIGIBLE = np.float32(1e-30)
+# Of a group of zeros, as any scale would do: bfloat16's epsilon, as compressed-tensors stores it.
+ZERO_GROUP_SCALE_BITS = np.int32(0x3C00)
+TRIALS = 16
+# The asymmetric search's coarse scales: every so many bfloat16 values, and at most so many, which is two octaves.
+COARSE, MOST_COARSE = np.int32(4), 64
+
+_jit = njit(nogil=True, cache=True, error_model="numpy")
+
+
+@_jit
+def scale_of(bits):
+    """The bfloat16 of these bits, as float32."""
+    return np.int32(bits << np.int32(16)).view(np.float32)
+
+
+@_jit
+def bits_above(scale):
+    """The bits of the least bfloat16 that is not below a positive scale."""
+    return (np.float32(scale).view(np.int32) + np.int32(0xFFFF)) >> np.int32(16)
+
+
+@_jit
+def extremes(x):
+    low, high = ZERO, ZERO
+    for j in range(x.size):
+        low, high = min(low, x[j]), max(high, x[j])
+    return low, high
+
+
+@_jit
+def load(x, w, unit, v, u):
+    """x in units of `unit` and its weights, in buffers whose size is a multiple of four; the rest stays zero."""
+    for j in range(x.size):
+        v[j], u[j] = x[j] / unit, w[j]
+
+
+@_jit
+def try_scales(v, w, lanes):
+    """lanes[4] = error of each trial; lanes[0..3] = its scale, the inverse, and the least and the greatest code.
+
+    Four weights at a time, as every lane's sum has to wait for its last store.
+    """
+    scale, inverse, bottom, top, error = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4]
+    error[:] = ZERO
+    for j in range(0, v.size, 4):
+        v0, v1, v2, v3 = v[j], v[j + 1], v[j + 2], v[j + 3]
+        w0, w1, w2, w3 = w[j], w[j + 1], w[j + 2], w[j + 3]
+        for t in range(TRIALS):
+            r0 = v0 - scale[t] * np.rint(min(max(v0 * inverse[t], bottom[t]), top[t]))
+            r1 = v1 - scale[t] * np.rint(min(max(v1 * inverse[t], bottom[t]), top[t]))
+            r2 = v2 - scale[t] * np.rint(min(max(v2 * inverse[t], bottom[t]), top[t]))
+            r3 = v3 - scale[t] * np.rint(min(max(v3 * inverse[t], bottom[t]), top[t]))
+            error[t] += (w0 * (r0 * r0) + w1 * (r1 * r1)) + (w2 * (r2 * r2) + w3 * (r3 * r3))
+
+
+@_jit
+def clipping_error(v, w, bottom, top, chains):
+    """What the weights outside of bottom .. top lose under any code."""
+    chains[:] = ZERO
+    for j in range(0, v.size, 4):
+        for t in range(4):
+            excess = max(v[j + t] - top, bottom - v[j + t], ZERO)
+            chains[t] += w[j + t] * (excess * excess)
+    return (chains[0] + chains[1]) + (chains[2] + chains[3])
+
+
+@_jit
+def write_codes(v, inverse, bottom, top, codes):
+    for j in range(codes.size):
+        codes[j] = np.int8(np.rint(min(max(v[j] * inverse, bottom), top)))
+
+
+@_jit
+def search_symmetric(blocks, weights, bottom, top, stride, exhaustive, out):
+    """The best bfloat16 scale of each block, and its codes in bottom .. top.
+
+    blocks float32 [n_blocks, block_size], weights float32 [blocks_per_row, block_size]; bottom = -top - 1.
+    stride: of the scales that are tried, counted in bfloat16 values.
+    exhaustive: go on until no smaller scale can be better; otherwise one window of trials.
+    out: (bits of the scales uint16 [n_blocks], codes int8 like blocks).
+    """
+    scales, codes = out
+    size = blocks.shape[1]
+    v, w = np.zeros((size + 3) // 4 * 4, np.float32), np.zeros((size + 3) // 4 * 4, np.float32)
+    lanes, chains = np.empty((5, TRIALS), np.float32), np.empty(4, np.float32)
+    lanes[2, :], lanes[3, :] = bottom, top
+    for b in range(blocks.shape[0]):
+        low, high = extremes(blocks[b])
+        largest = max(high, -low)
+        if largest < NEGLIGIBLE:
+            scales[b] = ZERO_GROUP_SCALE_BITS
+            codes[b, :] = 0
+            continue
+        unit = np.float32(math.ldexp(1.0, math.frexp(largest)[1] - 1))
+        load(blocks[b], weights[b % weights.shape[0]], unit, v, w)
+        # Where the largest weight takes the code before the last one.
+        next_bits = bits_above(max(high / (top - ONE), low / (bottom + ONE)))
+        best_error, best, searching = INFINITY, next_bits, True
+        while searching:
+            for t in range(TRIALS):
+                lanes[0, t] = scale_of(next_bits - stride * np.int32(t)) / unit
+                lanes[1, t] = ONE / lanes[0, t]
+            try_scales(v, w, lanes)
+            for t in range(TRIALS):
+                if lanes[4, t] < best_error:
+                    best_error, best = lanes[4, t], next_bits - stride * np.int32(t)
+            next_bits -= stride * np.int32(TRIALS)
+            step = scale_of(next_bits) / unit
+            searching = exhaustive and clipping_error(v, w, bottom * step, top * step, chains) < best_error
+        scales[b] = best
+        write_codes(v, ONE / (scale_of(best) / unit), bottom, top, codes[b])
+
+
+@_jit
+def set_trials(lanes, t, bits, shift, unit, bottom, top):
+    lanes[0, t] = scale_of(bits) / unit
+    lanes[1, t] = ONE / lanes[0, t]
+    lanes[2, t], lanes[3, t] = bottom + shift, top + shift
+
+
+@_jit
+def search_asymmetric(blocks, weights, bottom, top, n_refined, out):
+    """As search_symmetric with a zero point, of four bits: x = scale * (code - zero_point), both in bottom .. top.
+
+    Zero always has a code. Every COARSE-th scale is tried with all 16 zero points, then all scales around the n_refined
+    best of these pairs with theirs.
+    out: (bits of the scales uint16 [n_blocks], zero points int8 [n_blocks], codes int8 like blocks).
+    """
+    scales, zero_points, codes = out
+    size = blocks.shape[1]
+    v, w = np.zeros((size + 3) // 4 * 4, np.float32), np.zeros((size + 3) // 4 * 4, np.float32)
+    lanes, table = np.empty((5, TRIALS), np.float32), np.empty((MOST_COARSE, TRIALS), np.float32)
+    for b in range(blocks.shape[0]):
+        low, high = extremes(blocks[b])
+        largest = max(high, -low)
+        if largest < NEGLIGIBLE:
+            scales[b] = ZERO_GROUP_SCALE_BITS
+            zero_points[b] = 0
+            codes[b, :] = 0
+            continue
+        unit = np.float32(math.ldexp(1.0, math.frexp(largest)[1] - 1))
+        load(blocks[b], weights[b % weights.shape[0]], unit, v, w)
+        low_weight, high_weight = ZERO, ZERO
+        for j in range(size):
+            low_weight = max(low_weight, w[j]) if blocks[b, j] == low else low_weight
+            high_weight = max(high_weight, w[j]) if blocks[b, j] == high else high_weight
+        both = low < ZERO and high > ZERO
+        shared = low_weight * high_weight / (low_weight + high_weight) if both else max(low_weight, high_weight)
+        first_bits = bits_above((high - low) / (top - bottom - ONE))
+        least, n_coarse = INFINITY, 0
+        while n_coarse < MOST_COARSE:
+            bits = first_bits - COARSE * np.int32(n_coarse)
+            step = scale_of(bits) / unit
+            # No smaller scale loses less than what is beyond its range wherever that lies, zero being in it, and of which
+            # the extremes have to share what they are too far apart.
+            width = (top - bottom) * step
+            excess = max((high - low) / unit - width, ZERO)
+            if max(shared * (excess * excess), clipping_error(v, w, -width, width, lanes[4])) >= least:
+                break
+            for t in range(TRIALS):
+                set_trials(lanes, t, bits, -top + np.float32(t), unit, bottom, top)
+            try_scales(v, w, lanes)
+            for t in range(TRIALS):
+                table[n_coarse, t] = lanes[4, t]
+                least = min(least, lanes[4, t])
+            n_coarse += 1
+        best_error, best, best_shift = INFINITY, first_bits, ZERO
+        for _ in range(n_refined):
+            pair, least = 0, INFINITY
+            for i in range(n_coarse * TRIALS):
+                if table[i // TRIALS, i % TRIALS] < least:
+                    pair, least = i, table[i // TRIALS, i % TRIALS]
+            table[pair // TRIALS, pair % TRIALS] = INFINITY
+            middle, shift = first_bits - COARSE * np.int32(pair // TRIALS), -top + np.float32(pair % TRIALS)
+            for t in range(TRIALS):
+                set_trials(lanes, t, middle + np.int32(TRIALS // 2 - t), shift, unit, bottom, top)
+            try_scales(v, w, lanes)
+            for t in range(TRIALS):
+                if lanes[4, t] < best_error:
+                    best_error, best, best_shift = lanes[4, t], middle + np.int32(TRIALS // 2 - t), shift
+        scales[b] = best
+        zero_points[b] = np.int8(-best_shift)
+        write_codes(v, ONE / (scale_of(best) / unit), bottom + best_shift, top + best_shift, codes[b])
+        for j in range(size):
+            codes[b, j] -= np.int8(best_shift)

@@ -1,0 +1,81 @@
+"""How the linear layers of a compressed-tensors directory are quantized, in the words of its configuration.
+
+A scheme says how weights are stored and what the runtime does with activations; a codec turns a matrix into the tensors
+that stand beside a module's name ("weight_packed", "weight_scale", ...) and back.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from formats.block_format import Effort
+
+Tensors = dict[str, np.ndarray]
+TensorShapes = dict[str, tuple[str, tuple[int, ...]]]
+"""By suffix: safetensors' name of the dtype, and the shape."""
+
+NUMPY_DTYPES = {
+    "F32": np.dtype("<f4"),
+    "BF16": np.dtype("<u2"),
+    "F8_E4M3": np.dtype("u1"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+}
+"""What holds the tensors of a dtype here; of those that numpy lacks, the bits."""
+
+
+@dataclass(frozen=True)
+class WeightScheme:
+    """`weights` of a configuration group.
+
+    strategy: what shares a scale: a tensor, a row ("channel"), group_size columns of a row ("group"), the same below a
+        scale of the tensor ("tensor_group"), or block_structure (rows, columns).
+    scale_dtype: as in the configuration ("torch.uint8"); None where scales have the model's dtype, stored as BF16.
+    """
+
+    num_bits: int
+    type: Literal["int", "float"]
+    strategy: Literal["tensor", "channel", "group", "tensor_group", "block"]
+    group_size: int | None = None
+    block_structure: tuple[int, int] | None = None
+    symmetric: bool = True
+    scale_dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class ActivationScheme:
+    """`input_activations` of a configuration group.
+
+    dynamic: True: the runtime measures every scale; False: one scale was measured in calibration and is stored;
+        "local": the scale of the tensor is stored, those of the groups are measured.
+    """
+
+    num_bits: int
+    type: Literal["int", "float"]
+    strategy: Literal["tensor", "token", "group", "tensor_group"]
+    dynamic: bool | Literal["local"] = True
+    symmetric: bool = True
+    group_size: int | None = None
+    scale_dtype: str | None = None
+
+
+class Codec(Protocol):
+    """What becomes of a matrix float32 [n_rows, n_columns] under one scheme."""
+
+    def tensors(self, n_rows: int, n_columns: int) -> TensorShapes: ...
+
+    def encode(
+        self,
+        rows: np.ndarray,
+        importance: np.ndarray | None,
+        effort: Effort,
+        global_scale: float | None,
+        n_threads: int,
+    ) -> Tensors: ...
+
+    def decode(self, tensors: Tensors, shape: tuple[int, int]) -> np.ndarray: ...
+
+    def global_scale(self, absolute_maximum: float) -> float | None: ...

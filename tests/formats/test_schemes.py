@@ -1,0 +1,255 @@
+"""Schemes against compressed-tensors itself: what it reads from our tensors, and what its own scales would cost."""
+
+import numpy as np
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+from formats.errors import ConvertError
+from formats.registry import FORMATS
+from formats.schemes import SCHEMES, Scheme, get_scheme
+from formats.weight_scheme import NUMPY_DTYPES
+
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
+# One scheme of each way to store weights; the others differ in activations only.
+STORAGE = [
+    name
+    for name in SCHEMES
+    if name not in ("W8A8_STATIC", "W8A8_STATIC_ASYM", "NVFP4A16", "MXFP4A16")
+]  # fmt: skip
+
+
+def arguments(part) -> QuantizationArgs | None:
+    if part is None:
+        return None
+    fields = {key: value for key, value in vars(part).items() if value is not None}
+    if "block_structure" in fields:
+        fields["block_structure"] = list(fields["block_structure"])
+    return QuantizationArgs(**fields)
+
+
+def peer_scheme(scheme: Scheme) -> QuantizationScheme:
+    weights, activations = arguments(scheme.weights), arguments(scheme.activations)
+    return QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations, format=scheme.format)
+
+
+def to_torch(scheme: Scheme, tensors, shape) -> dict[str, torch.Tensor]:
+    """As safetensors loads them."""
+    dtypes = {suffix: dtype for suffix, (dtype, _) in scheme.tensors(*shape).items()}
+    as_is = {suffix: torch.from_numpy(tensor.copy()) for suffix, tensor in tensors.items()}
+    return {s: t.view(TORCH_DTYPES[dtypes[s]]) if dtypes[s] in TORCH_DTYPES else t for s, t in as_is.items()}
+
+
+def peer_decode(scheme: Scheme, tensors, shape, float32_scales: bool) -> np.ndarray:
+    loaded = to_torch(scheme, tensors, shape)
+    if float32_scales and loaded["weight_scale"].dtype == torch.bfloat16:
+        loaded["weight_scale"] = loaded["weight_scale"].float()
+    compressor = BaseCompressor.get_value_from_registry(scheme.format)
+    return compressor.decompress(loaded, peer_scheme(scheme))["weight"].float().numpy()
+
+
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(values).bfloat16().float().numpy()
+
+
+def peer_minmax(scheme: Scheme, rows: np.ndarray) -> np.ndarray:
+    """The weights after compressed-tensors' own quantization by the extremes, in float32 throughout."""
+    weights = scheme.weights
+    x, arguments_ = torch.from_numpy(rows), peer_scheme(scheme).weights
+    height, width = weights.block_structure or (1, weights.group_size or rows.shape[1])
+    if weights.strategy == "tensor":
+        height = rows.shape[0]
+    blocks = torch.nn.functional.pad(x, (0, -x.shape[1] % width, 0, -x.shape[0] % height))
+    blocks = blocks.reshape(blocks.shape[0] // height, height, -1, width)
+    low, high = blocks.amin((1, 3)), blocks.amax((1, 3))
+    if weights.strategy == "tensor":
+        low, high = low.reshape(1), high.reshape(1)
+    divisor = generate_gparam(x.min(), x.max()) if weights.strategy == "tensor_group" else None
+    scale, zero_point = calculate_qparams(low, high, arguments_, global_scale=divisor)
+    state = {"weight": x, "weight_scale": scale.float(), "weight_zero_point": zero_point}
+    if divisor is not None:
+        state["weight_global_scale"] = divisor
+    compressor = BaseCompressor.get_value_from_registry(scheme.format)
+    packed = compressor.compress(state, peer_scheme(scheme))
+    return compressor.decompress(packed, peer_scheme(scheme))["weight"].float().numpy()
+
+
+def draw(kind: str, shape, seed=0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    if kind == "gaussian":
+        rows = rng.standard_normal(shape)
+    elif kind == "student-t":
+        rows = rng.standard_t(4, shape)
+    else:
+        rows = rng.standard_normal(shape) + 3
+    return np.ascontiguousarray(0.02 * rows, np.float32)
+
+
+def shape_for(scheme: Scheme) -> tuple[int, int]:
+    """Odd where that is legal."""
+    width = scheme.weights.group_size or (scheme.weights.block_structure or (0, 0))[1]
+    return (37 if width < 128 else 131, 3 * width if width else 77)
+
+
+def relative_error(rows, decoded, importance=1.0) -> float:
+    return float((importance * (decoded - rows).astype(np.float64) ** 2).sum() / (importance * rows**2.0).sum())
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("effort", ["best", "fast"])
+def test_compressed_tensors_reads_what_we_decode(name, effort):
+    scheme = SCHEMES[name]
+    rows = draw("student-t", shape_for(scheme))
+    rows[3] = 0
+    tensors = scheme.encode(rows, effort=effort)
+    decoded = scheme.decode(tensors, rows.shape)
+    assert np.isfinite(decoded).all()
+    assert (decoded[3] == 0).all()
+    # Its arithmetic is that of the scales' dtype, but for FP4, whose result it rounds to bfloat16 always.
+    exact = peer_decode(scheme, tensors, rows.shape, float32_scales=True)
+    np.testing.assert_array_equal(exact, to_bfloat16(decoded) if "FP4" in name else decoded)
+    np.testing.assert_array_equal(peer_decode(scheme, tensors, rows.shape, float32_scales=False), to_bfloat16(decoded))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_tensors_are_known_before(name):
+    scheme = SCHEMES[name]
+    shape = shape_for(scheme)
+    expected = scheme.tensors(*shape)
+    tensors = scheme.encode(draw("gaussian", shape)) | scheme.encode_input(-2.0, 3.0)
+    found = {suffix: (tensor.dtype, tensor.shape) for suffix, tensor in tensors.items()}
+    assert found == {suffix: (NUMPY_DTYPES[dtype], tuple(shape)) for suffix, (dtype, shape) in expected.items()}
+    assert scheme.n_bytes(*shape) == sum(tensor.nbytes for tensor in tensors.values())
+    assert all(tensor.flags.c_contiguous for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("name", STORAGE)
+@pytest.mark.parametrize("kind", ["gaussian", "student-t", "shifted"])
+def test_error_is_at_most_that_of_the_extremes(name, kind):
+    scheme = SCHEMES[name]
+    rows = draw(kind, (128, 512))
+    importance = np.random.default_rng(1).lognormal(0, 1.5, 512).astype(np.float32)
+    peer = peer_minmax(scheme, rows)
+    ours = scheme.decode(scheme.encode(rows), rows.shape)
+    weighted = scheme.decode(scheme.encode(rows, importance), rows.shape)
+    assert relative_error(rows, to_bfloat16(ours) if "FP4" in name else ours) <= relative_error(rows, peer)
+    assert relative_error(rows, weighted, importance) <= relative_error(rows, peer, importance)
+    assert relative_error(rows, weighted, importance) <= relative_error(rows, ours, importance)
+
+
+@pytest.mark.parametrize("name", STORAGE)
+def test_bytes_depend_on_no_thread_and_no_other_row(name, monkeypatch):
+    scheme = SCHEMES[name]
+    rows = draw("student-t", (128 * 5 + 3, shape_for(scheme)[1]))
+    importance = np.random.default_rng(1).lognormal(0, 1, rows.shape[1]).astype(np.float32)
+    monkeypatch.setattr("formats.row_chunks.CHUNK_WEIGHTS", 1 << 14)
+    whole = scheme.encode(rows, importance)
+    threads = scheme.encode(rows, importance, n_threads=3)
+    assert all(np.array_equal(whole[suffix], threads[suffix]) for suffix in whole)
+    shared = scheme.global_scale(float(np.abs(rows).max()))
+    top = scheme.encode(rows[:256], importance, global_scale=shared)
+    if scheme.weights.strategy != "tensor":
+        assert np.array_equal(scheme.decode(top, (256, rows.shape[1])), scheme.decode(whole, rows.shape)[:256])
+
+
+def test_nvfp4_and_mxfp4_hold_the_values_of_the_gguf_codecs():
+    rows = draw("student-t", (9, 192))
+    scale = FORMATS["NVFP4"].tensor_scale(float(np.abs(rows).max()))
+    gguf = FORMATS["NVFP4"].decode(FORMATS["NVFP4"].encode(rows, tensor_scale=scale)) * np.float32(scale)
+    ours = SCHEMES["NVFP4A16"].decode(SCHEMES["NVFP4A16"].encode(rows), rows.shape)
+    np.testing.assert_array_equal(ours, gguf)
+    gguf = FORMATS["MXFP4"].decode(FORMATS["MXFP4"].encode(rows))
+    np.testing.assert_array_equal(SCHEMES["MXFP4A16"].decode(SCHEMES["MXFP4A16"].encode(rows), rows.shape), gguf)
+
+
+@pytest.mark.parametrize("low, high", [(-3.7, 5.25), (0.5, 2.0), (-2.0, -1.0), (0.0, 0.0), (-1e-3, 2e-3)])
+@pytest.mark.parametrize("name", ["W8A8_STATIC", "W8A8_STATIC_ASYM", "FP8_STATIC", "NVFP4"])
+def test_input_scales_are_those_of_compressed_tensors(name, low, high):
+    scheme = SCHEMES[name]
+    ours = to_torch(scheme, scheme.encode_input(low, high), (16, 16))
+    bounds = torch.tensor([low]), torch.tensor([high])
+    if name == "NVFP4":
+        if high > low:
+            assert ours["input_global_scale"].item() == pytest.approx(generate_gparam(*bounds).item(), rel=1e-6)
+        assert np.isfinite(ours["input_global_scale"].item())
+        return
+    scale, zero_point = calculate_qparams(*bounds, arguments(scheme.activations))
+    assert ours["input_scale"].item() > 0
+    if high > low:
+        assert ours["input_scale"].item() == scale.bfloat16().item()
+        if name == "W8A8_STATIC_ASYM":
+            assert abs(ours["input_zero_point"].item() - zero_point.item()) <= 1
+
+
+def test_bad_input_is_refused():
+    rows = draw("gaussian", (4, 128))
+    scheme = SCHEMES["W4A16"]
+    for bad in (np.nan, np.inf):
+        spoilt = rows.copy()
+        spoilt[2, 5] = bad
+        for each in SCHEMES.values():
+            with pytest.raises(ConvertError, match="not a finite number") as raised:
+                each.encode(spoilt)
+            assert raised.value.where == "row 2, column 5"
+    with pytest.raises(ConvertError, match="importance"):
+        scheme.encode(rows, np.full(128, -1, np.float32))
+    with pytest.raises(ConvertError, match="W4A16_G64 or W4A16_G32"):
+        scheme.encode(np.ones((4, 192), np.float32))
+    with pytest.raises(ConvertError, match="did you mean 'W4A16_ASYM'"):
+        get_scheme("w4a16-asim")
+    assert get_scheme("w4a16-asym-g32") is SCHEMES["W4A16_ASYM_G32"]
+
+
+@pytest.mark.parametrize("name", STORAGE)
+def test_nothing_important_is_everything_alike(name):
+    scheme = SCHEMES[name]
+    rows = draw("student-t", (128, 256))
+    plain, unimportant = scheme.encode(rows), scheme.encode(rows, np.zeros(256, np.float32))
+    assert all(np.array_equal(plain[suffix], unimportant[suffix]) for suffix in plain)
+    zero = scheme.encode(np.zeros((128, 256), np.float32))
+    scales = peer_decode(scheme, zero, (128, 256), float32_scales=False)
+    assert (scales == 0).all()
+    assert (zero["weight_scale"] != 0).all() or scheme.format == "mxfp4-pack-quantized"
+
+
+def bfloat16_scales_below(largest: float, octaves: float) -> np.ndarray:
+    """Every bfloat16 from `largest` down."""
+    first = np.float32(largest).view(np.int32) >> 16
+    return ((np.arange(first + 1, first - int(128 * octaves), -1, dtype=np.int32)) << 16).view(np.float32)
+
+
+def least_integer_error(x, w, bottom, top, symmetric):
+    """By trying every bfloat16 scale and every zero point, in float64."""
+    low, high = min(0, x.min()), max(0, x.max())
+    widest = max(high / (top - 1), low / (bottom + 1)) if symmetric else (high - low) / (top - bottom - 1)
+    scales = bfloat16_scales_below(widest, 2.5).astype(np.float64)[:, None]
+    least = np.inf
+    for zero_point in [0] if symmetric else range(bottom, top + 1):
+        codes = np.clip(np.rint(x / scales), bottom - zero_point, top - zero_point)
+        least = min(least, (w * (x - scales * codes) ** 2).sum(axis=1).min())
+    return least
+
+
+@pytest.mark.parametrize("name", ["W8A8", "W8A16", "W4A16_G32", "W4A16", "W4A16_ASYM_G32", "W4A16_ASYM"])
+def test_best_finds_the_least_error_of_all_integer_scales(name):
+    scheme = SCHEMES[name]
+    bits, group = scheme.weights.num_bits, scheme.weights.group_size or 77
+    rng = np.random.default_rng(5)
+    # An asymmetric search refines a few pairs of scale and zero point only, which may miss the least error by a little.
+    slack = 1e-5 if scheme.weights.symmetric else 1e-3
+    ratios = []
+    for i in range(24):
+        x = 0.02 * rng.standard_t(4, group) + (0.05 if i % 4 == 1 else 0)
+        importance = np.ones(group) if i % 3 == 0 else rng.lognormal(0, 2, group)
+        x, importance = x.astype(np.float32), importance.astype(np.float32)
+        decoded = scheme.decode(scheme.encode(x[None], importance), (1, group))[0].astype(np.float64)
+        exact, weights = x.astype(np.float64), importance.astype(np.float64)
+        bottom, top = -(1 << bits - 1), (1 << bits - 1) - 1
+        best = least_integer_error(exact, weights, bottom, top, scheme.weights.symmetric)
+        error = (weights * (exact - decoded) ** 2).sum()
+        ratios.append(error / best)
+        if scheme.weights.symmetric:
+            assert ratios[-1] <= 1 + slack
+    assert np.mean(ratios) <= 1 + slack
