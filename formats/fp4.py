@@ -67,7 +67,7 @@ def encode_mxfp4(rows: np.ndarray, importance: np.ndarray | None = None, effort:
 
 
 def search_mxfp4(rows: np.ndarray, importance: np.ndarray | None, effort: Effort) -> tuple[np.ndarray, np.ndarray]:
-    """The codes of the scales, uint8 [n_blocks], and of the weights, uint8 [n_blocks, 32]; arguments as every encoder."""
+    """The codes of the scales, uint8 [n_blocks], and of the weights, uint8 [n_blocks, 32]; arguments as encoders'."""
     blocks, weights = to_blocks(rows, importance, MXFP4_BLOCK_SIZE)
     e, codes = np.empty(len(blocks), np.uint8), np.empty(blocks.shape, np.uint8)
     # The exponent of a float32, whose bias is 127 too.

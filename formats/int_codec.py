@@ -25,7 +25,6 @@ from formats.plain import decode_bf16
 from formats.row_chunks import for_row_chunks
 from formats.weight_scheme import Tensors, TensorShapes, WeightScheme
 
-
 # Pairs of scale and zero point that the asymmetric search refines.
 _REFINED = {"best": 4, "fast": 1}
 

@@ -169,8 +169,8 @@ def search_asymmetric(blocks, weights, bottom, top, n_refined, out):
         while n_coarse < MOST_COARSE:
             bits = first_bits - COARSE * np.int32(n_coarse)
             step = scale_of(bits) / unit
-            # No smaller scale loses less than what is beyond its range wherever that lies, zero being in it, and of which
-            # the extremes have to share what they are too far apart.
+            # No smaller scale loses less than what is beyond its range wherever that lies, zero being in it; the
+            # extremes have to share what they are too far apart.
             width = (top - bottom) * step
             excess = max((high - low) / unit - width, ZERO)
             if max(shared * (excess * excess), clipping_error(v, w, -width, width, lanes[4])) >= least:

@@ -77,7 +77,7 @@ class Scheme:
         check_rows(rows, 1)
         if importance is not None:
             check_importance(importance, rows.shape[1])
-        self.check_shape(*rows.shape, self.name)
+        self.check_shape(rows.shape[0], rows.shape[1], self.name)
         return self.codec.encode(rows, importance, effort, global_scale, n_threads)
 
     def decode(self, tensors: Tensors, shape: tuple[int, int]) -> np.ndarray:

@@ -15,7 +15,7 @@ Tensors = dict[str, np.ndarray]
 TensorShapes = dict[str, tuple[str, tuple[int, ...]]]
 """By suffix: safetensors' name of the dtype, and the shape."""
 
-NUMPY_DTYPES = {
+NUMPY_DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype("<f4"),
     "BF16": np.dtype("<u2"),
     "F8_E4M3": np.dtype("u1"),
