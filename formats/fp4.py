@@ -47,7 +47,7 @@ _MIN_TENSOR_EXPONENT = -126
 REACH = np.float32(1 / 2.5)
 TOP_LEVEL = np.float32(12)
 ZERO, ONE, TWO, FOUR = np.float32(0), np.float32(1), np.float32(2), np.float32(4)
-HALF, QUARTER = np.float32(0.5), np.float32(0.25)
+EIGHT, SIXTEEN, HALF, QUARTER = np.float32(8), np.float32(16), np.float32(0.5), np.float32(0.25)
 INFINITY = np.float32(np.inf)
 # Weights side by side, where the lanes of a loop are weights: half of an MXFP4 block, a sub-block of NVFP4.
 WEIGHT_LANES = 16
@@ -62,18 +62,19 @@ FAR = np.float32(1e6)
 
 
 def encode_mxfp4(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    e, codes = search_mxfp4(rows, importance, effort)
-    return np.concatenate([e[:, None], _pack_nibbles(codes)], axis=1).reshape(len(rows), -1)
+    blocks, weights = to_blocks(rows, importance, MXFP4_BLOCK_SIZE)
+    data = np.empty((len(blocks), MXFP4_TYPE_SIZE), np.uint8)
+    # The exponent of a float32, whose bias is 127 too.
+    first = (23, 0, 1)
+    search_blocks(blocks, weights, MXFP4_STEPS, first, 3, effort == "best", data)
+    write_blocks(blocks, MXFP4_STEPS, data)
+    return data.reshape(len(rows), -1)
 
 
 def search_mxfp4(rows: np.ndarray, importance: np.ndarray | None, effort: Effort) -> tuple[np.ndarray, np.ndarray]:
     """The codes of the scales, uint8 [n_blocks], and of the weights, uint8 [n_blocks, 32]; arguments as encoders'."""
-    blocks, weights = to_blocks(rows, importance, MXFP4_BLOCK_SIZE)
-    e, codes = np.empty(len(blocks), np.uint8), np.empty(blocks.shape, np.uint8)
-    # The exponent of a float32, whose bias is 127 too.
-    first = (23, 0, 1)
-    search_blocks(blocks, blocks.view(np.int32), weights, MXFP4_STEPS, first, 4, effort == "best", (e, codes))
-    return e, codes
+    data = encode_mxfp4(rows, importance, effort).reshape(-1, MXFP4_TYPE_SIZE)
+    return data[:, 0], _codes_of_nibbles(data[:, 1:])
 
 
 def decode_mxfp4(data: np.ndarray) -> np.ndarray:
@@ -88,19 +89,28 @@ def encode_nvfp4(
 ) -> np.ndarray:
     """As every encoder; what is encoded is rows / tensor_scale. A weight beyond 2688 tensor_scale is cut off there."""
     scaled = rows if tensor_scale == 1 else rows / np.float32(tensor_scale)
-    d, codes = search_nvfp4(scaled, importance, effort)
-    qs = _pack_nibbles(codes)
-    return np.concatenate([d.reshape(-1, 4), qs.reshape(-1, 32)], axis=1).reshape(len(rows), -1)
+    blocks, weights = to_blocks(scaled, importance, NVFP4_SUB_BLOCK_SIZE)
+    return _nvfp4_blocks(blocks, weights, effort).reshape(len(rows), -1)
 
 
 def search_nvfp4(rows: np.ndarray, importance: np.ndarray | None, effort: Effort) -> tuple[np.ndarray, np.ndarray]:
-    """As search_mxfp4, of sub-blocks of 16 weights."""
+    """As search_mxfp4, of sub-blocks of 16 weights, however many a row has."""
     blocks, weights = to_blocks(rows, importance, NVFP4_SUB_BLOCK_SIZE)
-    d, codes = np.empty(len(blocks), np.uint8), np.empty(blocks.shape, np.uint8)
+    n_blocks = len(blocks)
+    if missing := -n_blocks % 4:
+        blocks = np.concatenate([blocks, np.zeros((missing, NVFP4_SUB_BLOCK_SIZE), np.float32)])
+    data = _nvfp4_blocks(blocks, weights, effort)
+    return data[:, :4].reshape(-1)[:n_blocks], _codes_of_nibbles(data[:, 4:].reshape(-1, 8))[:n_blocks]
+
+
+def _nvfp4_blocks(blocks: np.ndarray, weights: np.ndarray, effort: Effort) -> np.ndarray:
+    """uint8 [n_sub_blocks / 4, 36]; blocks float32 [n_sub_blocks, 16], weights float32 [sub_blocks_per_row, 16]."""
+    data = np.empty((len(blocks) // 4, NVFP4_TYPE_SIZE), np.uint8)
     # The exponent and three bits of the mantissa. Below code 16 half of a scale may be none, so all of them are tried.
     first = (20, 8 * 120, 15)
-    search_blocks(blocks, blocks.view(np.int32), weights, NVFP4_STEPS, first, 16, effort == "best", (d, codes))
-    return d, codes
+    search_blocks(blocks, weights, NVFP4_STEPS, first, 16, effort == "best", data)
+    write_blocks(blocks, NVFP4_STEPS, data)
+    return data
 
 
 def decode_nvfp4(data: np.ndarray) -> np.ndarray:
@@ -123,29 +133,32 @@ def nvfp4_tensor_scale(absolute_maximum: float) -> float:
     return math.ldexp(1.0, max(exponent - (fraction == 0.5), _MIN_TENSOR_EXPONENT))
 
 
-def _pack_nibbles(codes: np.ndarray) -> np.ndarray:
-    half = codes.shape[1] // 2
-    return codes[:, :half] | codes[:, half:] << 4
+def _codes_of_nibbles(qs: np.ndarray) -> np.ndarray:
+    """The codes, uint8 [n, 2 * n_bytes]."""
+    return np.concatenate([qs & 15, qs >> 4], axis=1)
 
 
 def _unpack_nibbles(qs: np.ndarray) -> np.ndarray:
     """The signed levels, float32 [n, 2 * n_bytes]."""
-    return SIGNED_LEVELS[np.concatenate([qs & 15, qs >> 4], axis=1)]
+    return SIGNED_LEVELS[_codes_of_nibbles(qs)]
 
 
 _jit = njit(nogil=True, cache=True, error_model="numpy")
+# For helpers that take arrays: passed to a function each is counted as a reference, which takes as long as a trial.
+_inlined = njit(nogil=True, cache=True, error_model="numpy", inline="always")
 
 
-@_jit
-def magnitude(bits):
-    """The largest magnitude, from the weights' bits: integers order as the floats do, and vectorise in any order."""
+@_inlined
+def magnitude(blocks, b):
+    """The largest magnitude of a block, among integers: bits order as magnitudes do, and vectorise in any order."""
     largest = np.int32(0)
-    for j in range(bits.size):
-        largest = np.int32(max(largest, bits[j] & np.int32(0x7FFFFFFF)))
+    for j in range(blocks.shape[1]):
+        bits = np.float32(abs(blocks[b, j])).view(np.int32)
+        largest = bits if bits > largest else largest
     return np.int32(largest).view(np.float32)
 
 
-@_jit
+@_inlined
 def total(lanes):
     """The sum over lanes, in four chains, as each sum has to wait for the one before."""
     s0, s1, s2, s3 = lanes[0], lanes[1], lanes[2], lanes[3]
@@ -157,7 +170,7 @@ def total(lanes):
     return (s0 + s1) + (s2 + s3)
 
 
-@_jit
+@_inlined
 def clipping_error(v, w, limit, lanes):
     """What the weights beyond `limit` lose under any code: a bound on the error of every smaller scale."""
     lanes[:] = ZERO
@@ -176,7 +189,7 @@ def nearest_level(u):
     return split - (split - u) if u > TWO else np.rint(u)
 
 
-@_jit
+@_inlined
 def try_few_scales(v, w, unit, steps, top, error, lanes):
     """error[i]: under the step of code top - i; v and errors are in units of `unit`. A lane has two weights."""
     half = lanes.size
@@ -190,7 +203,7 @@ def try_few_scales(v, w, unit, steps, top, error, lanes):
         error[i] = total(lanes)
 
 
-@_jit
+@_inlined
 def try_many_scales(v, w, unit, steps, top, lanes):
     """As try_few_scales, with lanes[2] as `error`: its lanes are trial scales, so that no lanes have to be summed."""
     ratio, inverse, error = lanes[0], lanes[1], lanes[2]
@@ -210,32 +223,30 @@ def try_many_scales(v, w, unit, steps, top, lanes):
 
 
 @_jit
-def search_blocks(blocks, bits, weights, steps, first, n_scales, exhaustive, out):
-    """The best stored scale of each block and the codes of its weights.
+def search_blocks(blocks, weights, steps, first, n_scales, exhaustive, data):
+    """The best stored scale of each block.
 
-    blocks float32 [n_blocks, block_size], bits the same as int32, weights float32 [blocks_per_row, block_size].
+    blocks float32 [n_blocks, block_size], weights float32 [blocks_per_row, block_size].
     steps float32 [n_codes]: half of the scale, by its code.
     first: (shift, offset, least): the first code is (bits of the largest scale worth trying >> shift) - offset, and not
     below `least`.
     n_scales: scales that are tried at a time; exhaustive: go on until no smaller scale can be better.
-    out: (scale codes uint8 [n_blocks], codes uint8 like blocks).
+    Writes the scales' codes to data uint8 [n_blocks / n_sub, n_sub + ..], n_sub of them at the front of each row.
     """
-    scales, codes = out
     shift, offset, least = first
-    n = blocks.shape[1]
-    v, scale_lanes = np.empty(n, np.float32), np.empty((3, n_scales), np.float32)
+    n, n_sub = blocks.shape[1], blocks.shape[0] // data.shape[0]
+    v, w, scale_lanes = np.empty(n, np.float32), np.empty(n, np.float32), np.empty((3, n_scales), np.float32)
     error, weight_lanes = scale_lanes[2], np.empty(WEIGHT_LANES, np.float32)
     for b in range(blocks.shape[0]):
-        x, w = blocks[b], weights[b % weights.shape[0]]
-        largest = magnitude(bits[b])
+        largest = magnitude(blocks, b)
         if largest == ZERO:
-            scales[b] = 0
-            codes[b, :] = 0
+            data[b // n_sub, b % n_sub] = 0
             continue
         top = min(max((np.float32(largest * REACH).view(np.int32) >> shift) - offset, least), steps.size - 1)
         unit = steps[top]
+        column = b % weights.shape[0]
         for j in range(n):
-            v[j] = min(abs(x[j]) / unit, FAR)
+            v[j], w[j] = min(abs(blocks[b, j]) / unit, FAR), weights[column, j]
         best_error, best, searching = INFINITY, 0, True
         while searching:
             if n_scales < MANY_SCALES:
@@ -249,9 +260,26 @@ def search_blocks(blocks, bits, weights, steps, first, n_scales, exhaustive, out
             searching = exhaustive and top >= SMALLEST_CODE
             if searching:
                 searching = clipping_error(v, w, TOP_LEVEL * (steps[top] / unit), weight_lanes) < best_error
-        scales[b] = best
-        inverse = unit / steps[best]
-        for j in range(n):
-            q = nearest_level(v[j] * inverse)
-            code = np.uint8(min(q, q * HALF + TWO, q * QUARTER + FOUR))
-            codes[b, j] = code | np.uint8(8) if x[j] < ZERO and code > 0 else code
+        data[b // n_sub, b % n_sub] = best
+
+
+@_jit
+def write_blocks(blocks, steps, data):
+    """Writes the codes of the weights behind the scales of their blocks.
+
+    blocks float32 [n_blocks, block_size]; steps and data as for search_blocks. In a loop of its own, and in floats to
+    the last: beside the search it was not vectorised.
+    """
+    half, n_sub = blocks.shape[1] // 2, blocks.shape[0] // data.shape[0]
+    for b in range(blocks.shape[0]):
+        row, i = b // n_sub, b % n_sub
+        step = steps[max(data[row, i], SMALLEST_CODE)]
+        # Cut out, so that no index may be negative: such indices would scatter the bytes.
+        lows, highs, codes = blocks[b, :half], blocks[b, half:], data[row, n_sub + half * i :][:half]
+        for j in range(half):
+            low_level, high_level = nearest_level(abs(lows[j]) / step), nearest_level(abs(highs[j]) / step)
+            low_code = min(low_level, low_level * HALF + TWO, low_level * QUARTER + FOUR)
+            high_code = min(high_level, high_level * HALF + TWO, high_level * QUARTER + FOUR)
+            low_code += EIGHT if (lows[j] < ZERO) & (low_code > ZERO) else ZERO
+            high_code += EIGHT if (highs[j] < ZERO) & (high_code > ZERO) else ZERO
+            codes[j] = np.uint8(low_code + SIXTEEN * high_code)

@@ -36,7 +36,7 @@ NEGLIGIBLE = np.float32(1e-30)
 def encode(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
     blocks, weights = to_blocks(rows, importance, BLOCK_SIZE)
     scales, data = np.empty(len(blocks), np.float32), np.empty((len(blocks), TYPE_SIZE), np.uint8)
-    search_blocks(blocks, blocks.view(np.int32), weights, _TRIALS[effort], scales, data.view(np.int8))
+    search_blocks(blocks, weights, _TRIALS[effort], scales, data.view(np.int8))
     data.view("<f2")[:, 0] = scales
     return data.reshape(len(rows), -1)
 
@@ -61,10 +61,10 @@ def round_f16(value):
 
 
 @_jit
-def search_blocks(blocks, bits, weights, trials, scales, data):
+def search_blocks(blocks, weights, trials, scales, data):
     """The best scale of each block and the codes of its weights.
 
-    blocks float32 [n_blocks, 32], bits the same as int32, weights float32 [blocks_per_row, 32]; trials float32 [n].
+    blocks float32 [n_blocks, 32], weights float32 [blocks_per_row, 32]; trials float32 [n].
     Writes scales float32 [n_blocks] and, behind two bytes for them, codes: data int8 [n_blocks, 34].
 
     A lane is a trial. Rows are indexed, not cut out and handed to helpers, as each slice that is passed on is counted
@@ -78,7 +78,8 @@ def search_blocks(blocks, bits, weights, trials, scales, data):
         # Magnitudes order as their bits do, and a maximum of integers may be taken in any order.
         largest_bits = np.int32(0)
         for j in range(size):
-            largest_bits = np.int32(max(largest_bits, bits[b, j] & np.int32(0x7FFFFFFF)))
+            magnitude_bits = np.float32(abs(blocks[b, j])).view(np.int32)
+            largest_bits = magnitude_bits if magnitude_bits > largest_bits else largest_bits
         largest = np.int32(largest_bits).view(np.float32)
         if largest < NEGLIGIBLE:
             scales[b] = ZERO
