@@ -21,16 +21,17 @@ Q4_0_TYPE_SIZE, Q5_0_TYPE_SIZE = 18, 22
 
 
 def _peak_codes(offset: int, n: int, widest: float, narrowest: float) -> np.ndarray:
-    """Trial codes of a block's largest weight: n about the negative end, n about the positive one."""
-    beyond = np.linspace(widest, narrowest, n, dtype=np.float32)
-    return np.concatenate([-offset - beyond, offset - 1 + beyond])
+    """Trial codes of a block's largest weight: n about the negative end, n about the positive one, as shares of it."""
+    ends = offset * np.geomspace(widest, narrowest, n, dtype=np.float32)
+    return np.concatenate([-ends, ends])
 
 
-# Effort: trial codes of the largest weight, refits of each.
+# Effort: trial codes of the largest weight, refits of the best. Where other weights matter more than the largest one,
+# it may be cut down to less than half; and a scale that leaves codes unused may happen to fit.
 def _effort(offset: int, effort: Effort) -> tuple[np.ndarray, int]:
     if effort == "fast":
-        return _peak_codes(offset, 16, -0.4, 2.5), 1
-    return _peak_codes(offset, 32, -0.4, 4.0), 2
+        return _peak_codes(offset, 24, 0.7, 1.6), 1
+    return _peak_codes(offset, 48, 0.6, 2.2), 2
 
 
 def encode_q4_0(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:

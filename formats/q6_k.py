@@ -27,9 +27,9 @@ SHIFTS = np.array([0, 2, 4, 6], np.uint8)[:, None]
 
 
 def _reach(offset: int, n: int, widest: float, narrowest: float) -> np.ndarray:
-    """Codes that the largest value is tried on: n at the negative end, n at the positive one."""
-    beyond = np.linspace(widest, narrowest, n, dtype=np.float32)
-    return np.concatenate([-offset - beyond, offset - 1 + beyond])
+    """Codes that the largest weight is tried on: n at the negative end, n at the positive one, as shares of it."""
+    ends = offset * np.geomspace(widest, narrowest, n, dtype=np.float32)
+    return np.concatenate([-ends, ends])
 
 
 def _codes(*codes: int) -> np.ndarray:
@@ -40,12 +40,12 @@ def _codes(*codes: int) -> np.ndarray:
 # scale, refits of the best d. Q6_K's scales are so fine that trying the stored ones is most of the search.
 _Effort = tuple[np.ndarray, np.ndarray, np.ndarray, int]
 _Q6_K_EFFORTS: dict[Effort, _Effort] = {
-    "best": (_reach(32, 8, -0.4, 1.5), _codes(*range(-31, 33)), _codes(-107), 1),
-    "fast": (_reach(32, 8, -0.4, 1.1), _codes(*range(-7, 9)), _codes(-115), 1),
+    "best": (_reach(32, 8, 0.9, 1.1), _codes(*range(-31, 33)), _codes(-115, -105), 1),
+    "fast": (_reach(32, 8, 0.9, 1.1), _codes(*range(-7, 9)), _codes(-115), 1),
 }
 _Q3_K_EFFORTS: dict[Effort, _Effort] = {
-    "best": (_reach(4, 16, -0.4, 2.5), _codes(*range(-3, 5)), _codes(-32, -29, -26, -22, -18), 1),
-    "fast": (_reach(4, 16, -0.4, 2.0), _codes(*range(-3, 5)), _codes(-28), 1),
+    "best": (_reach(4, 16, 0.7, 2.0), _codes(*range(-3, 5)), _codes(-32, -29, -26, -22, -18), 1),
+    "fast": (_reach(4, 16, 0.7, 2.0), _codes(*range(-3, 5)), _codes(-28), 1),
 }
 
 

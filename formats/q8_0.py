@@ -27,7 +27,7 @@ INFINITY = np.float32(np.inf)
 TOP = np.float32(127)
 BEYOND_TOP = np.float32(127.5)
 F16_MAX, F16_MIN_NORMAL = np.float32(65504), np.float32(2**-14)
-# More than half of the spacing of float16 and less than one and a half, whatever the fraction; subnormals have their own.
+# Between half of float16's spacing and one and a half of it, whatever the fraction; subnormals have their own.
 F16_STEP, F16_SUBNORMAL_STEP = np.float32(1.3 * 2**-11), np.float32(2**-24)
 # A block without a weight beyond this is zero in every format: less than 1e-20 of the least float16.
 NEGLIGIBLE = np.float32(1e-30)
