@@ -23,8 +23,8 @@ SHIFTS = np.array([0, 2, 4, 6], np.uint8)[:, None]
 # largest minimum are tried on, fits of each trial range, refits of d and dmin.
 _NINE_PAIRS = np.array([(scale, minimum) for scale in (15, 13, 11) for minimum in (15, 13, 11)], np.float32)
 _EFFORTS = {
-    "best": (clip_grid(4, 8, narrowest=1.2), neighbour_grid(4, 4), _NINE_PAIRS, 1, 2),
-    "fast": (clip_grid(4, 4, narrowest=1.0), neighbour_grid(4, 4), _NINE_PAIRS[:1], 1, 1),
+    "best": (clip_grid(8, 8, widest=-1, narrowest=1.2), neighbour_grid(4, 4), _NINE_PAIRS, 1, 2),
+    "fast": (clip_grid(4, 4, widest=-0.5, narrowest=1), neighbour_grid(4, 4), _NINE_PAIRS[:1], 1, 1),
 }
 
 

@@ -21,17 +21,26 @@ from formats.scale_min_search import clip_grid, neighbour_grid, search_blocks
 BLOCK_SIZE = 32
 Q4_1_TYPE_SIZE, Q5_1_TYPE_SIZE = 20, 24
 
-# Effort: trial ranges of a block, float16 neighbours tried around the optimum, fits of each trial.
-_EFFORTS = {"best": (clip_grid(8, 8), neighbour_grid(4, 4), 2), "fast": (clip_grid(8, 8), neighbour_grid(4, 4), 1)}
+# Trial ranges of a block, float16 neighbours tried around the optimum, fits of each trial.
+_Effort = tuple[np.ndarray, np.ndarray, int]
+_Q4_1_EFFORTS: dict[Effort, _Effort] = {
+    "best": (clip_grid(8, 8, widest=-2), neighbour_grid(4, 4), 2),
+    "fast": (clip_grid(8, 8, widest=-1), neighbour_grid(4, 4), 1),
+}
+# The more codes, the more of them may be left unused where a scale happens to fit.
+_Q5_1_EFFORTS: dict[Effort, _Effort] = {
+    "best": (clip_grid(8, 8, widest=-3, narrowest=1.5), neighbour_grid(4, 4), 2),
+    "fast": (clip_grid(8, 8, widest=-2), neighbour_grid(4, 4), 1),
+}
 
 
 def encode_q4_1(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    steps, codes = _search(rows, importance, effort, top_code=15)
+    steps, codes = _search(rows, importance, 15, _Q4_1_EFFORTS[effort])
     return np.concatenate([steps, _pack_nibbles(codes)], axis=1).reshape(len(rows), -1)
 
 
 def encode_q5_1(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    steps, codes = _search(rows, importance, effort, top_code=31)
+    steps, codes = _search(rows, importance, 31, _Q5_1_EFFORTS[effort])
     qh = np.packbits(codes >> 4, axis=1, bitorder="little")
     return np.concatenate([steps, qh, _pack_nibbles(codes & 15)], axis=1).reshape(len(rows), -1)
 
@@ -48,12 +57,12 @@ def decode_q5_1(data: np.ndarray) -> np.ndarray:
 
 
 def _search(
-    rows: np.ndarray, importance: np.ndarray | None, effort: Effort, top_code: int
+    rows: np.ndarray, importance: np.ndarray | None, top_code: int, effort: _Effort
 ) -> tuple[np.ndarray, np.ndarray]:
     """d and m as bytes, uint8 [n_blocks, 4], and codes uint8 [n_blocks, 32]."""
     blocks, weights = to_blocks(rows, importance, BLOCK_SIZE)
     steps, codes = np.empty((len(blocks), 2), np.float32), np.empty(blocks.shape, np.uint8)
-    search_blocks(blocks, weights, np.float32(top_code), *_EFFORTS[effort], (steps, codes))
+    search_blocks(blocks, weights, np.float32(top_code), *effort, (steps, codes))
     return steps.astype("<f2").view(np.uint8), codes
 
 

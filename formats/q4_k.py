@@ -34,13 +34,13 @@ def _pairs(*codes: int) -> np.ndarray:
 # largest minimum are tried on, fits of each trial range, refits of d and dmin.
 _Effort = tuple[np.ndarray, np.ndarray, np.ndarray, int, int]
 _Q4_K_EFFORTS: dict[Effort, _Effort] = {
-    "best": (clip_grid(8, 8), neighbour_grid(4, 4), _pairs(63, 60, 57, 54), 2, 1),
-    "fast": (clip_grid(6, 8), neighbour_grid(4, 4), _pairs(63, 57), 1, 0),
+    "best": (clip_grid(8, 8, widest=-2), neighbour_grid(4, 8), _pairs(63, 60, 57, 54), 2, 1),
+    "fast": (clip_grid(6, 8, widest=-1), neighbour_grid(4, 4), _pairs(63, 57), 1, 0),
 }
 # The finer the codes, the more there is to win by the choice of the stored scale.
 _Q5_K_EFFORTS: dict[Effort, _Effort] = {
-    "best": (clip_grid(8, 8), neighbour_grid(8, 8), _pairs(63, 57), 2, 1),
-    "fast": (clip_grid(6, 8), neighbour_grid(8, 4), _pairs(63), 1, 0),
+    "best": (clip_grid(8, 8, widest=-2), neighbour_grid(8, 8), _pairs(63, 59, 55), 2, 1),
+    "fast": (clip_grid(6, 8, widest=-2), neighbour_grid(4, 8), _pairs(63), 1, 0),
 }
 
 

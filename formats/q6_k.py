@@ -40,7 +40,7 @@ def _codes(*codes: int) -> np.ndarray:
 # scale, refits of the best d. Q6_K's scales are so fine that trying the stored ones is most of the search.
 _Effort = tuple[np.ndarray, np.ndarray, np.ndarray, int]
 _Q6_K_EFFORTS: dict[Effort, _Effort] = {
-    "best": (_reach(32, 8, 0.9, 1.1), _codes(*range(-31, 33)), _codes(-115, -105), 1),
+    "best": (_reach(32, 8, 0.9, 1.1), _codes(*range(-31, 33)), _codes(-115, -105), 0),
     "fast": (_reach(32, 8, 0.9, 1.1), _codes(*range(-7, 9)), _codes(-115), 1),
 }
 _Q3_K_EFFORTS: dict[Effort, _Effort] = {

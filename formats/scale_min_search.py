@@ -3,14 +3,15 @@
 A lane is a trial: one block's weights meet many trial scales side by side, and the inner loops run over the trials.
 Nothing is summed across lanes, so strict floating point does not stop the compiler from using vector registers.
 
-A trial is followed by the least-squares scale and low of its codes in closed form. With u = (x - low) / scale = q + r
-(q the code, r what rounding left) the best change of the scale by the factor 1 + a and of low by b * scale has
+A trial range is followed by the least-squares scale and low of its codes in closed form. With u = (x - low) / scale =
+q + r (q the code, r what rounding left) the best change of the scale by the factor 1 + a and of low by b * scale has
     a = (Srq Sw - Sr Sq) / (Sqq Sw - Sq^2),  b = (Sr Sqq - Srq Sq) / (Sqq Sw - Sq^2)
 and leaves the error scale^2 (Srr - a Srq - b Sr), S being sums weighted by importance. Sums of r, rather than of x,
-keep their digits when the error is small.
+keep their digits when the error is small. Among stored scales and minima the error alone is compared.
 
 The kernels return codes; the modules of the formats pack them into bytes. Helpers that two searches share are written
-out in both files: numba's cache would not notice a change in an imported one.
+out in both files: numba's cache would not notice a change in an imported one. Helpers that take arrays are inlined, for
+each array that is passed to a function is counted as a reference, which takes as long as a trial.
 """
 
 import math
@@ -29,8 +30,11 @@ F16_SPACING = np.float32(2**-11)
 COARSE_SCALE = np.float32(1e-5)
 
 
-def clip_grid(n_low: int, n_high: int, widest: float = -0.5, narrowest: float = 2.0) -> np.ndarray:
-    """Trial ranges, float32 [2, n_low * n_high]: steps cut from the lower end times steps cut from the upper one."""
+def clip_grid(n_low: int, n_high: int, widest: float, narrowest: float = 2) -> np.ndarray:
+    """Trial ranges, float32 [2, n_low * n_high]: steps cut from the lower end times steps cut from the upper one.
+
+    A range that is wider than the weights leaves codes unused, but draws the others' rounding anew.
+    """
     low, high = np.linspace(widest, narrowest, n_low), np.linspace(widest, narrowest, n_high)
     return np.stack([grid.ravel() for grid in np.meshgrid(low, high, indexing="ij")]).astype(np.float32)
 
@@ -42,6 +46,7 @@ def neighbour_grid(n_scales: int, n_minima: int) -> np.ndarray:
 
 
 _jit = njit(nogil=True, cache=True, error_model="numpy")
+_inlined = njit(nogil=True, cache=True, error_model="numpy", inline="always")
 
 
 @_jit
@@ -60,21 +65,21 @@ def power_of_two(largest):
     return max(-100, math.frexp(largest)[1] - 1)
 
 
-@_jit
-def span(x):
-    """Least and greatest weight."""
-    low0, low1, high0, high1 = x[0], x[1], x[0], x[1]
-    for j in range(2, x.size, 2):
+@_inlined
+def span(x, first, last):
+    """Least and greatest weight of x[first:last]."""
+    low0, low1, high0, high1 = x[first], x[first + 1], x[first], x[first + 1]
+    for j in range(first + 2, last, 2):
         low0, low1 = min(low0, x[j]), min(low1, x[j + 1])
         high0, high1 = max(high0, x[j]), max(high1, x[j + 1])
     return min(low0, low1), max(high0, high1)
 
 
-@_jit
-def sum_residuals(x, w, inverse, low, top_code, sums):
-    """sums[0..4, lane] = Sq, Sqq, Sr, Srq, Srr of each trial. Two weights at a time: sums wait for their last store."""
+@_inlined
+def sum_residuals(x, w, first, last, inverse, low, top_code, sums):
+    """sums[0..4, lane] = Sq, Sqq, Sr, Srq, Srr of x[first:last]. Two weights at a time: sums wait for their stores."""
     sums[:, :] = ZERO
-    for j in range(0, x.size, 2):
+    for j in range(first, last, 2):
         x0, x1, w0, w1 = x[j], x[j + 1], w[j], w[j + 1]
         for t in range(inverse.size):
             u0, u1 = (x0 - low[t]) * inverse[t], (x1 - low[t]) * inverse[t]
@@ -87,7 +92,24 @@ def sum_residuals(x, w, inverse, low, top_code, sums):
             sums[4, t] += wr0 * (u0 - q0) + wr1 * (u1 - q1)
 
 
-@_jit
+@_inlined
+def sum_squares(x, w, first, last, inverse, low, top_code, error):
+    """error[lane] = Srr of x[first:last]. Four weights at a time, as every lane's sum waits for its last store."""
+    error[:] = ZERO
+    for j in range(first, last, 4):
+        x0, x1, x2, x3 = x[j], x[j + 1], x[j + 2], x[j + 3]
+        w0, w1, w2, w3 = w[j], w[j + 1], w[j + 2], w[j + 3]
+        for t in range(inverse.size):
+            u0, u1 = (x0 - low[t]) * inverse[t], (x1 - low[t]) * inverse[t]
+            u2, u3 = (x2 - low[t]) * inverse[t], (x3 - low[t]) * inverse[t]
+            u0 -= np.rint(min(max(u0, ZERO), top_code))
+            u1 -= np.rint(min(max(u1, ZERO), top_code))
+            u2 -= np.rint(min(max(u2, ZERO), top_code))
+            u3 -= np.rint(min(max(u3, ZERO), top_code))
+            error[t] += (w0 * (u0 * u0) + w1 * (u1 * u1)) + (w2 * (u2 * u2) + w3 * (u3 * u3))
+
+
+@_inlined
 def refit(sums, sum_w, coarse, ceiling, inverse, low, error):
     """Moves every trial to the least-squares scale and low of its codes.
 
@@ -111,7 +133,7 @@ def refit(sums, sum_w, coarse, ceiling, inverse, low, error):
         inverse[t] /= ONE + a
 
 
-@_jit
+@_inlined
 def lowest(error):
     """The first lane with the least error. The least comes first, over four chains, for the index stalls the search."""
     e0, e1, e2, e3 = error[0], error[1], error[2], error[3]
@@ -119,39 +141,34 @@ def lowest(error):
         e0, e1 = min(e0, error[t]), min(e1, error[t + 1])
         e2, e3 = min(e2, error[t + 2]), min(e3, error[t + 3])
     least = min(e0, e1, e2, e3)
+    best = 0
     for t in range(error.size):
         if error[t] == least:
-            return t
-    return 0
+            best = t
+            break
+    return best
 
 
-@_jit
-def fit_block(x, w, sum_w, top_code, ceiling, clips, n_refits, lanes, sums):
-    """(scale, low, mean code) of the best trial, low at most `ceiling`."""
+@_inlined
+def fit_block(x, w, first, last, sum_w, top_code, ceiling, clips, n_refits, lanes, sums):
+    """(scale, low, mean code) of the best trial for x[first:last], low at most `ceiling`."""
     inverse, low, error = lanes[0], lanes[1], lanes[2]
-    least, greatest = span(x)
+    least, greatest = span(x, first, last)
     least = min(least, ceiling)
     width = greatest - least
-    if not width > ZERO:
-        return ZERO, least, ZERO
-    for t in range(inverse.size):
-        low[t] = least + clips[0, t] * width / top_code
-        inverse[t] = (top_code / width) / (ONE - (clips[0, t] + clips[1, t]) / top_code)
     best_error, best_scale, best_low, mean_code = INFINITY, ZERO, least, ZERO
-    for _ in range(n_refits):
-        sum_residuals(x, w, inverse, low, top_code, sums)
-        refit(sums, sum_w, COARSE_SCALE * sum_w, ceiling, inverse, low, error)
-        best = lowest(error)
-        if error[best] < best_error:
-            best_error, best_scale, best_low = error[best], ONE / inverse[best], low[best]
-            mean_code = sums[0, best] / sum_w
+    if width > ZERO:
+        for t in range(inverse.size):
+            low[t] = least + clips[0, t] * width / top_code
+            inverse[t] = (top_code / width) / (ONE - (clips[0, t] + clips[1, t]) / top_code)
+        for _ in range(n_refits):
+            sum_residuals(x, w, first, last, inverse, low, top_code, sums)
+            refit(sums, sum_w, COARSE_SCALE * sum_w, ceiling, inverse, low, error)
+            best = lowest(error)
+            if error[best] < best_error:
+                best_error, best_scale, best_low = error[best], ONE / inverse[best], low[best]
+                mean_code = sums[0, best] / sum_w
     return best_scale, best_low, mean_code
-
-
-@_jit
-def write_codes(x, inverse, low, top_code, codes):
-    for j in range(x.size):
-        codes[j] = np.uint8(np.rint(min(max((x[j] - low) * inverse, ZERO), top_code)))
 
 
 @_jit
@@ -165,47 +182,52 @@ def search_blocks(blocks, weights, top_code, clips, neighbours, n_fits, out):
     out: (scale and low float32 [n_blocks, 2], codes uint8 like blocks).
     """
     steps, codes = out
-    x = np.empty(blocks.shape[1], np.float32)
+    size = blocks.shape[1]
+    x, w = np.empty(size, np.float32), np.empty(size, np.float32)
     trial_lanes, trial_sums = np.empty((3, clips.shape[1]), np.float32), np.empty((5, clips.shape[1]), np.float32)
     n_lanes = neighbours.shape[1]
-    lanes, sums = np.empty((4, n_lanes), np.float32), np.empty((5, n_lanes), np.float32)
+    lanes = np.empty((4, n_lanes), np.float32)
     scales, lows, inverse, error = lanes[0], lanes[1], lanes[2], lanes[3]
     for b in range(blocks.shape[0]):
-        block, w = blocks[b], weights[b % weights.shape[0]]
-        least, greatest = span(block)
+        column = b % weights.shape[0]
+        for j in range(size):
+            x[j], w[j] = blocks[b, j], weights[column, j]
+        least, greatest = span(x, 0, size)
         exponent = power_of_two(max(-least, greatest))
         up, down = np.float32(math.ldexp(1.0, exponent)), np.float32(math.ldexp(1.0, -exponent))
         sum_w, sum_wx, sum_wxx = ZERO, ZERO, ZERO
-        for j in range(x.size):
-            x[j] = block[j] * down
+        for j in range(size):
+            x[j] *= down
             sum_w += w[j]
             sum_wx += w[j] * x[j]
             sum_wxx += w[j] * x[j] * x[j]
-        scale, low, _ = fit_block(x, w, sum_w, top_code, INFINITY, clips, n_fits, trial_lanes, trial_sums)
+        scale, low, _ = fit_block(x, w, 0, size, sum_w, top_code, INFINITY, clips, n_fits, trial_lanes, trial_sums)
         for t in range(n_lanes):
             scales[t] = round_f16(scale * (ONE + neighbours[0, t] * F16_SPACING) * up) * down
             lows[t] = round_f16(low * (ONE + neighbours[1, t] * F16_SPACING) * up) * down
             inverse[t] = ONE / scales[t] if scales[t] > ZERO else ZERO
-        sum_residuals(x, w, inverse, lows, top_code, sums)
+        sum_squares(x, w, 0, size, inverse, lows, top_code, error)
         for t in range(n_lanes):
             flat = sum_wxx - lows[t] * (sum_wx + sum_wx - lows[t] * sum_w)
-            error[t] = sums[4, t] * (scales[t] * scales[t]) if scales[t] > ZERO else flat
+            error[t] = error[t] * (scales[t] * scales[t]) if scales[t] > ZERO else flat
         best = lowest(error)
         steps[b, 0], steps[b, 1] = scales[best] * up, lows[best] * up
-        write_codes(x, inverse[best], lows[best], top_code, codes[b])
+    # In a loop of its own: beside the search it was not vectorised.
+    for b in range(blocks.shape[0]):
+        inverse_scale, least = ONE / steps[b, 0] if steps[b, 0] > ZERO else ZERO, steps[b, 1]
+        for j in range(size):
+            codes[b, j] = np.uint8(np.rint(min(max((blocks[b, j] - least) * inverse_scale, ZERO), top_code)))
 
 
-@_jit
-def store_sub_blocks(x, w, fits, d, dmin, top_code, top_scale, neighbours, lanes, sums, stored, normal):
-    """Gives every sub-block the best stored scale and minimum near its fit.
+@_inlined
+def store_sub_blocks(x, w, fits, d, dmin, top_code, top_scale, neighbours, lanes, stored):
+    """Gives every sub-block the best stored scale and minimum near its fit: stored[:, i], as codes.
 
-    stored[:, i] = scale and minimum of sub-block i, as codes; normal: the normal equations of d and dmin.
     Returns the weighted error.
     """
     n_sub, size = fits.shape[0], x.size // fits.shape[0]
     inverse, low, error, scale_codes, min_codes = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4]
     total = ZERO
-    normal[:] = ZERO
     for i in range(n_sub):
         fit_scale, fit_minimum, mean_code, sum_w, sum_wx, sum_wxx = fits[i]
         below = np.floor(fit_scale / d) if d > ZERO else ZERO
@@ -218,41 +240,49 @@ def store_sub_blocks(x, w, fits, d, dmin, top_code, top_scale, neighbours, lanes
             code = (np.floor(minimum / dmin) if dmin > ZERO else ZERO) + neighbours[1, t]
             min_codes[t] = min(max(code, ZERO), top_scale)
             low[t] = -(dmin * min_codes[t])
-        part = slice(i * size, (i + 1) * size)
-        sum_residuals(x[part], w[part], inverse, low, top_code, sums)
+        sum_squares(x, w, i * size, (i + 1) * size, inverse, low, top_code, error)
         for t in range(inverse.size):
             scale = d * scale_codes[t]
             flat = sum_wxx - low[t] * (sum_wx + sum_wx - low[t] * sum_w)
-            error[t] = sums[4, t] * (scale * scale) if scale > ZERO else max(flat, ZERO)
+            error[t] = error[t] * (scale * scale) if scale > ZERO else max(flat, ZERO)
         best = lowest(error)
         total += error[best]
-        s, m = scale_codes[best], min_codes[best]
-        stored[0, i], stored[1, i] = s, m
-        sq, sqq, srq = sums[0, best], sums[1, best], sums[3, best]
-        normal[0] += s * s * sqq
-        normal[1] += s * m * sq
-        normal[2] += m * m * sum_w
-        # Sxq = low Sq + scale (Sqq + Srq), as x = low + scale (q + r)
-        normal[3] += s * (low[best] * sq + d * s * (sqq + srq))
-        normal[4] += m * sum_wx
+        stored[0, i], stored[1, i] = scale_codes[best], min_codes[best]
     return total
 
 
-@_jit
-def solve_steps(normal, d, dmin):
-    """The least-squares d and dmin of given codes; those that went in where the equations do not determine them."""
-    ss, sm, mm, sx, mx = normal[0], normal[1], normal[2], normal[3], normal[4]
+@_inlined
+def refit_steps(x, w, fits, stored, d, dmin, top_code, terms):
+    """The least-squares d and dmin of the codes under the stored scales and minima; terms: room for [3, x.size].
+
+    Those that went in where the equations do not determine them.
+    """
+    n_sub, size = fits.shape[0], x.size // fits.shape[0]
+    ss, sm, mm, sx, mx = ZERO, ZERO, ZERO, ZERO, ZERO
+    for i in range(n_sub):
+        first, last = i * size, (i + 1) * size
+        s, m = stored[0, i], stored[1, i]
+        scale, minimum = d * s, dmin * m
+        inverse = ONE / scale if scale > ZERO else ZERO
+        for j in range(first, last):
+            q = np.rint(min(max((x[j] + minimum) * inverse, ZERO), top_code))
+            terms[0, j], terms[1, j], terms[2, j] = w[j] * q, w[j] * (q * q), w[j] * (q * x[j])
+        sq, sqq, sxq = ZERO, ZERO, ZERO
+        for j in range(first, last):
+            sq, sqq, sxq = sq + terms[0, j], sqq + terms[1, j], sxq + terms[2, j]
+        ss += s * s * sqq
+        sm += s * m * sq
+        mm += m * m * fits[i, 3]
+        sx += s * sxq
+        mx += m * fits[i, 4]
     determinant = ss * mm - sm * sm
+    new_d, new_dmin = d, dmin
     if determinant > SINGULAR * ss * mm:
         # decoded = d (s q) - dmin m, hence the signs of the mixed terms
         new_d, new_dmin = (sx * mm - mx * sm) / determinant, (sx * sm - mx * ss) / determinant
-        if new_d > ZERO and new_dmin >= ZERO:
-            return new_d, new_dmin
-    if ss > ZERO:
-        new_d = (sx + dmin * sm) / ss
-        if new_d > ZERO:
-            return new_d, dmin
-    return d, dmin
+    if not (new_d > ZERO and new_dmin >= ZERO) or not determinant > SINGULAR * ss * mm:
+        new_d, new_dmin = ((sx + dmin * sm) / ss if ss > ZERO else d), dmin
+    return (new_d, new_dmin) if new_d > ZERO else (d, dmin)
 
 
 @_jit
@@ -270,33 +300,35 @@ def search_super_blocks(blocks, weights, top_code, top_scale, clips, neighbours,
     steps, scales, codes = out
     block_size, n_sub, n_starts = blocks.shape[1], scales.shape[2], step_trials.shape[0]
     size = block_size // n_sub
-    x = np.empty(block_size, np.float32)
+    x, w = np.empty(block_size, np.float32), np.empty(block_size, np.float32)
+    terms = np.empty((3, block_size), np.float32)
     trial_lanes, trial_sums = np.empty((3, clips.shape[1]), np.float32), np.empty((5, clips.shape[1]), np.float32)
-    n_lanes = neighbours.shape[1]
-    lanes, sums = np.empty((5, n_lanes), np.float32), np.empty((5, n_lanes), np.float32)
-    normal, best_normal = np.empty(5, np.float32), np.empty(5, np.float32)
-    # Of each sub-block: scale, minimum, mean code, Sw, Sx, Sxx.
+    lanes = np.empty((5, neighbours.shape[1]), np.float32)
+    # Of each sub-block: scale, minimum, mean code, Sw, Swx, Swxx.
     fits = np.empty((n_sub, 6), np.float32)
     stored, best_stored = np.empty((2, n_sub), np.float32), np.empty((2, n_sub), np.float32)
     for b in range(blocks.shape[0]):
-        block, w = blocks[b], weights[b % weights.shape[0]]
-        least, greatest = span(block)
+        column = b % weights.shape[0]
+        for j in range(block_size):
+            x[j], w[j] = blocks[b, j], weights[column, j]
+        least, greatest = span(x, 0, block_size)
         exponent = power_of_two(max(-least, greatest))
         up, down = np.float32(math.ldexp(1.0, exponent)), np.float32(math.ldexp(1.0, -exponent))
         for j in range(block_size):
-            x[j] = block[j] * down
+            x[j] *= down
         largest_scale, largest_minimum = ZERO, ZERO
         for i in range(n_sub):
-            part = slice(i * size, (i + 1) * size)
-            fits[i, 3:] = ZERO
-            for j in range(i * size, (i + 1) * size):
-                fits[i, 3] += w[j]
-                fits[i, 4] += w[j] * x[j]
-                fits[i, 5] += w[j] * x[j] * x[j]
+            first, last = i * size, (i + 1) * size
+            sum_w, sum_wx, sum_wxx = ZERO, ZERO, ZERO
+            for j in range(first, last):
+                sum_w += w[j]
+                sum_wx += w[j] * x[j]
+                sum_wxx += w[j] * x[j] * x[j]
             scale, low, mean_code = fit_block(
-                x[part], w[part], fits[i, 3], top_code, ZERO, clips, n_fits, trial_lanes, trial_sums
+                x, w, first, last, sum_w, top_code, ZERO, clips, n_fits, trial_lanes, trial_sums
             )
             fits[i, 0], fits[i, 1], fits[i, 2] = scale, -low, mean_code
+            fits[i, 3], fits[i, 4], fits[i, 5] = sum_w, sum_wx, sum_wxx
             largest_scale, largest_minimum = max(largest_scale, scale), max(largest_minimum, -low)
         best_error, best_d, best_dmin = INFINITY, ZERO, ZERO
         best_stored[:, :] = ZERO
@@ -304,16 +336,19 @@ def search_super_blocks(blocks, weights, top_code, top_scale, clips, neighbours,
             if n < n_starts:
                 d, dmin = largest_scale / step_trials[n, 0], largest_minimum / step_trials[n, 1]
             else:
-                d, dmin = solve_steps(best_normal, best_d, best_dmin)
+                d, dmin = refit_steps(x, w, fits, best_stored, best_d, best_dmin, top_code, terms)
             d, dmin = round_f16(d * up) * down, round_f16(dmin * up) * down
-            error = store_sub_blocks(x, w, fits, d, dmin, top_code, top_scale, neighbours, lanes, sums, stored, normal)
+            error = store_sub_blocks(x, w, fits, d, dmin, top_code, top_scale, neighbours, lanes, stored)
             if error < best_error:
                 best_error, best_d, best_dmin = error, d, dmin
                 best_stored[:, :] = stored
-                best_normal[:] = normal
         steps[b, 0], steps[b, 1] = best_d * up, best_dmin * up
         for i in range(n_sub):
             scales[b, 0, i], scales[b, 1, i] = np.uint8(best_stored[0, i]), np.uint8(best_stored[1, i])
-            scale, low = best_d * best_stored[0, i], -(best_dmin * best_stored[1, i])
-            part = slice(i * size, (i + 1) * size)
-            write_codes(x[part], ONE / scale if scale > ZERO else ZERO, low, top_code, codes[b, part])
+    # In a loop of its own: beside the search it was not vectorised.
+    for b in range(blocks.shape[0]):
+        for i in range(n_sub):
+            scale, minimum = steps[b, 0] * np.float32(scales[b, 0, i]), steps[b, 1] * np.float32(scales[b, 1, i])
+            inverse = ONE / scale if scale > ZERO else ZERO
+            for j in range(i * size, (i + 1) * size):
+                codes[b, j] = np.uint8(np.rint(min(max((blocks[b, j] + minimum) * inverse, ZERO), top_code)))
