@@ -21,9 +21,12 @@ Q4_0_TYPE_SIZE, Q5_0_TYPE_SIZE = 18, 22
 
 
 def _peak_codes(offset: int, n: int, widest: float, narrowest: float) -> np.ndarray:
-    """Trial codes of a block's largest weight: n about the negative end, n about the positive one, as shares of it."""
-    ends = offset * np.geomspace(widest, narrowest, n, dtype=np.float32)
-    return np.concatenate([-ends, ends])
+    """Trial codes of a block's largest weight: n about the negative end, n about the positive one, as shares of it.
+
+    The end itself, ggml's choice, is among them, so that no block comes out worse than there."""
+    shares = np.geomspace(widest, narrowest, n, dtype=np.float32)
+    shares[np.abs(shares - 1).argmin()] = 1
+    return offset * np.concatenate([-shares, shares])
 
 
 # Effort: trial codes of the largest weight, refits of the best. Where other weights matter more than the largest one,

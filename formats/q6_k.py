@@ -37,14 +37,16 @@ def _codes(*codes: int) -> np.ndarray:
 
 
 # Trial codes of a sub-block's largest weight, stored scales tried around the optimum, trial codes of the largest
-# scale, refits of the best d. Q6_K's scales are so fine that trying the stored ones is most of the search.
+# scale, refits of the best d. Q6_K's scales are so fine that trying the stored ones is most of the search. Beyond the
+# range of scales the largest one is cut down: where it serves a single outlier, on code -4 instead of -3, so that the
+# other sub-blocks get a finer unit.
 _Effort = tuple[np.ndarray, np.ndarray, np.ndarray, int]
 _Q6_K_EFFORTS: dict[Effort, _Effort] = {
-    "best": (_reach(32, 8, 0.9, 1.1), _codes(*range(-31, 33)), _codes(-115, -105), 0),
-    "fast": (_reach(32, 8, 0.9, 1.1), _codes(*range(-7, 9)), _codes(-115), 1),
+    "best": (_reach(32, 8, 0.9, 1.1), _codes(*range(-19, 21)), _codes(-115, -105), 1),
+    "fast": (_reach(32, 4, 0.9, 1.1), _codes(*range(-3, 5)), _codes(-115), 1),
 }
 _Q3_K_EFFORTS: dict[Effort, _Effort] = {
-    "best": (_reach(4, 16, 0.7, 2.0), _codes(*range(-3, 5)), _codes(-32, -29, -26, -22, -18), 1),
+    "best": (_reach(4, 16, 0.7, 2.0), _codes(*range(-3, 5)), _codes(-43, -32, -28, -22), 1),
     "fast": (_reach(4, 16, 0.7, 2.0), _codes(*range(-3, 5)), _codes(-28), 1),
 }
 

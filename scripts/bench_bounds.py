@@ -1,13 +1,13 @@
 """How far every encoder is from the best that its format can do.
 
-On a sample of blocks of each data set of bench_encoders, our codes and ggml's stand beside a search that may take all the
-time it wants. The figures are weighted squared errors over those of that search. What it is depends on the format:
+On a sample of blocks of each data set of bench_encoders, our codes and ggml's stand beside a search that may take all
+the time it wants. The figures are weighted squared errors over those of that search. What it is depends on the format:
 
 every scale      one stored scale a block: all of them, of either sign, with the nearest level for every weight.
 any low          Q4_1, Q5_1: all float16 scales, and for each the best low of all real numbers, by a sweep over the
                  changes of codes. So the bound is a little below what float16 lows reach.
-every d          Q6_K, Q3_K, IQ4_XS: all float16 d, of either sign, from half of the one that needs the whole range of the
-                 sub-blocks' scales to sixteen times that; for each, all stored scales of every sub-block.
+every d          Q6_K, Q3_K, IQ4_XS: all float16 d, of either sign, from half of the one that needs the whole range of
+                 the sub-blocks' scales to sixteen times that; for each, all stored scales of every sub-block.
 long search      Q2_K, Q4_K, Q5_K: for a given d and dmin, all stored scales and minima of every sub-block. d and dmin
                  start on a grid, are refitted to their codes while that helps, and walk at random from the best places.
                  No proof, but the search finds the same from one start as from all.
@@ -26,7 +26,7 @@ from numba import njit
 from formats.fp4 import MXFP4_STEPS, NVFP4_STEPS, SIGNED_LEVELS
 from formats.iq4_search import LEVELS as IQ4_LEVELS
 from formats.registry import get_format
-from scripts.bench_encoders import Encoder, Matrix, encoders_of, model_matrices, synthetic
+from scripts.bench_encoders import Matrix, encoders_of, model_matrices, synthetic
 
 _ALL_F16 = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
 F16 = np.unique(_ALL_F16[np.isfinite(_ALL_F16)])
@@ -62,8 +62,8 @@ def errors_of_scales(x, w, scales, levels, uniform, errors, nearest):
 def least_over_lows(x, w, scales, top):
     """The least of sum of w (x - scale code - low)^2 over codes 0 .. top, the given scales > 0, and any low.
 
-    As low rises, the code of a weight falls from c + 1 to c at low / scale = x / scale - 1/2 - c. The remainders of that
-    order these events within every unit of low / scale. After each event the best low of the codes, and its error, are
+    As low rises, the code of a weight falls from c + 1 to c at low / scale = x / scale - 1/2 - c. The remainders of
+    that order these events within every unit of low / scale. After each event the best low of the codes, and its error, are
     known in closed form, so that the least of them all is the optimum.
     """
     best, sum_w = np.inf, w.sum()
@@ -87,7 +87,7 @@ def least_over_lows(x, w, scales, top):
 
 @_jit
 def error_of_steps(x, w, n_sub, d, scale_codes, levels, uniform, room):
-    """The least error under one d: the sum over sub-blocks of their best stored scale's. room: float64 [3, n_scales]."""
+    """The least error under one d: the sum over sub-blocks of their best stored scale's; room float64 [3, n_scales]."""
     size, error = x.size // n_sub, 0.0
     scales, errors, nearest = room[0], room[1], room[2]
     for t in range(scale_codes.size):
@@ -172,7 +172,8 @@ def least_over_walks(block: np.ndarray, w: np.ndarray, n_sub: int, top: int, top
     settled = [settle(np.array([reach[0] * a, reach[1] * b])) for a in shares for b in shares]
     settled.sort(key=lambda place: place[0])
     least = settled[0][0]
-    for error, steps in settled[:4]:
+    for place in settled[:4]:
+        error, steps = place
         for width in np.geomspace(0.05, 0.0005, 10 * effort):
             next_error, next_steps = settle(steps * (1 + width * rng.standard_normal(2)))
             if next_error < error:
@@ -192,7 +193,7 @@ def least_of_scales(block: np.ndarray, w: np.ndarray, scales: np.ndarray, levels
 def least_of_lows(block: np.ndarray, w: np.ndarray, top: int) -> float:
     centred = block - block.mean()
     step = np.ptp(centred) / top
-    return least_over_lows(centred, w, F16[(F16 >= step / 8) & (F16 <= 3 * step) & (F16 > 0)], float(top))
+    return least_over_lows(centred, w, F16[(step / 8 <= F16) & (3 * step >= F16) & (F16 > 0)], float(top))
 
 
 def least_of_steps(block: np.ndarray, w: np.ndarray, n_sub: int, scale_codes: np.ndarray, levels: np.ndarray) -> float:
