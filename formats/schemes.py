@@ -11,7 +11,8 @@ from formats.errors import ConvertError, nearest
 from formats.fp4_codec import Mxfp4Codec, Nvfp4Codec
 from formats.fp8_codec import GREATEST, Fp8Codec, bfloat16, bfloat16_bits
 from formats.int_codec import IntegerCodec
-from formats.weight_scheme import NUMPY_DTYPES, ActivationScheme, Codec, Tensors, TensorShapes, WeightScheme
+from formats.safetensors_file import NUMPY_DTYPES
+from formats.weight_scheme import ActivationScheme, Codec, Tensors, TensorShapes, WeightScheme
 
 _NVFP4_LIMIT = 448 * 6
 

@@ -15,17 +15,6 @@ Tensors = dict[str, np.ndarray]
 TensorShapes = dict[str, tuple[str, tuple[int, ...]]]
 """By suffix: safetensors' name of the dtype, and the shape."""
 
-NUMPY_DTYPES: dict[str, np.dtype] = {
-    "F32": np.dtype("<f4"),
-    "BF16": np.dtype("<u2"),
-    "F8_E4M3": np.dtype("u1"),
-    "I8": np.dtype("i1"),
-    "U8": np.dtype("u1"),
-    "I32": np.dtype("<i4"),
-    "I64": np.dtype("<i8"),
-}
-"""What holds the tensors of a dtype here; of those that numpy lacks, the bits."""
-
 
 @dataclass(frozen=True)
 class WeightScheme:

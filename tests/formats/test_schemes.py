@@ -9,8 +9,8 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 
 from formats.errors import ConvertError
 from formats.registry import FORMATS
+from formats.safetensors_file import NUMPY_DTYPES
 from formats.schemes import SCHEMES, Scheme, get_scheme
-from formats.weight_scheme import NUMPY_DTYPES
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
 # One scheme of each way to store weights; the others differ in activations only.
