@@ -63,8 +63,8 @@ def least_over_lows(x, w, scales, top):
     """The least of sum of w (x - scale code - low)^2 over codes 0 .. top, the given scales > 0, and any low.
 
     As low rises, the code of a weight falls from c + 1 to c at low / scale = x / scale - 1/2 - c. The remainders of
-    that order these events within every unit of low / scale. After each event the best low of the codes, and its error, are
-    known in closed form, so that the least of them all is the optimum.
+    that order these events within every unit of low / scale. After each event the best low of the codes, and its error,
+    are known in closed form, so that the least of them all is the optimum.
     """
     best, sum_w = np.inf, w.sum()
     for scale in scales:
