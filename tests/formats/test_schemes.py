@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
 from formats.errors import ConvertError
+from formats.packed_int import pack, unpack
 from formats.registry import FORMATS
 from formats.safetensors_file import NUMPY_DTYPES
 from formats.schemes import SCHEMES, Scheme, get_scheme
@@ -253,3 +255,71 @@ def test_best_finds_the_least_error_of_all_integer_scales(name):
         if scheme.weights.symmetric:
             assert ratios[-1] <= 1 + slack
     assert np.mean(ratios) <= 1 + slack
+
+
+def test_golden_bytes():
+    """What can be checked by hand: multiples of a scale, packed."""
+    rows = np.zeros((2, 32), np.float32)
+    rows[0, :8] = [-8, -7, -1, 0, 1, 2, 3, 7]
+    rows[1, 31] = 7
+    tensors = SCHEMES["W4A16_G32"].encode(rows)
+    # Scale 1; a code q is stored as q + 8, the first in the lowest four bits.
+    assert (tensors["weight_scale"] == 0x3F80).all()
+    assert tensors["weight_packed"].view(np.uint32)[0].tolist() == [0xFBA98710, *[0x88888888] * 3]
+    assert tensors["weight_packed"].view(np.uint32)[1].tolist() == [*[0x88888888] * 3, 0xF8888888]
+    assert tensors["weight_shape"].tolist() == [2, 32]
+
+    # From 0 to 15: scale 1 and zero point -8, stored as 0; zero points are packed down the column.
+    rows = np.tile(np.arange(16, dtype=np.float32), (3, 2))
+    tensors = SCHEMES["W4A16_ASYM_G32"].encode(rows)
+    assert (tensors["weight_scale"] == 0x3F80).all()
+    assert tensors["weight_zero_point"].view(np.uint32).tolist() == [[0x00000000]]
+    assert tensors["weight_packed"].view(np.uint32)[0].tolist() == [0x76543210, 0xFEDCBA98] * 2
+
+    # A tensor scale of 1/256 lets the block whose greatest magnitude is 6 have the block scale 256 (E4M3: 0x78).
+    rows = np.tile(np.array([0.5, -0.5, 1, 1.5, 2, 3, 4, -6], np.float32), (1, 4))
+    rows[0, 16:] = 0
+    tensors = SCHEMES["NVFP4A16"].encode(rows)
+    assert tensors["weight_global_scale"].tolist() == [256]
+    assert tensors["weight_scale"].tolist() == [[0x78, 0x20]]
+    assert tensors["weight_packed"][0, :8].tolist() == [0x91, 0x32, 0x54, 0xF6] * 2
+    assert (tensors["weight_packed"][0, 8:] == 0).all()
+
+    # MXFP4: a scale of one is stored as 127.
+    tensors = SCHEMES["MXFP4A16"].encode(rows)
+    assert tensors["weight_scale"].tolist() == [[127]]
+    assert tensors["weight_packed"][0, :4].tolist() == [0x91, 0x32, 0x54, 0xF6]
+
+    # FP8: one is 0x38, with scale 1 as the greatest magnitude is 448.
+    rows = np.array([[448, -1, 0.5, 2.0**-9]], np.float32)
+    tensors = SCHEMES["FP8"].encode(rows)
+    assert tensors["weight_scale"].tolist() == [[0x3F80]]
+    assert tensors["weight"].tolist() == [[0x7E, 0xB8, 0x30, 0x01]]
+
+
+@pytest.mark.parametrize("name", ["FP8", "FP8_STATIC", "FP8_BLOCK"])
+def test_best_finds_the_least_error_of_an_octave_of_fp8_scales(name):
+    scheme = SCHEMES[name]
+    rows = draw("student-t", (130, 128))
+    importance = np.random.default_rng(4).lognormal(0, 2, 128).astype(np.float32)
+    decoded = scheme.decode(scheme.encode(rows, importance), rows.shape).astype(np.float64)
+    shared = {"FP8": 1, "FP8_STATIC": 130, "FP8_BLOCK": 128}[name]
+    for start in range(0, 130, 13 if name == "FP8" else shared):
+        part, exact = slice(start, start + shared), rows[start : start + shared].astype(np.float64)
+        first = np.float32(np.abs(exact).max() / 448).view(np.int32) + 0xFFFF >> 16
+        errors = []
+        for bits in range(first, first + 128):
+            scale = np.int32(bits << 16).view(np.float32).astype(np.float64)
+            codes = torch.from_numpy(exact / scale).to(torch.float8_e4m3fn).double().numpy()
+            errors.append((importance * (exact - codes * scale) ** 2).sum())
+        assert (importance * (exact - decoded[part]) ** 2).sum() <= min(errors) * (1 + 1e-4)
+
+
+def test_packing_of_every_width():
+    rng = np.random.default_rng(0)
+    for bits in range(1, 9):
+        for n in (1, 7, 32, 37):
+            codes = rng.integers(-(1 << bits - 1), 1 << bits - 1, (3, n)).astype(np.int8)
+            words = pack(codes, bits)
+            np.testing.assert_array_equal(unpack(words, bits, n), codes)
+            np.testing.assert_array_equal(words, pack_to_int32(torch.from_numpy(codes), bits).numpy())
