@@ -34,6 +34,7 @@ class LayerStream(StreamedModel):
     observer: is shown every matrix product of the layers and, last, the inputs of the output head.
     identity: what tells the weights from others of the same shapes; a checkpoint of others is refused.
     device, threads: see StreamedModel. keep: every layer's input, for a pass back; otherwise only the last one is kept.
+    before_commit: called after every layer and at the end, before what is done counts as done.
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class LayerStream(StreamedModel):
         device: str = "auto",
         threads: int | None = None,
         keep: bool = False,
+        before_commit: "Callable[[LayerStream], None] | None" = None,
     ):
         super().__init__(source, config_dir, device=device, threads=threads)
+        self._before_commit = before_commit
         self.tokens, self.observer, self.identity = tokens, observer or NoStatistic(), identity
         self.n_samples, self.sequence_length = tokens.shape
         self._batch = most_samples(self.device, self.sequence_length)
@@ -184,4 +187,6 @@ class LayerStream(StreamedModel):
         self._commit(len(self.layers), complete=True)
 
     def _commit(self, layers_done: int, complete: bool = False) -> None:
+        if self._before_commit is not None:
+            self._before_commit(self)
         self._checkpoint.commit(layers_done, self.observer.to_arrays(), complete)

@@ -48,6 +48,8 @@ class Architecture:
     defaults: values of config.json that its authors may leave out, as transformers assumes them.
     requires: values that llama.cpp's implementation takes for granted.
     rope_types: the rope scalings that llama.cpp implements for it.
+    feeds: tensor of a layer -> the matrices that are multiplied with what it makes and nothing else is, see
+    smoothing_groups.py; names like the rules'.
     uint32, float32: GGUF key (without the architecture's prefix) -> key of the configuration or dimension."""
 
     name: str
@@ -61,6 +63,7 @@ class Architecture:
     defaults: dict[str, Any] = field(default_factory=dict)
     requires: dict[str, Any] = field(default_factory=dict)
     rope_types: tuple[str, ...] = ()
+    feeds: dict[str, tuple[str, ...]] = field(default_factory=dict)
     uint32: dict[str, str] = field(default_factory=dict)
     float32: dict[str, str] = field(default_factory=dict)
 
@@ -124,6 +127,7 @@ def _parse(name: str, text: str) -> Architecture:
         after=_parse_rules(tensors.pop("after")),
         ignored=tuple(table.pop("ignored", ())),
         rope_types=tuple(table.pop("rope_types")),
+        feeds={prefix + name: tuple(prefix + fed for fed in feeds) for name, feeds in table.pop("feeds", {}).items()},
         uint32=metadata.pop("uint32"),
         float32=metadata.pop("float32"),
         **table,

@@ -1,0 +1,303 @@
+"""What goes into the matrices of a model: how large activations are, by channel, by token and over all."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from calibration.control import Progress, ShouldStop, never, silent
+from calibration.histogram import magnitudes, mean_square, quantile
+from calibration.importance import ImportanceMatrix
+from formats.errors import ConvertError
+from formats.whole_file import whole_file
+
+if TYPE_CHECKING:
+    from calibration.activation_observer import InputObserver
+    from calibration.corpus import Corpus
+    from calibration.stream import LayerStream
+    from calibration.weights import WeightSource
+
+DECAY = 0.9
+"""Of the smoothed ranges: the share of the past in every micro-batch's step."""
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixInputs:
+    """Statistics of the inputs of a tensor's matrices; an expert that no token reached has zeros.
+
+    minima, maxima: float32 [n_matrices, n_columns]. squares: float64 [n_matrices, n_columns], sums over `counts` int64
+    [n_matrices] rows. totals: float64 [n_matrices], sums of all values. values: int64 [n_matrices, N_BINS] and peaks:
+    int64 [n_matrices, N_MAGNITUDES + 1], histograms of all values and of the rows' largest magnitudes, see
+    calibration.histogram. ranges: float64 [n_matrices, 2], least and largest value of a micro-batch, exponentially
+    smoothed over the micro-batches.
+    """
+
+    minima: np.ndarray
+    maxima: np.ndarray
+    squares: np.ndarray
+    counts: np.ndarray
+    totals: np.ndarray
+    values: np.ndarray
+    peaks: np.ndarray
+    ranges: np.ndarray
+
+    def absmax(self) -> np.ndarray:
+        """The largest magnitude of every channel: float32 [n_matrices, n_columns]."""
+        return np.maximum(-self.minima, self.maxima)
+
+    def together(self) -> "MatrixInputs":
+        """All matrices as one."""
+        seen = self.counts > 0
+        weights = np.where(seen, self.counts, 0)[:, None] / max(1, self.counts.sum())
+        return MatrixInputs(
+            self.minima.min(axis=0, keepdims=True),
+            self.maxima.max(axis=0, keepdims=True),
+            *(getattr(self, key).sum(axis=0, keepdims=True) for key in ("squares", "counts", "totals")),
+            *(getattr(self, key).sum(axis=0, keepdims=True) for key in ("values", "peaks")),
+            ranges=(self.ranges * weights).sum(axis=0, keepdims=True),
+        )
+
+    def figures(self) -> "InputFigures":
+        """In a few numbers, over all matrices."""
+        one = self.together()
+        n_values = int(one.counts[0]) * one.squares.shape[1]
+        channel_peaks, sizes = one.absmax()[0].astype(np.float64), magnitudes(one.values[0])
+        if not n_values or not channel_peaks.any():
+            return InputFigures(int(one.counts[0]), *(0.0,) * 9)
+        mean, channel_rms = float(one.totals[0]) / n_values, np.sqrt(one.squares[0] / one.counts[0])
+        live = channel_peaks > 0
+        typical = float(np.median(channel_rms[live])) or float(channel_rms.max())
+        variance = float(one.squares[0].sum()) / n_values - mean**2
+        return InputFigures(
+            rows=int(one.counts[0]),
+            absmax=float(channel_peaks.max()),
+            mean=mean,
+            std=float(np.sqrt(max(0.0, variance))),
+            percentile_99=quantile(sizes, 0.99),
+            percentile_99_9=quantile(sizes, 0.999),
+            outlier_ratio=float(channel_peaks.max() / np.median(channel_peaks[live])),
+            typical=typical,
+            token_range=float(np.log2(np.sqrt(mean_square(one.peaks[0])) / typical)),
+            dynamic_range=float(np.log2(channel_peaks.max() / typical)),
+        )
+
+
+@dataclass(frozen=True)
+class InputFigures:
+    """absmax, mean, std: of all values. percentile_99, percentile_99_9: of their magnitudes, at most 3.2 % off.
+    outlier_ratio: the largest channel's absmax over the median channel's. typical: the root mean square of the median
+    channel. dynamic_range: effective, in bits: log2(absmax / typical), what an 8-bit grid over the whole tensor has to
+    span before a typical channel sees a step; token_range: the same with the root mean square of the rows' own absmax,
+    what a grid for each row has to span. Channels that are always zero count in none of them."""
+
+    rows: int
+    absmax: float
+    mean: float
+    std: float
+    percentile_99: float
+    percentile_99_9: float
+    outlier_ratio: float
+    typical: float
+    token_range: float
+    dynamic_range: float
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationStatistics:
+    """inputs: GGUF tensor name -> statistics. model ... sequence_length: as of ImportanceMatrix. transform: which change
+    of the model these are of, "" for none: a hash of the factors that it is smoothed with. decay: of the ranges.
+
+    Raises ConvertError for arrays that contradict each other or are not finite.
+    """
+
+    inputs: Mapping[str, MatrixInputs]
+    model: str | None
+    revision: str | None
+    corpus: str
+    corpus_sha256: str
+    samples: int
+    sequence_length: int
+    transform: str = ""
+    decay: float = DECAY
+    where: str = field(default="activation statistics", repr=False)
+
+    def __post_init__(self) -> None:
+        for name, inputs in self.inputs.items():
+            n_matrices, n_columns = inputs.squares.shape
+            right = all(getattr(inputs, key).shape == (n_matrices, n_columns) for key in ("minima", "maxima"))
+            right &= inputs.counts.shape == inputs.totals.shape == (n_matrices,)
+            right &= inputs.ranges.shape == (n_matrices, 2)
+            if not right:
+                raise self._refused(name, "has statistics of shapes that do not agree")
+            floats = (inputs.minima, inputs.maxima, inputs.squares, inputs.totals, inputs.ranges)
+            if not all(np.isfinite(values).all() for values in floats):
+                raise self._refused(name, "has statistics that are not finite")
+            if any((values < 0).any() for values in (inputs.squares, inputs.counts, inputs.values, inputs.peaks)):
+                raise self._refused(name, "has negative counts or squares")
+            if (inputs.minima > inputs.maxima).any():
+                raise self._refused(name, "has minima above the maxima")
+
+    def of(self, name: str) -> MatrixInputs:
+        """Raises ConvertError for a tensor that was not seen."""
+        if name not in self.inputs:
+            raise ConvertError(
+                "there are no activation statistics of this tensor",
+                f"{self.where}, tensor {name}",
+                "compute them again: convert imatrix --activations MODEL",
+            )
+        return self.inputs[name]
+
+    def divided(self, factors: Mapping[str, np.ndarray], seen_again: "ActivationStatistics") -> "ActivationStatistics":
+        """The statistics of the same model smoothed: by channel these ones, divided; histograms, ranges and means those
+        of the smoothed model, which it was looked at once more for, maybe on fewer samples.
+
+        factors: GGUF tensor -> [n_matrices, n_columns], what its inputs are divided by; absent for 1.
+        """
+        inputs = {}
+        for name, again in seen_again.inputs.items():
+            first = self.of(name)
+            by = np.asarray(factors[name] if name in factors else np.ones_like(first.minima), np.float64)
+            share = first.counts / np.maximum(again.counts, 1)
+            inputs[name] = replace(
+                again,
+                minima=(first.minima / by).astype(np.float32),
+                maxima=(first.maxima / by).astype(np.float32),
+                squares=first.squares / np.square(by),
+                counts=first.counts,
+                totals=again.totals * share,
+            )
+        return replace(
+            seen_again, inputs=inputs, samples=self.samples, sequence_length=self.sequence_length, where=self.where
+        )
+
+    def importance(self) -> ImportanceMatrix:
+        """What the encoders want of them."""
+        return ImportanceMatrix(
+            sums={name: inputs.squares for name, inputs in self.inputs.items()},
+            counts={name: inputs.counts for name, inputs in self.inputs.items()},
+            model=self.model,
+            revision=self.revision,
+            corpus=self.corpus,
+            corpus_sha256=self.corpus_sha256,
+            samples=self.samples,
+            sequence_length=self.sequence_length,
+            where=self.where,
+        )
+
+    def notes(self) -> list[str]:
+        """What a user should know: experts that no token reached."""
+        return self.importance().notes()
+
+    def _refused(self, name: str, problem: str) -> ConvertError:
+        return ConvertError(f"the tensor {name!r} {problem}", self.where, "compute the activation statistics again")
+
+
+class InputRows:
+    """Some rows of the inputs of matrices, on the disk: DIRECTORY/TENSOR.npz for each GGUF tensor that has any."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def has(self, tensor: str) -> bool:
+        return self._path(tensor).exists()
+
+    def read(self, tensor: str) -> dict[int, np.ndarray]:
+        """Matrix -> float32 [n, n_columns]."""
+        with np.load(self._path(tensor), allow_pickle=False) as stored:
+            return {int(key): stored[key] for key in stored.files}
+
+    def write(self, tensor: str, rows: Mapping[int, np.ndarray]) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with whole_file(self._path(tensor), "sample of activations") as file:
+            np.savez(file, allow_pickle=False, **{str(matrix): values for matrix, values in rows.items()})
+
+    def _path(self, tensor: str) -> Path:
+        return self.directory / f"{tensor}.npz"
+
+
+def compute_activations(
+    source: "WeightSource",
+    config_dir: Path,
+    names: Mapping[str, tuple[str, int]],
+    corpus: "Corpus",
+    *,
+    work_dir: Path,
+    model: str | None = None,
+    revision: str | None = None,
+    transform: str = "",
+    decay: float = DECAY,
+    rows: InputRows | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Progress = silent,
+    should_stop: ShouldStop = never,
+    stage: str = "calibrate",
+) -> ActivationStatistics:
+    """Run the model over the corpus layer by layer and look at the inputs of its matrices.
+
+    names, work_dir, and what interrupting it and the number of threads change (nothing): as of compute_importance.
+    transform: what tells the source's weights from those of the model and revision. rows: where to keep some rows of
+    every input, as many as `activation_observer.KEPT_ROWS`.
+    """
+    from calibration.activation_observer import FIELDS, InputObserver
+    from calibration.stream import LayerStream
+
+    observer = InputObserver(decay, keep_rows=rows is not None)
+    stream = LayerStream(
+        source,
+        config_dir,
+        corpus.tokens,
+        work_dir,
+        observer=observer,
+        identity=f"{model}@{revision} {transform} decay {decay} rows {rows is not None}",
+        device=device,
+        threads=threads,
+        before_commit=None if rows is None else _row_writer(rows, observer, names),
+    )
+    stream.run(progress, should_stop, stage=stage)
+    stream.discard_hidden_states()
+    found: dict[str, dict[int, dict[str, np.ndarray]]] = {}
+    for parameter, sums in observer.inputs.items():
+        stored = stream.parameters.matrices(parameter, len(sums.counts))
+        step = len(sums.counts) // len(stored)
+        for i, stored_names in enumerate(stored):
+            part = {key: getattr(sums, key)[i * step : (i + 1) * step] for key in FIELDS}
+            for tensor, matrix in (names[name] for name in stored_names if name in names):
+                found.setdefault(tensor, {})[matrix] = part
+    return ActivationStatistics(
+        inputs={tensor: _joined([parts[i] for i in sorted(parts)]) for tensor, parts in sorted(found.items())},
+        model=model,
+        revision=revision,
+        corpus=corpus.name,
+        corpus_sha256=corpus.sha256,
+        samples=len(corpus.tokens),
+        sequence_length=corpus.tokens.shape[1],
+        transform=transform,
+        decay=decay,
+    )
+
+
+def _row_writer(
+    rows: InputRows, observer: "InputObserver", names: Mapping[str, tuple[str, int]]
+) -> Callable[["LayerStream"], None]:
+    """Writes the rows of a layer that has ended: before its checkpoint, so that no kill parts them from it."""
+
+    def write(stream: "LayerStream") -> None:
+        for parameter, taken in observer.take_rows().items():
+            stored = stream.parameters.matrices(parameter, max(taken) + 1)
+            tensors = {names[name][0] for name in stored[0] if name in names}
+            for tensor in sorted(tensors)[:1]:
+                rows.write(tensor, taken)
+
+    return write
+
+
+def _joined(parts: list[dict[str, np.ndarray]]) -> MatrixInputs:
+    joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    unseen = joined["counts"] == 0
+    for key in ("minima", "maxima"):
+        joined[key] = joined[key].copy()
+        joined[key][unseen] = 0
+    return MatrixInputs(**joined)

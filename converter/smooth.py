@@ -1,0 +1,159 @@
+"""The stage `smooth`: activation statistics, SmoothQuant's factors from them, and the model that they make."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from calibration.activation_file import load_activations, save_activations
+from calibration.activations import ActivationStatistics, InputRows, compute_activations
+from calibration.control import ShouldStop
+from calibration.corpus import Corpus, load_corpus
+from calibration.smoothing import SmoothQuantConfig
+from converter.calibrate import load_tokenizer, observed_names, runnable, uses_chat
+from converter.checkpoint import Checkpoint
+from converter.job import SAMPLES_RANGE, Job
+from converter.progress import Progress
+from converter.smooth_search import SmoothedGroup, Smoother
+from converter.smoothed import SmoothedCheckpoint
+from converter.smoothing_file import Smoothing, load_smoothing, save_smoothing
+from converter.smoothing_groups import smoothing_groups, unsmoothed
+from profiles.vocabulary import ModelMap, Role
+
+ACTIVATIONS_FILE = "activations.safetensors"
+SMOOTHING_FILE = "smoothing.safetensors"
+SMOOTHED_ACTIVATIONS_FILE = "activations-smoothed.safetensors"
+
+# The smoothed model is looked at on as many samples as a calibration has at least: for the histograms, of which a
+# hundred million values tell enough. What is known by channel comes from all samples.
+_SAMPLES_SEEN_AGAIN = SAMPLES_RANGE[0]
+
+
+@dataclass(frozen=True)
+class Smoothed:
+    """checkpoint, model_map: of the smoothed model, by the checkpoint's own tensor names; it reads as any checkpoint
+    does. activations: of the smoothed model, whose `importance()` the encoders use. smoothing: factors and record.
+    left: GGUF tensors whose inputs nothing makes up for."""
+
+    checkpoint: SmoothedCheckpoint
+    model_map: ModelMap
+    activations: ActivationStatistics
+    smoothing: Smoothing
+    left: tuple[str, ...]
+
+    @property
+    def groups(self) -> tuple[SmoothedGroup, ...]:
+        return self.smoothing.groups
+
+
+def smooth(
+    job: Job,
+    checkpoint: Checkpoint,
+    model_map: ModelMap,
+    config: SmoothQuantConfig,
+    work_dir: Path,
+    progress: Progress,
+    should_stop: ShouldStop,
+) -> Smoothed:
+    """The job's model, smoothed. Statistics, factors and the statistics of the smoothed model stay in the work directory
+    and are not computed again; an interrupted pass over the model continues after its last layer.
+
+    Raises ConvertError for a model whose architecture says of no tensor what feeds it, and for a matrix without
+    statistics.
+    """
+    running, running_map = runnable(checkpoint, model_map, work_dir)
+    before = observe(job, checkpoint, model_map, work_dir, progress, should_stop)
+    groups = smoothing_groups(running, running_map)
+    path = work_dir / SMOOTHING_FILE
+    if not path.exists():
+        smoother = Smoother(running, before, _rows(work_dir))
+        decided = smoother.smooth(groups, config, progress, should_stop)
+        save_smoothing(
+            path,
+            Smoothing(
+                checkpoint.model_id,
+                checkpoint.revision,
+                config.alpha,
+                tuple(decided),
+                smoother.factors,
+                smoother.foldings,
+            ),
+        )
+    smoothing = load_smoothing(path)
+    view = SmoothedCheckpoint.of(running, smoothing.foldings)
+    path = work_dir / SMOOTHED_ACTIVATIONS_FILE
+    if not path.exists():
+        again = compute_activations(
+            view,
+            view.location,
+            activation_names(running_map),
+            _corpus(job, running, running_map, _SAMPLES_SEEN_AGAIN),
+            work_dir=work_dir / "calibration-smoothed",
+            model=checkpoint.model_id,
+            revision=checkpoint.revision,
+            transform=smoothing.identity(),
+            device=job.device,
+            threads=job.n_threads,
+            progress=progress,
+            should_stop=should_stop,
+            stage="calibrate smoothed",
+        )
+        save_activations(path, before.divided(smoothing.factors, again))
+    left = tuple(unsmoothed(groups, running_map))
+    return Smoothed(view, running_map, load_activations(path), smoothing, left)
+
+
+def observe(
+    job: Job,
+    checkpoint: Checkpoint,
+    model_map: ModelMap,
+    work_dir: Path,
+    progress: Progress,
+    should_stop: ShouldStop,
+) -> ActivationStatistics:
+    """The activation statistics of the job's model as it is, importance among them. They stay in the work directory and
+    are not computed again."""
+    path = work_dir / ACTIVATIONS_FILE
+    if not path.exists():
+        running, running_map = runnable(checkpoint, model_map, work_dir)
+        corpus = _corpus(job, running, running_map, job.samples)
+        if corpus.note:
+            progress.say(corpus.note)
+        statistics = compute_activations(
+            running,
+            running.location,
+            activation_names(running_map),
+            corpus,
+            work_dir=work_dir / "activations",
+            model=checkpoint.model_id,
+            revision=checkpoint.revision,
+            rows=_rows(work_dir),
+            device=job.device,
+            threads=job.n_threads,
+            progress=progress,
+            should_stop=should_stop,
+        )
+        save_activations(path, statistics)
+    return load_activations(path)
+
+
+def activation_names(model_map: ModelMap) -> dict[str, tuple[str, int]]:
+    """Checkpoint tensor -> (GGUF tensor, matrix index), for what is observed: the matrices that may be quantized, and
+    the routers, whose inputs are those of all experts together."""
+    routers = {t.sources[0]: (t.name, 0) for t in model_map.tensors if t.role is Role.ROUTER}
+    return observed_names(model_map) | routers
+
+
+def _rows(work_dir: Path) -> InputRows:
+    return InputRows(work_dir / "activation-rows")
+
+
+def _corpus(job: Job, checkpoint: Checkpoint, model_map: ModelMap, samples: int) -> Corpus:
+    """The first of the job's samples."""
+    corpus = load_corpus(
+        job.calibration,
+        load_tokenizer(checkpoint.location),
+        job.samples,
+        job.sequence_length,
+        job.seed,
+        chat=uses_chat(job, model_map),
+    )
+    return replace(corpus, tokens=corpus.tokens[:samples])
