@@ -45,7 +45,7 @@ _IDENTITY: dict[str, tuple[type, ...]] = {
 
 def save_activations(path: Path, statistics: ActivationStatistics) -> None:
     """Write the file; it appears whole or not at all. The same statistics give the same bytes."""
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         f"{key}/{name}": np.ascontiguousarray(getattr(inputs, key), dtype)
         for name, inputs in sorted(statistics.inputs.items())
         for key, dtype in _DTYPES.items()
@@ -127,7 +127,7 @@ def _parse(where: str, text: str) -> dict[str, Any]:
         raise _damaged(where, "its description is no JSON object")
     if header.get("version") != _VERSION:
         raise ConvertError(
-            f"the activation statistics are of version {header.get('version')!r}, this release reads version {_VERSION}",
+            f"the statistics are of version {header.get('version')!r}, this release reads version {_VERSION}",
             where,
             "compute them again: convert imatrix --activations MODEL",
         )

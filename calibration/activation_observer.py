@@ -92,8 +92,8 @@ class KeptRows:
 class InputObserver:
     """An Observer of inputs. inputs: parameter -> InputSums. decay: of the smoothed ranges, of the past in a step.
 
-    keep_rows: keep some rows of the inputs of the layer that is running, for `take_rows`; of matrices that are shown the
-    same tensor for the first one. Rows of a layer that a checkpoint has finished are the taker's affair.
+    keep_rows: keep some rows of the inputs of the layer that is running, for `take_rows`; where several matrices are
+    shown the same tensor, for the first one.
     Within a micro-batch sums are taken in float32 by torch's cascade summation, beyond it in float64.
     """
 

@@ -49,13 +49,15 @@ class MatrixInputs:
 
     def together(self) -> "MatrixInputs":
         """All matrices as one."""
-        seen = self.counts > 0
-        weights = np.where(seen, self.counts, 0)[:, None] / max(1, self.counts.sum())
+        weights = self.counts[:, None] / max(1, self.counts.sum())
         return MatrixInputs(
-            self.minima.min(axis=0, keepdims=True),
-            self.maxima.max(axis=0, keepdims=True),
-            *(getattr(self, key).sum(axis=0, keepdims=True) for key in ("squares", "counts", "totals")),
-            *(getattr(self, key).sum(axis=0, keepdims=True) for key in ("values", "peaks")),
+            minima=self.minima.min(axis=0, keepdims=True),
+            maxima=self.maxima.max(axis=0, keepdims=True),
+            squares=self.squares.sum(axis=0, keepdims=True),
+            counts=self.counts.sum(keepdims=True),
+            totals=self.totals.sum(keepdims=True),
+            values=self.values.sum(axis=0, keepdims=True),
+            peaks=self.peaks.sum(axis=0, keepdims=True),
             ranges=(self.ranges * weights).sum(axis=0, keepdims=True),
         )
 
@@ -106,8 +108,8 @@ class InputFigures:
 
 @dataclass(frozen=True, eq=False)
 class ActivationStatistics:
-    """inputs: GGUF tensor name -> statistics. model ... sequence_length: as of ImportanceMatrix. transform: which change
-    of the model these are of, "" for none: a hash of the factors that it is smoothed with. decay: of the ranges.
+    """inputs: GGUF tensor name -> statistics. model ... sequence_length: as of ImportanceMatrix. transform: which
+    change of the model these are of, "" for none: a hash of the factors that it is smoothed with. decay: of the ranges.
 
     Raises ConvertError for arrays that contradict each other or are not finite.
     """

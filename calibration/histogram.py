@@ -1,8 +1,8 @@
 """Histograms of activations: signed, logarithmic, counted in integers, so that merging them is exact in any order.
 
-The magnitudes from 2**-16 to 2**16 have 32 bins an octave, at the 8 bits of a float32's exponent and the first 5 of its
-mantissa: finding a value's bin is a shift of its bits. Smaller magnitudes count as zero, larger ones in the outermost bin.
-A bin is at most 1/32 of its lower bound wide, so a quantile, interpolated within it, is at most 3.2 % off.
+The magnitudes from 2**-16 to 2**16 have 32 bins an octave, by the exponent of a float32 and the first 5 bits of its
+mantissa: finding a value's bin is a shift of its bits. Smaller magnitudes count as zero, larger ones in the outermost
+bin. A bin is at most 1/32 of its lower bound wide, so a quantile, interpolated within it, is at most 3.2 % off.
 
     bin   0 ... 1023                 1024    1025 ... 2048
           -2**16 < x <= -2**-16      zero    2**-16 <= x < 2**16
@@ -59,6 +59,6 @@ def quantile(counts: np.ndarray, share: float) -> float:
 
 
 def mean_square(counts: np.ndarray) -> float:
-    """Of magnitudes [N_MAGNITUDES + 1], by the middles of their bins, at most 3.2 % off; 0 where nothing was counted."""
+    """Of magnitudes [N_MAGNITUDES + 1], by the middles of their bins: at most 3.2 % off; 0 where none was counted."""
     total = counts.sum()
     return float(counts[1:] @ np.square(_MIDDLES) / total) if total else 0.0

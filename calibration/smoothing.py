@@ -1,6 +1,6 @@
 """SmoothQuant: by how much every channel of a matrix's input is divided, and its column multiplied.
 
-    s_j = max|X_j|**alpha / max|W_j|**(1 - alpha)            (Xiao et al. 2022, arXiv:2211.10438, eq. 4)
+s_j = max|X_j|**alpha / max|W_j|**(1 - alpha)            (Xiao et al. 2022, arXiv:2211.10438, eq. 4)
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,8 +28,8 @@ _LARGEST = 127.0
 
 @dataclass(frozen=True)
 class SmoothQuantConfig:
-    """alpha: how much of the difficulty goes from the inputs (0: none of it) into the weights (1: all of it); "auto" for
-    the one of ALPHA_GRID that leaves each group the least error. Raises ConvertError for another alpha."""
+    """alpha: how much of the inputs' range goes into the weights, from 0 (nothing) to 1 (everything); "auto" for the
+    one of ALPHA_GRID that leaves each group the least error. Raises ConvertError for another alpha."""
 
     alpha: Alpha = DEFAULT_ALPHA
 
@@ -71,8 +71,8 @@ def smoothing_factors(inputs: np.ndarray, weights: np.ndarray, alpha: float) -> 
 
 @dataclass(frozen=True, eq=False)
 class Products:
-    """Inputs and matrices that are multiplied with them: rows float32 [n, n_columns], weights: of each matrix some rows,
-    float32 [n_rows, n_columns]. inputs, columns: float32 [n_columns], what the factors are computed from."""
+    """Inputs and matrices that are multiplied with them. rows: float32 [n, n_columns]; weights: of each matrix some
+    rows, float32 [n_rows, n_columns]. inputs, columns: float32 [n_columns], what the factors are computed from."""
 
     rows: np.ndarray
     weights: tuple[np.ndarray, ...]

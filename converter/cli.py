@@ -88,6 +88,14 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
             type=click.Choice(["auto", "off", "raise", "pin", "rescale", "exclude"]),
             help="How. [default: as the profile says: auto, what measurement shows to help]",
         ),
+        click.option(
+            "--alpha", metavar="0..1|auto", help="How far SmoothQuant moves outliers into weights. [default: 0.5]"
+        ),
+        click.option(
+            "--activation-scales",
+            type=click.Choice(["absmax", "percentile", "mse"]),
+            help="How static activation scales are found. [default: mse]",
+        ),
         click.option("--effort", type=click.Choice(["best", "fast"]), default="best", show_default=True),
         click.option("--pre-tokenizer", metavar="NAME", help="llama.cpp's name, where it cannot be recognised."),
         click.option("--split-size", metavar="SIZE", help="Split the artifact, for instance 20GB."),
@@ -113,8 +121,10 @@ def build_job(
     split_size: str | None,
     target_size: str | None,
     lm_eval: str | None,
+    alpha: str | None,
     **options: Any,
 ):
+    from calibration.smoothing import parse_alpha
     from converter.job import Job
     from profiles.budget import parse_size
     from profiles.rules import parse_override
@@ -125,6 +135,8 @@ def build_job(
         overrides=tuple(parse_override(text) for text in overrides),
         shard_bytes=parse_size(split_size, "--split-size") if split_size else None,
         target_size=parse_size(target_size, "--target-size") if target_size else None,
+        lm_eval=tuple(name.strip() for name in lm_eval.split(",") if name.strip()) if lm_eval else (),
+        alpha=None if alpha is None else parse_alpha(alpha),
         command=this_command(),
         **options,
     )

@@ -13,7 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from calibration.activation_ranges import RangeMethod
 from calibration.control import Interrupted
+from calibration.smoothing import Alpha
 from formats.block_format import Effort
 from formats.errors import ConvertError
 from formats.whole_file import whole_file
@@ -41,6 +43,8 @@ class Job:
     target_size, target_bpw, target_kld: what the profile's budget is to meet, see profiles.budget.Budget.
     chat: calibrate on conversations by the tokenizer's chat template; None stands for True where it has one.
     protect_super_weights: another way than the profile's.
+    alpha, activation_scales: of a directory's activations: how SmoothQuant shares the difficulty, and how static scales
+    are found; None for the default.
     lm_eval, lm_eval_limit: tasks of the lm-evaluation-harness to run on the artifact, and examples of each.
     command: what continues the job when it is run again.
     """
@@ -63,6 +67,8 @@ class Job:
     pre_tokenizer: str | None = None
     shard_bytes: int | None = None
     protect_super_weights: Mode | None = None
+    alpha: Alpha | None = None
+    activation_scales: RangeMethod | None = None
     quality: bool = True
     lm_eval: tuple[str, ...] = ()
     lm_eval_limit: int | None = None

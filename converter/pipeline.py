@@ -28,7 +28,13 @@ from converter.job import UNDECIDED, Job, WorkDirectory, file_sha256, stops_clea
 from converter.metadata import source_card
 from converter.model_map import describe
 from converter.page import report_page
-from converter.preflight import check_output_is_free, check_samples, preflight, ternary_warning
+from converter.preflight import (
+    check_output_is_free,
+    check_samples,
+    preflight,
+    refuse_activation_options,
+    ternary_warning,
+)
 from converter.progress import Progress
 from converter.protect import protect, protected_before, protection_notes, refuse_protection
 from converter.recipe import (
@@ -112,6 +118,7 @@ def survey(job: Job) -> Surveyed:
     check_samples(job.samples, job.sequence_length)
     job = job.aimed()
     require_writer(job.profile.target, job.profile.name)
+    refuse_activation_options(job)
     checkpoint = open_checkpoint(job.model, metadata_only=True)
     model_map = describe(checkpoint, job.pre_tokenizer)
     metadata = {key: entry.value for key, entry in model_map.metadata.items()}
@@ -206,6 +213,8 @@ def fingerprint(known: Surveyed) -> dict[str, Any]:
         "sequence_length": job.sequence_length,
         "seed": job.seed,
         "chat": job.chat,
+        "alpha": job.alpha,
+        "activation_scales": job.activation_scales,
         "device": job.device,
         "pre_tokenizer": job.pre_tokenizer,
         "shard_bytes": job.shard_bytes,

@@ -44,6 +44,18 @@ def check_samples(samples: int, sequence_length: int) -> None:
         raise ConvertError(f"a sequence of {sequence_length} tokens predicts nothing", "--sequence-length", "use 512")
 
 
+def refuse_activation_options(job: Job) -> None:
+    """Raises ConvertError for options of activations where they are not quantized: in a GGUF."""
+    options = {"--alpha": job.alpha, "--activation-scales": job.activation_scales}
+    given = ", ".join(option for option, value in options.items() if value is not None)
+    if given and job.profile.target == "gguf":
+        raise ConvertError(
+            f"the profile {job.profile.name!r} writes a GGUF, whose activations nothing quantizes beforehand",
+            given,
+            "leave it out, or name a profile for a safetensors directory, see `convert profiles list`",
+        )
+
+
 def preflight(
     job: Job,
     checkpoint: Checkpoint,

@@ -53,8 +53,8 @@ def smooth(
     progress: Progress,
     should_stop: ShouldStop,
 ) -> Smoothed:
-    """The job's model, smoothed. Statistics, factors and the statistics of the smoothed model stay in the work directory
-    and are not computed again; an interrupted pass over the model continues after its last layer.
+    """The job's model, smoothed. Statistics, factors and the statistics of the smoothed model stay in the work
+    directory and are not computed again; an interrupted pass over the model continues after its last layer.
 
     Raises ConvertError for a model whose architecture says of no tensor what feeds it, and for a matrix without
     statistics.

@@ -112,19 +112,19 @@ class Smoother:
         else:
             rows = np.ones(tensor.n_rows, np.float32)
             rows[slice(*link.rows)] = 1 / factors
-            columns = self.foldings[link.producer].columns if link.producer in self.foldings else None
-            self.foldings[link.producer] = Folding(rows=rows, columns=columns)
+            before = self.foldings.get(link.producer, Folding())
+            self.foldings[link.producer] = Folding(rows=rows, columns=before.columns)
         if link.bias is not None:
             bias = self.checkpoint.read(link.bias)
             bias[slice(*link.rows)] /= factors
             self.foldings[link.bias] = Folding(values=bias)
-        columns = link.spread(factors)
+        spread = link.spread(factors)
         for consumer in link.consumers:
-            rows = self.foldings[consumer.tensor].rows if consumer.tensor in self.foldings else None
-            self.foldings[consumer.tensor] = Folding(rows=rows, columns=columns)
+            before = self.foldings.get(consumer.tensor, Folding())
+            self.foldings[consumer.tensor] = Folding(rows=before.rows, columns=spread)
             name, matrix = consumer.statistics
             shape = self.statistics.of(name).squares.shape
-            self.factors.setdefault(name, np.ones(shape, np.float32))[matrix] = columns
+            self.factors.setdefault(name, np.ones(shape, np.float32))[matrix] = spread
         return factors
 
 

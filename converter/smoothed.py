@@ -1,4 +1,4 @@
-"""A checkpoint as it reads when it is smoothed: by its own tensors' names, for the encoders and for the layer stream."""
+"""A checkpoint as it reads when it is smoothed: by its tensors' own names, for encoders and for the layer stream."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -17,12 +17,12 @@ class Folding:
     rows: np.ndarray | None = None
     columns: np.ndarray | None = None
 
-    def apply(self, stored: np.ndarray, start: int, stop: int) -> np.ndarray:
-        """Rows start to stop of the tensor, float32, from what is stored of them. Vectors are whole."""
+    def apply(self, stored: np.ndarray, rows: slice | np.ndarray) -> np.ndarray:
+        """These rows of the tensor, float32, from what is stored of them. A vector is whole."""
         if self.values is not None:
             return self.values.copy()
         if self.rows is not None:
-            stored = stored * self.rows[start:stop, None]
+            stored = stored * self.rows[rows, None]
         return stored if self.columns is None else stored * self.columns
 
 
@@ -44,13 +44,8 @@ class SmoothedCheckpoint(Checkpoint):
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         stored = super().read(name, start, stop)
         folding = self.foldings.get(name)
-        stop = self.tensors[name].n_rows if stop is None else stop
-        return stored if folding is None else folding.apply(stored, start, stop)
+        return stored if folding is None else folding.apply(stored, slice(start, stop))
 
     def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
         stored, folding = super().read_rows(name, rows), self.foldings.get(name)
-        if folding is None or folding.values is not None:
-            return stored if folding is None else folding.values[None]
-        if folding.rows is not None:
-            stored = stored * folding.rows[rows, None]
-        return stored if folding.columns is None else stored * folding.columns
+        return stored if folding is None else folding.apply(stored, rows)

@@ -34,8 +34,8 @@ class Link:
     """A producer and the consumers of its output: names of the checkpoint's tensors.
 
     rows: the first row of the producer that they are fed from, and the one after the last; of a norm, of its values.
-    plus_one: a norm that is stored as its deviation from one. head, repeat: each run of `head` channels is `repeat` runs
-    of the consumers' inputs, one after the other.
+    plus_one: a norm that is stored as its deviation from one. head, repeat: each run of `head` channels is
+    `repeat` runs of the consumers' inputs, one after the other.
     """
 
     producer: str

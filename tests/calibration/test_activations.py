@@ -1,4 +1,4 @@
-"""Activation statistics by streaming equal what hooks see in the whole model; they resume, and no thread changes them."""
+"""Activation statistics by streaming equal what hooks see in the whole model; no stop and no thread changes them."""
 
 import numpy as np
 import pytest
@@ -55,9 +55,9 @@ def test_statistics_equal_the_whole_models(name, tiny, tmp_path):
     corpus = random_corpus(name)
     found = compute(tiny(name), tmp_path, corpus)
     seen = hooked_inputs(tiny(name), corpus)
-    for (tensor, matrix), rows in seen.items():
-        tensor = "model.embed_tokens.weight" if tensor == "lm_head.weight" and tensor not in found.inputs else tensor
-        inputs = found.inputs[tensor]
+    for (name_of, matrix), rows in seen.items():
+        tied = name_of == "lm_head.weight" and name_of not in found.inputs
+        inputs = found.inputs["model.embed_tokens.weight" if tied else name_of]
         assert inputs.counts[matrix] == len(rows)
         if not len(rows):
             assert not inputs.absmax()[matrix].any() and not inputs.values[matrix].any()
@@ -145,7 +145,9 @@ def test_smoothed_ranges_follow_the_batches(tiny, tmp_path):
 def test_bins_are_where_they_are_said_to_be():
     from calibration.activation_observer import _counts
 
-    values = np.concatenate([EDGES[:-1], CENTERS, np.nextafter(EDGES[1:].astype(np.float32), 0), [1e9, -1e9, 1e-9, -0.0]])
+    values = np.concatenate(
+        [EDGES[:-1], CENTERS, np.nextafter(EDGES[1:].astype(np.float32), 0), [1e9, -1e9, 1e-9, -0.0]]
+    )
     counted = _counts(torch.from_numpy(values.astype(np.float32)), N_BINS, N_MAGNITUDES)
     expected = np.zeros(N_BINS, np.int64)
     for value in values.astype(np.float32).astype(np.float64):
@@ -170,8 +172,8 @@ def test_the_file_comes_back_and_damage_is_told(tiny, tmp_path):
     loaded = load_activations(path)
     assert file_bytes(loaded, tmp_path / "b.safetensors") == data
     assert is_activations(path) and not is_activations(tmp_path / "none.safetensors")
-    assert rb'\"version\": 1' in data
-    for damage in (data[: len(data) // 2], data[:40], data.replace(rb'\"version\": 1', rb'\"version\": 9'), b""):
+    assert rb"\"version\": 1" in data
+    for damage in (data[: len(data) // 2], data[:40], data.replace(rb"\"version\": 1", rb"\"version\": 9"), b""):
         path.write_bytes(damage)
         with pytest.raises(ConvertError):
             load_activations(path)

@@ -1,0 +1,141 @@
+"""The stage `smooth` of a job: what it leaves, that it resumes to the same bytes, and that its outliers are gone."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from calibration.control import Interrupted, never
+from calibration.smoothing import SmoothQuantConfig
+from converter.job import Job
+from converter.model_map import describe
+from converter.progress import Progress
+from converter.smooth import Smoothed, smooth
+from converter.smoothing_file import load_smoothing
+from converter.source import open_checkpoint
+from formats.errors import ConvertError
+from profiles.schema import load_profile
+from tests.calibration.streaming import DictSource
+
+OUTLIER = 37
+GROUPS = ("self_attn.v_proj", "mlp.up_proj", "input_layernorm", "post_attention_layernorm")
+
+
+@pytest.fixture(scope="module")
+def planted(tiny, tmp_path_factory) -> Path:
+    """A llama whose second layer's attention sees one channel 100 times as large, which its weights make up for."""
+    source = DictSource.of(tiny("llama-256"))
+    layer = "model.layers.1"
+    source.tensors[f"{layer}.input_layernorm.weight"][OUTLIER] *= 100
+    for name in ("q", "k", "v"):
+        source.tensors[f"{layer}.self_attn.{name}_proj.weight"][:, OUTLIER] /= 100
+    directory = tmp_path_factory.mktemp("outlier") / "model"
+    shutil.copytree(tiny("llama-256"), directory)
+    for file in directory.glob("*.safetensors*"):
+        file.unlink()
+    save_file(source.tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    words = ["quick", "brown", "fox", "jumps", "over", "lazy", "dog", "wizards", "quartz", "vow"]
+    drawn = np.random.default_rng(0).integers(0, len(words), 8000)
+    path.write_text(" ".join(words[i] for i in drawn))
+    return path
+
+
+def run(model: Path, text: Path, work_dir: Path, alpha=0.5, should_stop=never) -> Smoothed:
+    work_dir.mkdir(exist_ok=True)
+    checkpoint = open_checkpoint(str(model))
+    job = Job(
+        str(model),
+        load_profile("uniform-8bit"),
+        calibration=str(text),
+        samples=128,
+        sequence_length=32,
+        device="cpu",
+        chat=False,
+    )
+    progress = Progress()
+    try:
+        return smooth(job, checkpoint, describe(checkpoint), SmoothQuantConfig(alpha), work_dir, progress, should_stop)
+    finally:
+        progress.close()
+
+
+@pytest.fixture(scope="module")
+def smoothed(planted, text, tmp_path_factory) -> dict[object, Smoothed]:
+    directory = tmp_path_factory.mktemp("smoothed")
+    return {alpha: run(planted, text, directory / str(alpha), alpha) for alpha in (0.0, 0.5, 1.0, "auto")}
+
+
+def group(of: Smoothed, name: str, layer: int = 1):
+    return next(g for g in of.groups if g.layer == layer and name in g.name)
+
+
+def test_the_outlier_shrinks_as_the_formula_says(planted, smoothed):
+    """By s = X**alpha / W**(1 - alpha): X becomes X**(1 - alpha) * W**(1 - alpha), here of a model in float32."""
+    query = "blk.1.attn_q.weight"
+    weights = np.concatenate(
+        [DictSource.of(planted).tensors[f"model.layers.1.self_attn.{n}_proj.weight"] for n in "qk"]
+    )
+    before = smoothed[0.5].activations  # of the smoothed model; the source's follow from alpha 0
+    for alpha in (0.0, 0.5, 1.0):
+        factors = smoothed[alpha].smoothing.factors[query][0].astype(np.float64)
+        source = before.of(query).absmax()[0] * smoothed[0.5].smoothing.factors[query][0]
+        found = smoothed[alpha].activations.of(query).absmax()[0]
+        np.testing.assert_allclose(found, source / factors, rtol=1e-5)
+        value = DictSource.of(planted).tensors["model.layers.1.self_attn.v_proj.weight"]
+        rows = smoothed[alpha].smoothing.foldings["model.layers.1.self_attn.v_proj.weight"].rows
+        columns = np.abs(np.concatenate([weights, value * rows[:, None]])).max(axis=0)
+        np.testing.assert_allclose(factors, source**alpha / columns ** (1 - alpha), rtol=1e-5)
+    assert group(smoothed[0.5], "input_layernorm").outlier_ratio_before > 40
+    assert group(smoothed[0.5], "input_layernorm").outlier_ratio < 4
+    assert group(smoothed[1.0], "input_layernorm").outlier_ratio == pytest.approx(1)
+
+
+def test_rounding_hurts_less_once_smoothed(smoothed):
+    found = group(smoothed[0.5], "input_layernorm")
+    assert found.error < 0.2 * found.error_before
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_auto_is_the_best_of_what_it_tried(smoothed, name):
+    for layer in range(4):
+        auto, fixed = (group(smoothed[alpha], name, layer) for alpha in ("auto", 0.5))
+        assert auto.error <= auto.tried["0.5"] * (1 + 1e-5) and auto.error <= auto.tried["off"] * (1 + 1e-5)
+        assert auto.error == min(auto.tried.values()) or auto.error == pytest.approx(min(auto.tried.values()), rel=1e-5)
+        assert len(auto.tried) == 22
+        if name in GROUPS[:2]:  # the others' weights have been smoothed otherwise before
+            assert auto.tried["0.5"] == pytest.approx(fixed.error, rel=1e-6)
+
+
+def test_what_is_left_in_the_work_directory_is_taken(planted, text, smoothed, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(planted, text, first, 0.5)
+    stops = iter(range(10**6))
+    with pytest.raises(Interrupted):
+        run(planted, text, second, 0.5, should_stop=lambda: next(stops) == 2)  # amid the first pass
+    with pytest.raises(Interrupted):
+        run(planted, text, second, 0.5, should_stop=lambda: next(stops) == 9)  # amid the groups
+    with pytest.raises(Interrupted):
+        run(planted, text, second, 0.5, should_stop=lambda: (second / "calibration-smoothed/stream.npz").exists())
+    again = run(planted, text, second, 0.5)
+    for path in sorted(first.glob("*.safetensors")):
+        assert path.read_bytes() == (second / path.name).read_bytes()
+    assert again.left == ()
+    path = second / "smoothing.safetensors"
+    assert load_smoothing(path).identity() == again.activations.transform != ""
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ConvertError, match="damaged"):
+        run(planted, text, second, 0.5)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.01, float("nan")])
+def test_alpha_out_of_range_is_an_error(alpha):
+    with pytest.raises(ConvertError, match="from 0 to 1"):
+        SmoothQuantConfig(alpha)
