@@ -7,7 +7,8 @@ tensors are decoded by the same decoder, which the tests hold against compressed
 
 The NMSE is the sum of squared errors over that of squared weights, the mean over the matrices of a data set; the
 weighted one multiplies both by the importance of the column. `ours` knows the importance, `ours, plain` does not, nor
-do llm-compressor's observers but the imatrix ones. Speeds are medians over the rounds; they mean nothing unless the
+do llm-compressor's observers but the imatrix ones; `ours, its global scale` takes NVFP4's second-level scale as
+llm-compressor chooses it. Speeds are medians over the rounds; they mean nothing unless the
 machine is idle.
 
 Data sets: `model`, matrices of the first, middle and last layer of a checkpoint; `gaussian`; `student-t`, weights of 5
@@ -30,6 +31,7 @@ from typing import TextIO
 import click
 import numpy as np
 
+from formats.block_format import Effort
 from formats.int_codec import bfloat16
 from formats.plain import encode_bf16
 from formats.safetensors_file import NUMPY_DTYPES
@@ -120,18 +122,23 @@ def quantizers_of(
 ) -> dict[str, Callable[[Matrix], tuple[Tensors, float]]]:
     """By name; what they return: the tensors and the seconds."""
 
-    def ours(effort, weighted):
+    nvfp4 = scheme.format == "nvfp4-pack-quantized"
+
+    def ours(effort: Effort, weighted: bool, widest: bool = False) -> Callable[[Matrix], tuple[Tensors, float]]:
         def quantize(matrix: Matrix) -> tuple[Tensors, float]:
             start = time.perf_counter()
             importance = matrix.importance if weighted else None
-            tensors = scheme.encode(matrix.rows, importance, effort=effort, n_threads=threads)
+            divisor = 448 * 6 / float(np.abs(matrix.rows).max()) if widest else None
+            tensors = scheme.encode(matrix.rows, importance, effort=effort, global_scale=divisor, n_threads=threads)
             return tensors, time.perf_counter() - start
 
         return quantize
 
     quantizers = {"ours": ours("best", True), "ours, plain": ours("best", False), "ours, fast": ours("fast", True)}
+    if nvfp4:
+        quantizers["ours, its global scale"] = ours("best", True, widest=True)
     if llmcompressor:
-        names = OBSERVERS + (FP4_OBSERVERS if scheme.format == "nvfp4-pack-quantized" else ())
+        names = OBSERVERS + (FP4_OBSERVERS if nvfp4 else ())
         if scheme.weights.strategy in ("tensor", "block"):  # which its imatrix observer falls back from
             names = tuple(name for name in names if "imatrix" not in name)
         for name in names:
