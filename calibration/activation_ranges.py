@@ -54,7 +54,7 @@ def static_range(
 
 def range_error(counts: np.ndarray, low: float, high: float, grid: Grid = "int8") -> float:
     """The mean squared error, by the histogram, of values that are cut off at low and high and rounded to the grid
-    between. A value that is smaller than half a step becomes zero; others are taken to be anywhere between two steps."""
+    between. A value below half a step becomes zero; others are taken to lie anywhere between two steps."""
     total = counts.sum()
     if not total:
         return 0.0
