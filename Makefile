@@ -34,11 +34,20 @@ $(VENV)-llmcompressor/.ready: scripts/llmcompressor.txt Makefile
 	    --requirement scripts/llmcompressor.txt
 	touch $@
 
+# The lm-evaluation-harness, whose tasks run on an artifact. It stands upon the first environment, and apart from it:
+# transformers takes seconds longer to import where scikit-learn is installed.
+$(VENV)-lm-eval/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv --without-pip $(VENV)-lm-eval
+	cd $(VENV)-lm-eval/lib/python*/site-packages && $(abspath $(BIN)/python) -c \
+	    'import site; print(*site.getsitepackages(), sep="\n")' > first.pth
+	$(VENV)-lm-eval/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt lm-eval
+	touch $@
+
 demo: setup
 	$(BIN)/python -m scripts.demo
 
-test: setup $(VENV)-convert/.ready
-	LLAMA_CPP_CONVERTER=$(VENV)-convert/bin/python $(BIN)/python -m pytest -n 2 --dist loadfile
+test: setup $(VENV)-convert/.ready $(VENV)-lm-eval/.ready
+	LLAMA_CPP_CONVERTER=$(VENV)-convert/bin/python LM_EVAL_PYTHON=$(VENV)-lm-eval/bin/python $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The browser that the tests look at the report's page with.
 browser:
@@ -85,5 +94,5 @@ batch: setup
 	$(BIN)/python -m scripts.batch '$(JOBS)' --parallel $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),1)
 
 clean:
-	rm -rf $(VENV) $(VENV)-convert $(VENV)-llmcompressor .cache build dist demo *.egg-info
+	rm -rf $(VENV) $(VENV)-convert $(VENV)-lm-eval $(VENV)-llmcompressor .cache build dist demo *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -231,15 +231,15 @@ def run(
     """
     clock = _Clock()
     with clock("plan"):
+        if job.lm_eval:
+            from converter.tasks import check_tasks
+
+            check_tasks(job.lm_eval)
         known = _known(survey(job), fresh)
         job = known.job
         assert job.work_dir is not None
         layouts = known.layouts(known.importance) if isinstance(known, Prepared) else []
         preflight(job, known.checkpoint, known.model_map, layouts)
-        if job.lm_eval:
-            from converter.tasks import check_tasks
-
-            check_tasks(job.lm_eval)
     for note in known.notes:
         progress.say(note)
     work = WorkDirectory(job.work_dir)

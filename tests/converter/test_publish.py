@@ -118,7 +118,7 @@ def test_a_new_repository(hub, converted):
     result = publish(converted)
     files = hub.files(TO)
     recipe = "recipe/Tiny-113K-v1.0-Q4"
-    names = ["balanced-4bit.toml", "importance.gguf", "plan.json", "report.json"]
+    names = ["balanced-4bit.toml", "importance.gguf", "plan.json", "report.html", "report.json"]
     assert sorted(files) == ["README.md", "Tiny-113K-v1.0-Q4.gguf", *(f"{recipe}/{name}" for name in names)]
     assert files["Tiny-113K-v1.0-Q4.gguf"] == converted.read_bytes()
     work_dir = default_work_dir(converted)
@@ -239,7 +239,7 @@ def test_what_passes_is_waited_for(hub, converted, fault):
     hub.faults = [fault]
     publish(converted)
     assert fault.times == 0
-    assert len(hub.files(TO)) == 6
+    assert len(hub.files(TO)) == 7
     assert len(hub.repositories[TO].commits) == 2
 
 
@@ -270,7 +270,7 @@ def test_a_failure_that_stays_is_an_error(hub, converted, monkeypatch):
     assert "the Hub does not answer" in refused(converted)
     hub.faults = []
     publish(converted)
-    assert len(hub.files(TO)) == 6
+    assert len(hub.files(TO)) == 7
 
 
 def test_large_files_go_in_parts(monkeypatch, converted):
@@ -329,7 +329,7 @@ def test_a_token_without_rights(monkeypatch, converted, account, to, what):
 def test_a_token_with_rights(monkeypatch, converted, account, to):
     with here(monkeypatch, {TOKEN: account}) as hub:
         publish(converted, to=to)
-        assert len(hub.files(to.lower().replace("tiny-gguf", "Tiny-GGUF"))) == 6
+        assert len(hub.files(to.lower().replace("tiny-gguf", "Tiny-GGUF"))) == 7
 
 
 def test_tokens_that_are_none(hub, converted, monkeypatch, tmp_path):

@@ -112,12 +112,12 @@ def test_every_field_that_decides_bytes_is_an_option(here):
         return set(reproducing_arguments(job, checkpoint, reads_text=True))
 
     for field in fields(Job):
-        if field.name in ("model", "profile", "overrides", "imatrix", "output", "work_dir", "command"):
+        if field.name in ("model", "profile", "overrides", "imatrix", "sensitivity", "output", "work_dir", "command"):
             continue
         value: object = 77 if isinstance(field.default, int) else "changed"
         value = {"chat": False, "quality": False, "shard_bytes": 77}.get(field.name, value)
         added = options(replace(plain, **{field.name: value})) - options(plain)
-        if field.name in ("quality", "threads"):
+        if field.name in ("quality", "threads", "lm_eval", "lm_eval_limit"):
             assert not added
         else:
             (option,) = added
