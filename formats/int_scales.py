@@ -18,6 +18,7 @@ INFINITY = np.float32(np.inf)
 NEGLIGIBLE = np.float32(1e-30)
 # Of a group of zeros, as any scale would do: bfloat16's epsilon, as compressed-tensors stores it.
 ZERO_GROUP_SCALE_BITS = np.int32(0x3C00)
+SIGN_BIT = np.int32(0x8000)
 TRIALS = 16
 # The asymmetric search's coarse scales: every so many bfloat16 values, and at most so many, which is two octaves.
 COARSE, MOST_COARSE = np.int32(4), 64
@@ -89,12 +90,13 @@ def write_codes(v, inverse, bottom, top, codes):
 
 
 @_jit
-def search_symmetric(blocks, weights, bottom, top, stride, exhaustive, out):
+def search_symmetric(blocks, weights, bottom, top, stride, exhaustive, signs, out):
     """The best bfloat16 scale of each block, and its codes in bottom .. top.
 
     blocks float32 [n_blocks, block_size], weights float32 [blocks_per_row, block_size]; bottom = -top - 1.
     stride: of the scales that are tried, counted in bfloat16 values.
     exhaustive: go on until no smaller scale can be better; otherwise one window of trials.
+    signs: of the scales: 1, positive ones; 2, negative ones too, so that the longer side may serve either sign.
     out: (bits of the scales uint16 [n_blocks], codes int8 like blocks).
     """
     scales, codes = out
@@ -110,23 +112,28 @@ def search_symmetric(blocks, weights, bottom, top, stride, exhaustive, out):
             codes[b, :] = 0
             continue
         unit = np.float32(math.ldexp(1.0, math.frexp(largest)[1] - 1))
-        load(blocks[b], weights[b % weights.shape[0]], unit, v, w)
-        # Where the largest weight takes the code before the last one.
-        next_bits = bits_above(max(high / (top - ONE), low / (bottom + ONE)))
-        best_error, best, searching = INFINITY, next_bits, True
-        while searching:
-            for t in range(TRIALS):
-                lanes[0, t] = scale_of(next_bits - stride * np.int32(t)) / unit
-                lanes[1, t] = ONE / lanes[0, t]
-            try_scales(v, w, lanes)
-            for t in range(TRIALS):
-                if lanes[4, t] < best_error:
-                    best_error, best = lanes[4, t], next_bits - stride * np.int32(t)
-            next_bits -= stride * np.int32(TRIALS)
-            step = scale_of(next_bits) / unit
-            searching = exhaustive and clipping_error(v, w, bottom * step, top * step, chains) < best_error
-        scales[b] = best
-        write_codes(v, ONE / (scale_of(best) / unit), bottom, top, codes[b])
+        best_error, best, best_unit = INFINITY, np.int32(0), unit
+        for _ in range(signs):
+            load(blocks[b], weights[b % weights.shape[0]], unit, v, w)
+            # Where the largest weight takes the code before the last one.
+            next_bits = bits_above(max(high / (top - ONE), low / (bottom + ONE)))
+            searching = True
+            while searching:
+                for t in range(TRIALS):
+                    lanes[0, t] = scale_of(next_bits - stride * np.int32(t)) / abs(unit)
+                    lanes[1, t] = ONE / lanes[0, t]
+                try_scales(v, w, lanes)
+                for t in range(TRIALS):
+                    if lanes[4, t] < best_error:
+                        best_error, best, best_unit = lanes[4, t], next_bits - stride * np.int32(t), unit
+                next_bits -= stride * np.int32(TRIALS)
+                step = scale_of(next_bits) / abs(unit)
+                searching = exhaustive and clipping_error(v, w, bottom * step, top * step, chains) < best_error
+            # A negative unit turns the weights round.
+            low, high, unit = -high, -low, -unit
+        load(blocks[b], weights[b % weights.shape[0]], best_unit, v, w)
+        write_codes(v, ONE / (scale_of(best) / abs(best_unit)), bottom, top, codes[b])
+        scales[b] = best if best_unit > ZERO else best | SIGN_BIT
 
 
 @_jit

@@ -223,7 +223,11 @@ def bfloat16_scales_below(largest: float, octaves: float) -> np.ndarray:
 
 
 def least_integer_error(x, w, bottom, top, symmetric):
-    """By trying every bfloat16 scale and every zero point, in float64."""
+    """By trying every bfloat16 scale and every zero point, in float64; symmetric: None of one sign only."""
+    if symmetric and bottom == -8:  # its scale may be negative
+        both = [least_integer_error(sign * x, w, bottom, top, None) for sign in (1, -1)]
+        return min(both)
+    symmetric = symmetric is not False
     low, high = min(0, x.min()), max(0, x.max())
     widest = max(high / (top - 1), low / (bottom + 1)) if symmetric else (high - low) / (top - bottom - 1)
     scales = bfloat16_scales_below(widest, 2.5).astype(np.float64)[:, None]
@@ -261,12 +265,12 @@ def test_golden_bytes():
     """What can be checked by hand: multiples of a scale, packed."""
     rows = np.zeros((2, 32), np.float32)
     rows[0, :8] = [-8, -7, -1, 0, 1, 2, 3, 7]
-    rows[1, 31] = 7
+    rows[1, :2] = [8, -7]
     tensors = SCHEMES["W4A16_G32"].encode(rows)
-    # Scale 1; a code q is stored as q + 8, the first in the lowest four bits.
-    assert (tensors["weight_scale"] == 0x3F80).all()
+    # Scale 1, and -1, as 8 is no code; a code q is stored as q + 8, the first in the lowest four bits.
+    assert tensors["weight_scale"].tolist() == [[0x3F80], [0xBF80]]
     assert tensors["weight_packed"].view(np.uint32)[0].tolist() == [0xFBA98710, *[0x88888888] * 3]
-    assert tensors["weight_packed"].view(np.uint32)[1].tolist() == [*[0x88888888] * 3, 0xF8888888]
+    assert tensors["weight_packed"].view(np.uint32)[1].tolist() == [0x888888F0, *[0x88888888] * 3]
     assert tensors["weight_shape"].tolist() == [2, 32]
 
     # From 0 to 15: scale 1 and zero point -8, stored as 0; zero points are packed down the column.
