@@ -21,6 +21,7 @@ from calibration.control import Interrupted, Progress, ShouldStop, never, silent
 if TYPE_CHECKING:
     import torch
 
+    from calibration.arithmetic import Arithmetic
     from calibration.stream import LayerStream
     from calibration.weights import WeightSource
 
@@ -110,6 +111,7 @@ class _Model:
     threads: int | None
     progress: Progress
     should_stop: ShouldStop
+    arithmetic: "Arithmetic | None" = None
 
     def stream(self, tokens: np.ndarray) -> "LayerStream":
         from calibration.stream import LayerStream
@@ -122,6 +124,7 @@ class _Model:
             identity=self.identity,
             device=self.device,
             threads=self.threads,
+            arithmetic=self.arithmetic,
         )
 
     def pass_over(
@@ -192,16 +195,18 @@ def generate_greedily(
     device: str = "auto",
     threads: int | None = None,
     resident: bool | None = None,
+    arithmetic: "Arithmetic | None" = None,
     progress: Progress = silent,
     should_stop: ShouldStop = never,
 ) -> list[Generation]:
     """Continue each prompt (tokens, not empty) by up to n_tokens, ending with one of end_tokens where it comes.
 
-    resident: whether to hold all weights in memory; None decides by the free memory. Results are the same for any
+    resident: whether to hold all weights in memory; None decides by the free memory. arithmetic: how products with the
+    matrices are computed. Results are the same for any
     number of threads. work_dir: the layer stream's checkpoints; a second call continues there. The caller deletes it.
     Raises Interrupted.
     """
-    model = _Model(source, config_dir, work_dir, identity, device, threads, progress, should_stop)
+    model = _Model(source, config_dir, work_dir, identity, device, threads, progress, should_stop, arithmetic)
     stream = replace(model, work_dir=work_dir / "resident").stream(np.zeros((1, 1), np.int32))
     if resident is None:
         needed = sum(p.numel() for p in stream.model.parameters()) * stream.dtype.itemsize
@@ -232,10 +237,16 @@ def _generate_resident(
     done = 0
     generations: list[Generation] = []
     with ExitStack() as stack:
+        weights: dict[str, torch.Tensor] = {}
         for module in modules:
-            stack.enter_context(stream.resident(module))
+            weights |= stack.enter_context(stream.resident(module))
         pool = stack.enter_context(stream.workers())
-        for found in pool.map(lambda b: _continue(stream, b, n_tokens, end_tokens, model.should_stop), batches):
+
+        def continued(batch: Sequence[Sequence[int]]) -> list[Generation]:
+            with stream.computing(weights):
+                return _continue(stream, batch, n_tokens, end_tokens, model.should_stop)
+
+        for found in pool.map(continued, batches):
             generations += found
             done += len(found)
             model.progress("generate", done, len(prompts), "prompts")

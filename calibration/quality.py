@@ -16,6 +16,7 @@ from formats.errors import ConvertError
 if TYPE_CHECKING:
     import torch
 
+    from calibration.arithmetic import Arithmetic
     from calibration.corpus import Corpus
     from calibration.stream import LayerStream
     from calibration.weights import WeightSource
@@ -87,6 +88,7 @@ class Baseline:
         candidate: "WeightSource",
         name: str = "candidate",
         *,
+        arithmetic: "Arithmetic | None" = None,
         progress: Progress = silent,
         should_stop: ShouldStop = never,
     ) -> np.ndarray:
@@ -94,11 +96,12 @@ class Baseline:
         token by the source and by the candidate, the KL divergence of the candidate from the source, whether the top
         tokens agree, and whether the true next token is the source's and the candidate's top one.
 
-        name: of these weights among all that are measured in the work directory.
+        name: of these weights among all that are measured in the work directory. arithmetic: how products with them
+        are computed.
         Raises Interrupted when should_stop says so.
         """
         self._source.run(progress, should_stop, stage="run source")
-        stream = self._stream(candidate, name)
+        stream = self._stream(candidate, name, arithmetic)
         stream.run(progress, should_stop, stage=f"run {name}")
         parts, n_samples = [], len(self.corpus.tokens)
         for n_done, sample in enumerate(_scores([self._source, stream], self.corpus.tokens), start=1):
@@ -120,7 +123,7 @@ class Baseline:
         """Delete the source's hidden states; nothing can be measured any more."""
         shutil.rmtree(self.work_dir / "source", ignore_errors=True)
 
-    def _stream(self, weights: "WeightSource", name: str) -> "LayerStream":
+    def _stream(self, weights: "WeightSource", name: str, arithmetic: "Arithmetic | None" = None) -> "LayerStream":
         from calibration.stream import LayerStream
 
         return LayerStream(
@@ -131,6 +134,7 @@ class Baseline:
             identity=self._identity,
             device=self._device,
             threads=self._threads,
+            arithmetic=arithmetic,
         )
 
 
@@ -142,18 +146,21 @@ def compare(
     *,
     work_dir: Path,
     words: np.ndarray | None = None,
+    arithmetic: "Arithmetic | None" = None,
     progress: Progress = silent,
     should_stop: ShouldStop = never,
     **options: Any,
 ) -> QualityReport:
     """Measure the candidate's weights against the source's in the same model; options: as of Baseline.
 
+    arithmetic: how products with the candidate's matrices are computed.
+
     words: the word that each token of the corpus is part of, see words.word_numbers; None to tell none apart.
 
     A second call continues in the work directory, and what is there is deleted at the end. Raises as Baseline does.
     """
     baseline = Baseline(source, config_dir, corpus, work_dir=work_dir, **options)
-    scores = baseline.scores(candidate, progress=progress, should_stop=should_stop)
+    scores = baseline.scores(candidate, arithmetic=arithmetic, progress=progress, should_stop=should_stop)
     baseline.discard()
     return _report(scores, corpus, np.full(corpus.tokens.shape, NO_WORD) if words is None else words)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from calibration.arithmetic import Arithmetic
 from calibration.checkpointing import NOT_STARTED, HiddenStates, StreamCheckpoint
 from calibration.control import Interrupted, Progress, ShouldStop, never, silent
 from calibration.micro_batches import fitting_samples, most_samples
@@ -33,8 +34,8 @@ class LayerStream(StreamedModel):
     tokens: int [n_samples, sequence_length]. work_dir: the checkpoint's place, for this pass alone.
     observer: is shown every matrix product of the layers and, last, the inputs of the output head.
     identity: what tells the weights from others of the same shapes; a checkpoint of others is refused.
-    device, threads: see StreamedModel. keep: every layer's input, for a pass back; otherwise only the last one is kept.
-    before_commit: called after every layer and at the end, before what is done counts as done.
+    device, threads, arithmetic: see StreamedModel. keep: every layer's input, for a pass back; otherwise only the last
+    one is kept. before_commit: called after every layer and at the end, before what is done counts as done.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class LayerStream(StreamedModel):
         threads: int | None = None,
         keep: bool = False,
         before_commit: "Callable[[LayerStream], None] | None" = None,
+        arithmetic: Arithmetic | None = None,
     ):
-        super().__init__(source, config_dir, device=device, threads=threads)
+        super().__init__(source, config_dir, device=device, threads=threads, arithmetic=arithmetic)
         self._before_commit = before_commit
         self.tokens, self.observer, self.identity = tokens, observer or NoStatistic(), identity
         self.n_samples, self.sequence_length = tokens.shape
@@ -123,7 +125,7 @@ class LayerStream(StreamedModel):
 
         def observed(span: tuple[int, int]) -> tuple[int, Observer]:
             seen = observer.fresh()
-            with ProductTap(owners, seen):
+            with ProductTap(owners, seen), self.computing(weights):
                 micro_batch(*span)
             return span[1], seen
 

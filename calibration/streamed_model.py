@@ -6,16 +6,18 @@ for that layer. They depend on positions alone, which are the same for all sampl
 every pass, in whatever order the layers are taken.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from calibration.arithmetic import Arithmetic, computed_by
 from calibration.model import build_without_weights, choose_device, load_config
+from calibration.observer import locate_matrices
 from calibration.weights import ParameterReader, WeightSource
 
 # Logits computed at once: positions times vocabulary. 32 MiB of float32, a few times over for each thread.
@@ -31,9 +33,19 @@ class StreamedModel:
 
     source: the weights. config_dir: a directory with config.json.
     device: "auto", "cpu", "cuda" or "mps"; float32, on cuda bfloat16. threads: CPU threads, None for one a core.
+    arithmetic: how products with matrices are computed, None for as torch does it.
     """
 
-    def __init__(self, source: WeightSource, config_dir: Path, *, device: str = "auto", threads: int | None = None):
+    def __init__(
+        self,
+        source: WeightSource,
+        config_dir: Path,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        arithmetic: Arithmetic | None = None,
+    ):
+        self.arithmetic = arithmetic
         self.device = choose_device(device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.threads = (threads or torch.get_num_threads()) if self.device.type == "cpu" else 1
@@ -62,6 +74,16 @@ class StreamedModel:
             name: self.parameters.read(f"{self._names[module]}.{name}", like, self.device)
             for name, like in module.state_dict().items()
         }
+
+    def computing(self, weights: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:
+        """In this thread, products with these parameters, by full name, are computed as the arithmetic does."""
+
+        def names_of(parameter: str, matrix: int, n_matrices: int) -> Sequence[str]:
+            stored = self.parameters.matrices(parameter, n_matrices)
+            return stored[matrix if len(stored) > 1 else 0]
+
+        owners = {} if self.arithmetic is None else locate_matrices(weights)
+        return computed_by(self.arithmetic, owners, names_of)
 
     def layers_in_turn(self, order: Iterable[int]) -> Generator[tuple[int, Weights]]:
         """One layer after the other resident, with its index and its weights; the next one's load meanwhile.
@@ -111,8 +133,13 @@ class StreamedModel:
 
         self.model.base_model.forward = normed
         try:
-            with self.resident(self.final_norm), self.resident(self.output):
-                yield lambda states: self.model(inputs_embeds=states[None], use_cache=False).logits[0]
+            with self.resident(self.final_norm), self.resident(self.output) as weights:
+
+                def logits(states: torch.Tensor) -> torch.Tensor:
+                    with self.computing(weights):
+                        return self.model(inputs_embeds=states[None], use_cache=False).logits[0]
+
+                yield logits
         finally:
             del self.model.base_model.forward
 

@@ -42,10 +42,11 @@ def convert(
             options[key] = Path(options[key])
     if options.get("target_size") is not None:
         options["target_size"] = parse_size(str(options["target_size"]), "target_size")
+    loaded = load_profile(profile or default_profile(options))
     job = Job(
         model=str(model),
-        profile=load_profile(profile or default_profile(options)),
-        overrides=tuple(parse_override(text) for text in overrides),
+        profile=loaded,
+        overrides=tuple(parse_override(text, loaded.target) for text in overrides),
         output=Path(output) if output is not None else None,
         **options,
     )

@@ -16,7 +16,6 @@ from converter.progress import Progress
 from converter.recipe import IMPORTANCE_FILE
 from converter.source import open_checkpoint
 from formats.errors import ConvertError
-from formats.registry import get_format
 from profiles.plan import Plan
 from profiles.vocabulary import ModelMap, Role
 
@@ -69,12 +68,12 @@ def planned_importance(job: Job, checkpoint: Checkpoint, model_map: ModelMap) ->
     )
 
 
-def check_importance(importance: ImportanceMatrix, plan: Plan, where: str) -> None:
+def check_importance(importance: ImportanceMatrix, model_map: ModelMap, plan: Plan, where: str) -> None:
     """Refuse an imatrix of another model, or one that leaves out a tensor whose format cannot do without.
 
     Raises ConvertError naming the first tensor that contradicts.
     """
-    shapes = {p.tensor.name: (p.tensor.n_matrices, p.tensor.n_columns) for p in plan.tensors}
+    shapes = {tensor.name: (tensor.n_matrices, tensor.n_columns) for tensor in model_map.tensors}
     for name, sums in importance.sums.items():
         if name not in shapes or sums.shape != shapes[name]:
             has = f"[{', '.join(map(str, shapes[name]))}]" if name in shapes else "no such tensor"
@@ -85,7 +84,7 @@ def check_importance(importance: ImportanceMatrix, plan: Plan, where: str) -> No
             )
     for planned in plan.tensors:
         missing = planned.tensor.name not in importance.sums
-        if missing and planned.tensor.layer is not None and get_format(planned.format).needs_importance:
+        if missing and planned.tensor.layer is not None and planned.needs_importance:
             raise ConvertError(
                 f"{planned.format} cannot be encoded without importance, and the matrix has none for this tensor",
                 f"{where}, tensor {planned.tensor.name}",

@@ -130,9 +130,10 @@ def build_job(
     from profiles.rules import parse_override
     from profiles.schema import load_profile
 
+    loaded = load_profile(profile or default_profile({**options, "target_size": target_size}))
     return Job(
-        profile=load_profile(profile or default_profile({**options, "target_size": target_size})),
-        overrides=tuple(parse_override(text) for text in overrides),
+        profile=loaded,
+        overrides=tuple(parse_override(text, loaded.target) for text in overrides),
         shard_bytes=parse_size(split_size, "--split-size") if split_size else None,
         target_size=parse_size(target_size, "--target-size") if target_size else None,
         lm_eval=tuple(name.strip() for name in lm_eval.split(",") if name.strip()) if lm_eval else (),
@@ -324,7 +325,7 @@ def list_profiles() -> None:
         profile = load_profile(name)
         click.echo(f"{name}\n    {profile.description}\n    good for: {profile.good_for}")
         if profile.target == "safetensors":
-            click.echo("    target: safetensors, which this release cannot write yet")
+            click.echo("    target: a safetensors directory for vLLM and transformers")
 
 
 @profiles.command("show")

@@ -19,7 +19,7 @@ from converter.calibrate import load_tokenizer, runnable
 from converter.checkpoint import Checkpoint
 from converter.generate import Generated, RuntimeFailed, RuntimeUnavailable, generate_by_llama_cpp
 from converter.progress import Progress
-from converter.verify import DecodedArtifact
+from converter.target import Candidate
 from formats.whole_file import whole_file
 from profiles.vocabulary import ModelMap
 
@@ -45,7 +45,7 @@ _DAY = "01 Jan 2026"  # for the templates that ask what day it is
 def guard(
     checkpoint: Checkpoint,
     model_map: ModelMap,
-    paths: list[Path],
+    candidate: Candidate,
     work_dir: Path,
     *,
     held_out: str | None,
@@ -74,7 +74,7 @@ def guard(
         asked = [prompt_tokens(tokenizer, prompt) for prompt in PROMPTS]
         samples = load_corpus(held_out, tokenizer, HELD_OUT_PROMPTS, _HELD_OUT_APART, seed, split="test")
         prompts = [*asked, *samples.tokens[:, :HELD_OUT_TOKENS].tolist()]
-        generated, note = _generate(checkpoint, model_map, paths, prompts, tokenizer, parts, options)
+        generated, note = _generate(checkpoint, candidate, prompts, tokenizer, parts, options)
         continuations = [generation.tokens for generation in generated.generations]
         texts = list(zip(prompts, continuations, strict=True))
         readings = read_continuations(checkpoint, checkpoint.location, texts, work_dir=parts / "read", **options)
@@ -110,8 +110,7 @@ def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
 
 def _generate(
     checkpoint: Checkpoint,
-    model_map: ModelMap,
-    paths: list[Path],
+    candidate: Candidate,
     prompts: Sequence[Sequence[int]],
     tokenizer: Any,
     parts: Path,
@@ -124,8 +123,10 @@ def _generate(
         parts.mkdir(parents=True, exist_ok=True)
         note = {}
         try:
+            if candidate.gguf is None:
+                raise RuntimeUnavailable("the artifact is no GGUF")
             generated = generate_by_llama_cpp(
-                paths[0],
+                candidate.gguf,
                 prompts,
                 N_TOKENS,
                 texts=PROMPTS,
@@ -137,15 +138,17 @@ def _generate(
             note = {"failed" if isinstance(error, RuntimeFailed) else "unavailable": str(error)}
             ends = end_tokens(checkpoint.location, tokenizer)
             generations = generate_greedily(
-                DecodedArtifact(paths, model_map),
+                candidate.weights,
                 checkpoint.location,
                 prompts,
                 N_TOKENS,
                 ends,
                 work_dir=parts / "artifact",
+                arithmetic=candidate.arithmetic,
                 **options,
             )
-            generated = Generated(generations, ends, [], "transformers, with the decoded weights")
+            how = "with the decoded weights" if candidate.arithmetic is None else "with the products of the schemes"
+            generated = Generated(generations, ends, [], f"transformers, {how}")
         with whole_file(kept, "generated text") as file:
             file.write(json.dumps([generated.to_dict(), note]).encode())
     data, note = json.loads(kept.read_bytes())

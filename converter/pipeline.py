@@ -1,9 +1,10 @@
 """The whole conversion: the stages in the order they run, each of which leaves its result in the work directory.
 
-source -> describe -> plan -> preflight -> calibrate -> protect -> encode -> write
+source -> describe -> plan -> preflight -> calibrate -> adapt -> encode -> write
        -> verify -> quality -> guard -> report
 
-Where the profile decides by measured sensitivity, the order is calibrate -> analyse -> plan.
+What the stages do to a GGUF and to a safetensors directory is behind the seam of converter/target.py: of the one
+`adapt` protects super weights, of the other it moves outliers of the activations into the weights. Where the profile decides by measured sensitivity, the order is calibrate -> analyse -> plan.
 """
 
 import hashlib
@@ -11,19 +12,15 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from calibration.control import ShouldStop, never
 from calibration.corpus import resolve_corpus
-from calibration.importance import ImportanceMatrix
 from converter.analyse import analyse, analysis_is_needed, found_evidence
-from converter.artifact import artifact_layout, artifact_metadata, file_name
-from converter.breakdown import layer_rows, uniform_sizes
-from converter.calibrate import calibrate, check_importance, planned_importance
-from converter.checkpoint import Checkpoint
-from converter.encode import Encoder
+from converter.breakdown import layer_rows
+from converter.calibrate import check_importance, planned_importance
 from converter.job import UNDECIDED, Job, WorkDirectory, file_sha256, stops_cleanly, tool_identity
 from converter.metadata import source_card
 from converter.model_map import describe
@@ -35,95 +32,32 @@ from converter.preflight import (
     refuse_activation_options,
     ternary_warning,
 )
+from converter.prepared import Prepared, Surveyed
 from converter.progress import Progress
-from converter.protect import protect, protected_before, protection_notes, refuse_protection
-from converter.recipe import (
-    IMPORTANCE_FILE,
-    PROTECTION_RESERVE,
-    calibration_manifest,
-    recipe,
-    reproducing_arguments,
-)
-from converter.report import fallback_lines, group_rows, source_bytes
+from converter.recipe import IMPORTANCE_FILE, calibration_manifest, recipe, reproducing_arguments
+from converter.report import source_bytes
 from converter.source import open_checkpoint
-from converter.super_weights import super_weight_coverage
+from converter.target import target_of
 from converter.verdict import better_recipe, overall, warning
-from converter.verify import verify
-from converter.write import ArtifactWriter
+from converter.write import JOURNAL
 from formats.errors import ConvertError
-from formats.gguf_file import GgufLayout
 from formats.whole_file import whole_file
-from profiles.assign import assign
 from profiles.evidence import Evidence
-from profiles.plan import Plan
-from profiles.target import require_writer
-from profiles.vocabulary import ModelMap
-
-JOURNAL = "encoded.jsonl"
-
-
-@dataclass(frozen=True)
-class Surveyed:
-    """What headers say: the job with its paths and its goal decided, and the model. notes: what was decided in the
-    user's place and should be said."""
-
-    job: Job
-    checkpoint: Checkpoint
-    model_map: ModelMap
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Prepared(Surveyed):
-    """Everything that is known before the artifact is begun. importance: the identity of what the encoders will use,
-    None when no format asks for it."""
-
-    plan: Plan
-    importance: ImportanceMatrix | None
-
-    def layouts(self, importance: ImportanceMatrix | None) -> list[GgufLayout]:
-        """The artifact's files; equally long for the planned identity of the importance and for the final one."""
-        return _layouts(self, self.plan, importance)
-
-    @property
-    def file_bytes(self) -> int:
-        return sum(layout.n_bytes for layout in self.layouts(self.importance))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data: what `--dry-run --json` prints."""
-        return {
-            "model": self.checkpoint.model_id,
-            "revision": self.checkpoint.revision,
-            "profile": self.plan.profile,
-            "plan_sha256": self.plan.digest(),
-            "output": str(self.job.output),
-            "bytes": self.file_bytes,
-            "bits_per_weight": self.plan.bits_per_weight,
-            "predicted_kld": self.plan.predicted_kld,
-            "budget": asdict(self.plan.spent) if self.plan.spent else None,
-            "groups": group_rows(self.plan),
-            "tensors": self.plan.rows(),
-        }
-
-
-def _layouts(surveyed: Surveyed, plan: Plan, importance: ImportanceMatrix | None) -> list[GgufLayout]:
-    job = surveyed.job
-    assert job.output is not None
-    metadata = artifact_metadata(job, surveyed.checkpoint, surveyed.model_map, plan, importance)
-    return artifact_layout(job.output.name, metadata, plan, job.shard_bytes)
-
 
 def survey(job: Job) -> Surveyed:
     """source and describe: reads headers, configuration and tokenizer, and no weight."""
     check_samples(job.samples, job.sequence_length)
     job = job.aimed()
+<<<<<<< HEAD
     require_writer(job.profile.target, job.profile.name)
     refuse_activation_options(job)
+=======
+    target = target_of(job)
+>>>>>>> 5b735c0 (Put what differs between artifacts behind a seam; plan safetensors directories)
     checkpoint = open_checkpoint(job.model, metadata_only=True)
     model_map = describe(checkpoint, job.pre_tokenizer)
-    metadata = {key: entry.value for key, entry in model_map.metadata.items()}
-    job = job.with_output(file_name(metadata, checkpoint.model_id.rpartition("/")[2], job.profile.label))
-    surveyed = Surveyed(job, checkpoint, model_map, ())
+    job = target.located(job, checkpoint, model_map)
+    surveyed = Surveyed(job, checkpoint, model_map, target, ())
     return _with_corpus(surveyed) if job.profile.needs_sensitivity else surveyed
 
 
@@ -146,27 +80,18 @@ def decide(surveyed: Surveyed, evidence: Evidence | None) -> Prepared:
     importance = None
     if job.profile.needs_sensitivity or job.imatrix is not None:
         importance = planned_importance(job, checkpoint, model_map)
-    reserve = 0 if job.protection.super_weights == "off" else PROTECTION_RESERVE
-    plan = assign(
-        job.profile,
-        model_map,
-        job.overrides,
-        job.effort,
-        evidence,
-        importance.sums.keys() if importance is not None else (),
-        lambda plan: sum(layout.n_bytes for layout in _layouts(surveyed, plan, importance)) + reserve,
-    )
-    refuse_protection(job.protection, plan)
-    if importance is None and plan.uses_importance:
+    target = surveyed.target
+    plan = target.plan(surveyed, evidence, importance)
+    if importance is None and target.needs_statistics(job, plan):
         surveyed = _with_corpus(surveyed)
         importance = planned_importance(surveyed.job, checkpoint, model_map)
-    elif job.protection.looks(plan):
+    elif target.reads_text_later(job, plan):
         surveyed = _with_corpus(surveyed, also_for_super_weights=True)
     if job.imatrix is not None and importance is not None:
-        check_importance(importance, plan, str(job.imatrix))
-    notes = (*surveyed.notes, *fallback_lines(plan), *protection_notes(job.protection, plan))
-    prepared = Prepared(surveyed.job, checkpoint, model_map, notes, plan, importance)
-    if job.shard_bytes is not None and not job.protection.looks(plan) and len(prepared.layouts(importance)) == 1:
+        check_importance(importance, model_map, plan, str(job.imatrix))
+    notes = (*surveyed.notes, *target.notes(job, plan))
+    prepared = Prepared(surveyed.job, checkpoint, model_map, target, notes, plan, importance)
+    if job.shard_bytes is not None and not target.reads_text_later(job, plan) and len(prepared.layouts(importance)) == 1:
         # A limit that nothing reaches makes no other job.
         prepared = replace(prepared, job=replace(prepared.job, shard_bytes=None))
     return prepared
@@ -239,7 +164,15 @@ def run(
         job = known.job
         assert job.work_dir is not None
         layouts = known.layouts(known.importance) if isinstance(known, Prepared) else []
+<<<<<<< HEAD
         preflight(job, known.checkpoint, known.model_map, layouts)
+=======
+        preflight(job, known.checkpoint, known.model_map, layouts, known.target.partial_files(job, layouts))
+        if job.lm_eval:
+            from converter.tasks import check_tasks
+
+            check_tasks(job.lm_eval)
+>>>>>>> 5b735c0 (Put what differs between artifacts behind a seam; plan safetensors directories)
     for note in known.notes:
         progress.say(note)
     work = WorkDirectory(job.work_dir)
@@ -250,12 +183,11 @@ def run(
         if fresh:
             work.clear()
         if not (work.path / "job.json").exists() and not fresh:
-            check_output_is_free(job, layouts)
+            check_output_is_free(known.target.outputs(job, layouts))
         work.claim(fingerprint(known))
         if isinstance(known, Prepared) and (report := _finished_report(work.path, job)) is not None:
             progress.say("already done: the artifact is there and its hashes are right")
-            done = protected_before(known.job, known.model_map, known.plan, known.importance)
-            return replace(known, plan=done.plan, model_map=done.model_map), report
+            return known.target.adapted_before(known), report
         with stops_cleanly(work.path, job.command):
             prepared = known if isinstance(known, Prepared) else _analyse(known, work, progress, should_stop, clock)
             if text := ternary_warning(prepared.checkpoint, prepared.plan):
@@ -282,15 +214,15 @@ def _analyse(
     importance = planned_importance(job, checkpoint, model_map)
     if job.imatrix is None:
         with clock("calibrate"):
-            importance = calibrate(job, checkpoint, model_map, work.path, progress, should_stop)
+            importance = surveyed.target.calibrate(surveyed, work.path, progress, should_stop)
     with clock("analyse"):
         evidence = analyse(job, checkpoint, model_map, importance, work.path, progress, should_stop)
     with clock("plan"):
         prepared = decide(surveyed, evidence)
         layouts = prepared.layouts(prepared.importance)
-        preflight(job, checkpoint, model_map, layouts)
+        preflight(job, checkpoint, model_map, layouts, prepared.target.partial_files(job, layouts))
         if not (work.path / JOURNAL).exists():
-            check_output_is_free(job, layouts)
+            check_output_is_free(prepared.target.outputs(job, layouts))
         work.claim(fingerprint(prepared))
     for note in prepared.notes[len(surveyed.notes) :]:
         progress.say(note)
@@ -300,48 +232,41 @@ def _analyse(
 def _run_stages(
     prepared: Prepared, work_dir: Path, progress: Progress, should_stop: ShouldStop, clock: "_Clock"
 ) -> tuple[Prepared, dict[str, Any]]:
-    job, checkpoint, importance = prepared.job, prepared.checkpoint, prepared.importance
-    assert job.output is not None
+    job, target, importance = prepared.job, prepared.target, prepared.importance
     reads_text = (
         (importance is not None and job.imatrix is None)
         or (job.profile.needs_sensitivity and job.sensitivity is None)
-        or job.protection.looks(prepared.plan)
+        or target.reads_text_later(job, prepared.plan)
     )
     if importance is not None and job.imatrix is None:
         with clock("calibrate"):
-            importance = calibrate(job, checkpoint, prepared.model_map, work_dir, progress, should_stop)
-            check_importance(importance, prepared.plan, str(work_dir / IMPORTANCE_FILE))
+            importance = target.calibrate(prepared, work_dir, progress, should_stop)
+            check_importance(importance, prepared.model_map, prepared.plan, str(work_dir / IMPORTANCE_FILE))
     for note in importance.notes() if importance is not None else ():
         progress.say(note)
-    with clock("protect"):
-        protected = protect(
-            job, checkpoint, prepared.model_map, prepared.plan, importance, work_dir, progress, should_stop
-        )
-        plan, model_map = protected.plan, protected.model_map
-        prepared = replace(prepared, plan=plan, model_map=model_map)
-    for decision in protected.decisions:
-        progress.say(f"{decision.tensor}: {decision.why}")
+    with clock("adapt"):
+        adapted = target.adapt(prepared, importance, work_dir, progress, should_stop)
+        source, prepared = prepared.checkpoint, adapted.prepared
+        model_map, plan = prepared.model_map, prepared.plan
+    for note in adapted.notes:
+        progress.say(note)
     with clock("encode"):
-        layouts = prepared.layouts(importance)
-        _check_size(plan, layouts)
-        with Encoder(checkpoint, plan, importance, job.n_threads) as encoder:
-            writer = ArtifactWriter(encoder, layouts, job.output.parent, work_dir / JOURNAL)
-            paths = writer.write(progress, should_stop)
+        paths = target.write(adapted, importance, work_dir, progress, should_stop)
     with clock("verify"):
-        errors = verify(paths, checkpoint, model_map, importance, progress)
-        coverage = super_weight_coverage(protected.report, paths, model_map, job.protection.tolerance)
+        errors, found = target.verify(adapted, paths, importance, progress)
     quality = coherence = None
     if job.quality:
         from converter.guard import guard
         from converter.quality import measure_quality
 
+        candidate = target.candidate(adapted, paths, work_dir)
         with clock("quality"):
-            quality = measure_quality(job, checkpoint, model_map, paths, work_dir, progress, should_stop)
+            quality = measure_quality(job, source, model_map, candidate, work_dir, progress, should_stop)
         with clock("guard"):
             coherence = guard(
-                checkpoint,
+                source,
                 model_map,
-                paths,
+                candidate,
                 work_dir,
                 held_out=quality["corpus"],
                 seed=job.seed,
@@ -361,27 +286,26 @@ def _run_stages(
         {"path": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths
     ]
     report = {
-        "model": checkpoint.model_id,
-        "revision": checkpoint.revision,
+        "model": source.model_id,
+        "revision": source.revision,
         "profile": plan.profile,
         "plan_sha256": plan.digest(),
         "tool": tool_identity(),
-        "recipe": recipe(job, checkpoint, plan, importance),
-        "arguments": reproducing_arguments(job, checkpoint, reads_text),
+        "recipe": recipe(job, source, plan, importance),
+        "arguments": reproducing_arguments(job, source, reads_text),
         "calibration": calibration_manifest(job, importance, work_dir),
-        "source": {"bytes": source_bytes(checkpoint), "card": source_card(checkpoint)},
-        "artifact": {"bytes": sum(file["bytes"] for file in files), "files": files},
+        "source": {"bytes": source_bytes(source), "card": source_card(source)},
+        "artifact": {"bytes": sum(path.stat().st_size for path in target.weight_files(paths)), "files": files},
         "groups": group_rows(plan),
         "errors": [error.to_dict() for error in errors],
-        "super_weight_coverage": coverage,
-        "protection": [asdict(decision) for decision in protected.decisions],
+        **found,
         "layers": layer_rows(plan, errors),
-        "uniform": uniform_sizes(model_map),
+        "uniform": target.uniform_sizes(prepared),
         "quality": quality,
         "coherence": coherence,
         "tasks": tasks,
         "verdict": verdict,
-        "better": better_recipe(job, model_map, plan, work_dir, verdict),
+        "better": better_recipe(job, lambda p: target.plan_of(p, prepared), plan, work_dir, verdict),
         "seconds": clock.seconds,
         "path": str(work_dir / "report.json"),
         "page": str(work_dir / "report.html"),
@@ -395,18 +319,6 @@ def _run_stages(
         with whole_file(work_dir / name, "report") as file:
             file.write(content.encode())
     return prepared, report
-
-
-def _check_size(plan: Plan, layouts: list[GgufLayout]) -> None:
-    """A size that was asked for holds for the whole artifact, with the record of what protects super weights."""
-    n_bytes = sum(layout.n_bytes for layout in layouts)
-    if plan.spent is not None and plan.spent.budget.size is not None and n_bytes > plan.spent.budget.size:
-        raise ConvertError(
-            f"with the record of its super weights the artifact takes {n_bytes} bytes, more than the"
-            f" {plan.spent.budget.size} of its budget",
-            plan.spent.budget.where,
-            "raise the size a little, or use --protect-super-weights off",
-        )
 
 
 def _finished_report(work_dir: Path, job: Job) -> dict[str, Any] | None:

@@ -15,9 +15,8 @@ from converter.checkpoint import Checkpoint
 from converter.job import SAMPLES_RANGE, Job
 from converter.model_map import read_rows
 from converter.progress import size_text
-from converter.write import partial_path
+from converter.target import Layout
 from formats.errors import ConvertError
-from formats.gguf_file import GgufLayout
 from formats.registry import get_format
 from formats.ternary import lossless_rows
 from profiles.plan import Plan
@@ -60,14 +59,15 @@ def preflight(
     job: Job,
     checkpoint: Checkpoint,
     model_map: ModelMap,
-    layouts: list[GgufLayout],
+    layouts: list[Layout],
+    partial_files: list[Path],
 ) -> None:
     """Raises ConvertError for the first thing that would stop the job. Architecture, tokenizer and profile have been
     checked by then: there would be no model map and no plan otherwise."""
     assert job.output is not None and job.work_dir is not None
     _check_writable(job.output.parent, "--output")
     _check_writable(job.work_dir, "--work-dir")
-    _check_space(job, checkpoint, model_map, layouts)
+    _check_space(job, checkpoint, model_map, layouts, partial_files)
     _check_memory(job, checkpoint, model_map)
 
 
@@ -95,16 +95,14 @@ def ternary_warning(checkpoint: Checkpoint, plan: Plan) -> str | None:
     )
 
 
-def check_output_is_free(job: Job, layouts: list[GgufLayout]) -> None:
-    """Refuse to replace a file that this job did not write; without layouts, any that it might write."""
-    assert job.output is not None
-    paths = [job.output.with_name(layout.file_name) for layout in layouts]
-    for path in paths or [job.output, *job.output.parent.glob(f"{job.output.stem}-00001-of-*.gguf")]:
+def check_output_is_free(paths: list[Path]) -> None:
+    """Refuse to replace what this job did not write."""
+    for path in paths:
         if path.exists():
             raise ConvertError(
                 "the output exists and is not of this job",
                 str(path),
-                "name another file with --output, or replace this one with --fresh",
+                "name another one with --output, or replace this one with --fresh",
             )
 
 
@@ -137,13 +135,12 @@ def _check_memory(job: Job, checkpoint: Checkpoint, model_map: ModelMap) -> None
         )
 
 
-def _check_space(job: Job, checkpoint: Checkpoint, model_map: ModelMap, layouts: list[GgufLayout]) -> None:
+def _check_space(
+    job: Job, checkpoint: Checkpoint, model_map: ModelMap, layouts: list[Layout], partial_files: list[Path]
+) -> None:
     """Disk space by stage; what an earlier run has written of the artifact already counts as there."""
     assert job.output is not None and job.work_dir is not None
-    written = 0
-    for layout in layouts:
-        path = partial_path(job.output.with_name(layout.file_name))
-        written += path.stat().st_size if path.exists() else 0
+    written = sum(path.stat().st_size for path in partial_files if path.exists())
     # Before there is a plan, the artifact is as large as its budget says.
     budget = job.profile.budget
     expected = sum(layout.n_bytes for layout in layouts) or (budget.size if budget is not None else None) or 0

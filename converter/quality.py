@@ -15,6 +15,7 @@ from converter.job import Job
 from converter.model_map import describe
 from converter.progress import Progress
 from converter.source import open_checkpoint
+from converter.target import Candidate
 from converter.verify import DecodedArtifact, artifact_files
 from formats.whole_file import whole_file
 from profiles.vocabulary import ModelMap
@@ -28,7 +29,7 @@ def measure_quality(
     job: Job,
     checkpoint: Checkpoint,
     model_map: ModelMap,
-    paths: list[Path],
+    candidate: Candidate,
     work_dir: Path,
     progress: Progress,
     should_stop: ShouldStop,
@@ -49,10 +50,11 @@ def measure_quality(
         )
         report = compare(
             checkpoint,
-            DecodedArtifact(paths, model_map),
+            candidate.weights,
             checkpoint.location,
             corpus,
             work_dir=work_dir / "quality",
+            arithmetic=candidate.arithmetic,
             words=word_numbers(corpus.tokens, tokenizer),
             device=job.device,
             threads=job.n_threads,

@@ -15,6 +15,7 @@ _GROUPS = {
     "mlp": tuple(role for role in Role if role.startswith("mlp_")),
     "experts": tuple(role for role in Role if "expert_" in role),
     "norms, routers": (Role.NORM, Role.BIAS, Role.ROPE, Role.ROUTER, Role.SCALE),
+    "other parts": (Role.OTHER,),
 }
 
 # Mean KL divergence (nats a token) from which on a user will notice, and from which on the model is broken; about what

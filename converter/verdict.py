@@ -1,6 +1,7 @@
 """Whether the artifact is fit for use, in one word, and the command of a better recipe where it is not."""
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,8 @@ from converter.job import Job
 from converter.recipe import IMPORTANCE_FILE
 from converter.report import NOTICEABLE_KLD, SEVERE_KLD
 from formats.errors import ConvertError
-from profiles.assign import assign
 from profiles.plan import Plan
 from profiles.schema import QuantizationProfile, load_profile, preset_names
-from profiles.vocabulary import ModelMap
 
 # From good to lost; the exit code with --strict is EXIT_CODE from SEVERE on.
 COHERENT, NOTICEABLE, SEVERE, FAILED = "coherent", "noticeable", "severe", "failed"
@@ -80,20 +79,27 @@ def findings(coherence: dict[str, Any]) -> list[str]:
     return lines
 
 
-def better_recipe(job: Job, model_map: ModelMap, plan: Plan, work_dir: Path, verdict: str | None) -> str | None:
-    """The command of the smallest preset that is enough larger; None where there is no need or none such."""
+def better_recipe(
+    job: Job, plan_of: Callable[[QuantizationProfile], Plan], plan: Plan, work_dir: Path, verdict: str | None
+) -> str | None:
+    """The command of the smallest preset that is enough larger; None where there is no need or none such.
+
+    plan_of: a profile's plan for the same model; raises ConvertError for one that needs more than the model."""
     if verdict not in _LARGER:
         return None
     finer = [
         (found.n_bytes, profile.name)
         for profile in map(load_profile, preset_names())
-        if (found := _plan(profile, model_map)) is not None and found.n_bytes >= _LARGER[verdict] * plan.n_bytes
+        if profile.target == job.profile.target and profile.base not in _SPECIAL
+        if (found := _plan(profile, plan_of)) is not None and found.n_bytes >= _LARGER[verdict] * plan.n_bytes
     ]
     if not finer:
         return None
     _, name = min(finer)
     assert job.output is not None
-    output = job.output.with_name(f"{job.output.stem.removesuffix(_suffix(plan.profile))}{_suffix(name)}.gguf")
+    end = ".gguf" if job.profile.target == "gguf" else ""
+    stem = job.output.name.removesuffix(end).removesuffix(_suffix(plan.profile))
+    output = job.output.with_name(f"{stem}{_suffix(name)}{end}")
     importance = job.imatrix or work_dir / IMPORTANCE_FILE
     given = ["--imatrix", str(importance)] if importance.exists() else []
     return shlex.join(["convert", "--profile", name, *given, "--output", str(output), job.model])
@@ -104,11 +110,9 @@ def _suffix(profile: str) -> str:
     return f"-{profile.replace('-', '_').upper()}"
 
 
-def _plan(profile: QuantizationProfile, model_map: ModelMap) -> Plan | None:
-    """The plan by this profile, where it needs nothing but the model and is made for any."""
-    if profile.base in _SPECIAL:
-        return None
+def _plan(profile: QuantizationProfile, plan_of: Callable[[QuantizationProfile], Plan]) -> Plan | None:
+    """The plan by this profile, where it needs nothing but the model."""
     try:
-        return assign(profile, model_map)
+        return plan_of(profile)
     except ConvertError:
-        return None  # it asks for a target, for a measurement, or for a writer
+        return None  # it asks for a target or for a measurement

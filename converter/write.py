@@ -7,20 +7,35 @@ directory says which tensors are safely on the disk, and what their bytes were.
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
+
+import numpy as np
 
 from calibration.control import Interrupted, Progress, ShouldStop
-from converter.encode import Encoder
+from converter.target import Layout
 from formats.errors import ConvertError
-from formats.gguf_file import GgufLayout, padded
 from formats.whole_file import sync_directory
-from profiles.plan import PlannedTensor
+from profiles.plan import Plan, PlannedTensor
+
+
+JOURNAL = "encoded.jsonl"
 
 
 def partial_path(output: Path) -> Path:
     """Where a file grows until it is whole: beside its final place, so that a rename completes it."""
     return output.with_name(f".{output.name}.partial")
+
+
+class PlanEncoder(Protocol):
+    """Encodes what a plan has, in the order of the files; as converter.encode.Encoder does."""
+
+    @property
+    def plan(self) -> Plan: ...
+
+    def encode(self, planned: PlannedTensor) -> Iterator[np.ndarray]:
+        """The data that stand for it in the file, in order, uint8."""
 
 
 class ArtifactWriter:
@@ -29,7 +44,7 @@ class ArtifactWriter:
     journal: JSON lines, one {"tensor", "sha256"} for each tensor whose data is safely on the disk.
     """
 
-    def __init__(self, encoder: Encoder, layouts: list[GgufLayout], directory: Path, journal: Path):
+    def __init__(self, encoder: PlanEncoder, layouts: Sequence[Layout], directory: Path, journal: Path):
         self.encoder, self.layouts, self.directory, self.journal = encoder, layouts, directory, journal
         self._planned = {planned.tensor.name: planned for planned in encoder.plan.tensors}
         self._total = encoder.plan.n_bytes
@@ -64,7 +79,8 @@ class ArtifactWriter:
                         file.seek(0)
                         file.write(layout.header)
                     layer = None
-                    for entry, offset in zip(layout.tensors, layout.offsets, strict=True):
+                    ends = [*layout.offsets[1:], layout.n_bytes]
+                    for entry, offset, end in zip(layout.tensors, layout.offsets, ends, strict=True):
                         planned = self._planned[entry.name]
                         if entry.name not in finished:
                             if planned.tensor.layer != layer and should_stop():
@@ -72,6 +88,8 @@ class ArtifactWriter:
                             file.seek(offset)
                             file.truncate()
                             digest = self._write_tensor(file, planned, progress, done)
+                            file.write(bytes(end - file.tell()))
+                            file.flush()
                             os.fsync(file.fileno())
                             journal.write(json.dumps({"tensor": entry.name, "sha256": digest}) + "\n")
                             journal.flush()
@@ -84,15 +102,13 @@ class ArtifactWriter:
                     os.fsync(file.fileno())
 
     def _write_tensor(self, file: BinaryIO, planned: PlannedTensor, progress: Progress, done: int) -> str:
-        """Append a tensor's data and padding; returns the data's SHA-256."""
+        """Append a tensor's data; returns their SHA-256."""
         digest = hashlib.sha256()
         for data in self.encoder.encode(planned):
             file.write(data.data)
             digest.update(data.data)
             done += data.nbytes
             progress("encode", done, self._total, "B")
-        file.write(bytes(padded(planned.n_bytes) - planned.n_bytes))
-        file.flush()
         return digest.hexdigest()
 
     def _finished_tensors(self) -> set[str]:
@@ -134,7 +150,7 @@ def read_journal(path: Path) -> dict[str, str]:
     return entries
 
 
-def _sound_tensors(path: Path, layout: GgufLayout, recorded: dict[str, str]) -> list[str]:
+def _sound_tensors(path: Path, layout: Layout, recorded: dict[str, str]) -> list[str]:
     """The leading tensors of a file whose bytes are those on record: files are written in order, so nothing behind the
     first gap counts."""
     sound: list[str] = []

@@ -13,7 +13,6 @@ from profiles.evidence import Evidence
 from profiles.plan import Plan, PlannedTensor, Spent
 from profiles.rules import LayerQuantizationConfig
 from profiles.schema import QuantizationProfile
-from profiles.target import require_writer
 from profiles.tiers import Tier, tiers_of_layers
 from profiles.vocabulary import ModelMap, Role, TensorSpec
 
@@ -62,21 +61,27 @@ def assign(
     tensors whose columns have an importance, which a budget takes into account. file_bytes: the exact size of the
     artifact of a plan, for a budget of the whole file's size.
     """
-    require_writer(profile.target, profile.name)
+    if profile.target != "gguf":
+        raise ConvertError(
+            f"the profile {profile.name!r} has schemes of a safetensors directory, and no formats of a GGUF",
+            f"--profile {profile.name}",
+            "`convert profiles list` names the target of every profile",
+        )
     if evidence is None and profile.needs_sensitivity:
         raise ConvertError(
             f"the profile {profile.name!r} decides by measured sensitivity, and there is none",
             f"--profile {profile.name}",
             "choose a profile whose rules decide everything; `convert profiles list` describes each",
         )
-    _check_overrides(overrides, model_map)
+    check_overrides(overrides, model_map)
     assigner = _Assigner(profile, model_map, overrides, effort, evidence)
     if profile.budget is not None and profile.budget.has_goal:
         return assigner.within(profile.budget, with_importance, file_bytes)
     return assigner.plan({})
 
 
-def _check_overrides(overrides: Sequence[LayerQuantizationConfig], model_map: ModelMap) -> None:
+def check_overrides(overrides: Sequence[LayerQuantizationConfig], model_map: ModelMap) -> None:
+    """Refuse an override that matches nothing."""
     matrices = [t for t in model_map.tensors if t.quantizable]
     for override in overrides:
         if not any(override.matches(t, model_map.n_layers) for t in matrices):

@@ -44,6 +44,11 @@ class PlannedTensor:
         return self.n_bytes - round(self.tensor.n_weights * get_format(self.wanted).bits_per_weight / 8)
 
     @property
+    def needs_importance(self) -> bool:
+        """Whether encoding without an importance matrix is refused."""
+        return get_format(self.format).needs_importance
+
+    @property
     def uses_importance(self) -> bool:
         """Whether the encoder's result depends on an importance matrix."""
         bits = get_format(self.format).bits_per_weight

@@ -93,7 +93,7 @@ def parse_rule(table: dict, where: str, target: Target) -> LayerQuantizationConf
     )
 
 
-def parse_override(text: str) -> LayerQuantizationConfig:
+def parse_override(text: str, target: Target = "gguf") -> LayerQuantizationConfig:
     """A rule from the command line, PATTERN=FORMAT; PATTERN is a role, a tensor name, or a pattern of either."""
     pattern, separator, name = text.partition("=")
     where = f"--set {text!r}"
@@ -101,7 +101,7 @@ def parse_override(text: str) -> LayerQuantizationConfig:
         raise ConvertError("an override is PATTERN=FORMAT", where, "for example --set 'mlp_down=Q4_K'")
     is_role = any(fnmatchcase(role, pattern) for role in Role)
     return LayerQuantizationConfig(
-        format=format_name(name, where, "gguf"),
+        format=format_name(name, where, target),
         text=where,
         roles=(pattern,) if is_role else (),
         tensors=() if is_role else (pattern,),

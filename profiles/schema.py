@@ -81,6 +81,12 @@ class QuantizationProfile:
         """This profile with a goal, whose budget then decides what no rule names; all None leaves it as it is."""
         if size is None and bpw is None and kld is None:
             return self
+        if self.target != "gguf":
+            raise ConvertError(
+                f"a target chooses among formats of a GGUF, and {self.name!r} makes a safetensors directory",
+                where,
+                "leave the target out, or name a profile whose target is a GGUF",
+            )
         for number_of in (bpw, kld):
             if number_of is not None:
                 number(number_of, where)

@@ -4,11 +4,12 @@ from typing import Literal, get_args
 
 from formats.errors import ConvertError, nearest
 from formats.registry import get_format
+from formats.schemes import SCHEMES, get_scheme
 
 Target = Literal["gguf", "safetensors"]
 
-# Names of compressed-tensors' schemes; BF16 leaves a module as it is.
-SCHEMES = ("BF16", "W8A8", "W8A16", "W4A16", "FP8", "NVFP4", "MXFP4")
+KEPT = {"BF16": 2, "F16": 2, "F32": 4}
+"""In a safetensors directory: the dtypes in which a tensor is left as it is, and the bytes of a value."""
 
 
 def parse_target(value: object, where: str) -> Target:
@@ -24,16 +25,9 @@ def format_name(name: object, where: str, target: Target) -> str:
         raise ConvertError(f"a format is named by a text, not {name!r}", where, 'write for example "Q4_K"')
     if target == "gguf":
         return get_format(name, where).name
-    if name.upper() not in SCHEMES:
-        raise ConvertError(f"unknown scheme {name!r}", where, nearest(name, list(SCHEMES)))
-    return name.upper()
-
-
-def require_writer(target: Target, profile: str) -> None:
-    """Raises ConvertError for a target that cannot be written yet."""
-    if target == "safetensors":
-        raise ConvertError(
-            f"the profile {profile!r} is for a safetensors directory, which this release cannot write yet",
-            f"--profile {profile}",
-            "`convert profiles list` names the profiles whose target is a GGUF; nvfp4 has its formats in both",
-        )
+    if name.upper() in KEPT:
+        return name.upper()
+    try:
+        return get_scheme(name, where).name
+    except ConvertError as error:
+        raise ConvertError(error.what, error.where, nearest(name, [*SCHEMES, *KEPT])) from None

@@ -32,10 +32,11 @@ class Role(StrEnum):
     SHARED_EXPERT_GATE = "shared_expert_gate"
     SHARED_EXPERT_UP = "shared_expert_up"
     SHARED_EXPERT_DOWN = "shared_expert_down"
+    OTHER = "other"
 
 
-# Tensors that runtimes compute with in float32: a few values each, never quantized.
-UNQUANTIZED_ROLES = frozenset({Role.NORM, Role.BIAS, Role.ROPE, Role.ROUTER, Role.SCALE})
+# Tensors that runtimes compute with in float32, a few values each, and those outside of the text model: never quantized.
+UNQUANTIZED_ROLES = frozenset({Role.NORM, Role.BIAS, Role.ROPE, Role.ROUTER, Role.SCALE, Role.OTHER})
 
 DOWN_ROLES = frozenset({Role.MLP_DOWN, Role.EXPERT_DOWN, Role.SHARED_EXPERT_DOWN})
 """Projections from the neurons of an MLP back to the residual stream."""
@@ -85,7 +86,7 @@ class TensorSpec:
 
     @property
     def n_columns(self) -> int:
-        return self.shape[-1]
+        return self.shape[-1] if self.shape else 1
 
     @property
     def n_weights(self) -> int:

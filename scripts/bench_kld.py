@@ -143,7 +143,7 @@ def write_model(
     model_map = describe(checkpoint)
     plan = assign(job.profile, model_map, effort=effort)
     if importance is not None:
-        check_importance(importance, plan, "--imatrix")
+        check_importance(importance, model_map, plan, "--imatrix")
     metadata = artifact_metadata(job, checkpoint, model_map, plan, importance)
     layouts = artifact_layout(output.name, metadata, plan, None)
     with Encoder(checkpoint, plan, importance, job.n_threads) as encoder:

@@ -18,7 +18,9 @@ from converter.llama_cpp import LlamaCpp
 from converter.model_map import describe
 from converter.progress import Progress
 from converter.source import open_checkpoint
+from converter.target import Candidate
 from converter.verdict import EXIT_CODE, better_recipe, overall, warning
+from converter.verify import DecodedArtifact
 from profiles.assign import assign
 from profiles.schema import load_profile, parse_profile
 from tests import tiny_models
@@ -41,11 +43,12 @@ def few_prompts(monkeypatch) -> None:
 
 def run_guard(model: Path, artifact: Path, work_dir: Path, should_stop=never) -> dict:
     checkpoint = open_checkpoint(str(model))
+    model_map = describe(checkpoint)
     work_dir.mkdir(exist_ok=True)
     return guard(
         checkpoint,
-        describe(checkpoint),
-        [artifact],
+        model_map,
+        Candidate(DecodedArtifact([artifact], model_map), gguf=artifact),
         work_dir,
         held_out="embedded",
         seed=0,
@@ -189,10 +192,10 @@ def test_the_better_recipe_is_a_command_that_runs(tiny, tmp_path, monkeypatch):
     low = parse_profile('description = ""\ngood_for = ""\nbase = "IQ1_S"', "low", "low.toml")
     job = Job(str(tiny("llama-256")), low, output=tmp_path / "tiny-LOW.gguf", work_dir=tmp_path / "work")
     plan = assign(low, model_map)
-    assert better_recipe(job, model_map, plan, tmp_path, "coherent") is None
+    assert better_recipe(job, lambda profile: assign(profile, model_map), plan, tmp_path, "coherent") is None
     sizes = []
     for degree in ("noticeable", "severe", "failed"):
-        command = better_recipe(job, model_map, plan, tmp_path, degree)
+        command = better_recipe(job, lambda profile: assign(profile, model_map), plan, tmp_path, degree)
         profile = load_profile(shlex.split(command)[2])
         sizes.append(assign(profile, model_map).n_bytes / plan.n_bytes)
     assert 1.1 <= sizes[0] <= sizes[1] <= sizes[2] and sizes[2] >= 1.5
@@ -202,7 +205,7 @@ def test_the_better_recipe_is_a_command_that_runs(tiny, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["output"] != str(job.output)
     finest = load_profile("fp16-baseline")
-    assert better_recipe(job, model_map, assign(finest, model_map), tmp_path, "severe") is None
+    assert better_recipe(job, lambda profile: assign(profile, model_map), assign(finest, model_map), tmp_path, "severe") is None
 
 
 def test_strictness_needs_a_measurement(tiny):

@@ -1,0 +1,127 @@
+"""`quantization_config` of a directory's config.json, in the words that compressed-tensors' schema allows.
+
+Every group of modules that share a scheme is one entry of config_groups. One scheme throughout is said as everybody
+does: the target "Linear", and an `ignore` list of what is kept. Several schemes have targets that name their modules,
+by regular expressions over the ends of the names: runtimes put different prefixes in front of the same module.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from formats.schemes import Scheme, get_scheme
+from profiles.modules import PlannedModule
+from profiles.plan import Plan
+from profiles.vocabulary import Role
+
+KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert, in a module's name
+# The names that a text model's modules have in every runtime.
+_PLAIN = re.compile(r"(model\.layers\..*|lm_head)")
+_MIXED = "mixed-precision"
+
+
+def quantization_config(plan: Plan, kv_cache: bool = False) -> dict[str, Any]:
+    """The configuration of a plan of modules. kv_cache: keys and values are cached in FP8, see the scales beside them.
+
+    Raises ValueError for a plan that quantizes nothing.
+    """
+    rows = [row for row in plan.tensors if isinstance(row, PlannedModule)]
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        if row.scheme is not None:
+            groups.setdefault(row.format, []).append(row.module)
+    if not groups:
+        raise ValueError("a plan without any scheme has no quantization_config")
+    kept = [row for row in rows if row.scheme is None and row.tensor.name.endswith(".weight")]
+    linear = [row.module for row in kept if len(row.tensor.shape) == 2 and row.tensor.role is not Role.EMBEDDING]
+    ignore = _ignored(linear, others={row.module for row in kept if row.tensor.role is Role.OTHER})
+    if plan_is_tied(rows):
+        ignore.append("lm_head" if all(_PLAIN.fullmatch(name) for name in linear) else "re:.*lm_head$")
+    schemes = [get_scheme(name, "plan") for name in groups]
+    formats = {scheme.format for scheme in schemes}
+    targets = [["Linear"]] if len(groups) == 1 else [_patterns(modules, rows) for modules in groups.values()]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else _MIXED,
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{i}": _group(scheme, names) for i, (scheme, names) in enumerate(zip(schemes, targets, strict=True))
+        },
+        "ignore": ignore,
+        "kv_cache_scheme": KV_CACHE if kv_cache else None,
+    }
+
+
+def plan_is_tied(rows: Iterable[PlannedModule]) -> bool:
+    return not any(row.tensor.role is Role.OUTPUT for row in rows)
+
+
+def _group(scheme: Scheme, targets: Sequence[str]) -> dict[str, Any]:
+    weights, activations = scheme.weights, scheme.activations
+    said: dict[str, Any] = {
+        "num_bits": weights.num_bits,
+        "type": weights.type,
+        "strategy": weights.strategy,
+        "symmetric": weights.symmetric,
+        "dynamic": False,
+    }
+    optional = {
+        "group_size": weights.group_size,
+        "block_structure": list(weights.block_structure) if weights.block_structure else None,
+        "scale_dtype": weights.scale_dtype,
+    }
+    group = {
+        "format": scheme.format,
+        "targets": list(targets),
+        "weights": said | {key: value for key, value in optional.items() if value is not None},
+        "input_activations": None,
+    }
+    if activations is not None:
+        inputs: dict[str, Any] = {
+            "num_bits": activations.num_bits,
+            "type": activations.type,
+            "strategy": activations.strategy,
+            "symmetric": activations.symmetric,
+            "dynamic": activations.dynamic,
+        }
+        optional = {"group_size": activations.group_size, "scale_dtype": activations.scale_dtype}
+        group["input_activations"] = inputs | {key: value for key, value in optional.items() if value is not None}
+    return group
+
+
+def _ignored(modules: Sequence[str], others: set[str]) -> list[str]:
+    """Names, exact for the text model; what lies outside of it by its first parts."""
+    first = sorted({_first_parts(name) for name in others})
+    inside = [name if _PLAIN.fullmatch(name) else _pattern(name, "") for name in modules if name not in others]
+    return [*inside, *(f"re:.*{re.escape(part)}.*" for part in first)]
+
+
+def _first_parts(name: str) -> str:
+    """The part that tells the image encoder from the text model: "vision_tower" of "model.vision_tower.x.y"."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "model" and len(parts) > 1 else parts[0]
+
+
+def _patterns(modules: Sequence[str], rows: Sequence[PlannedModule]) -> list[str]:
+    """Regular expressions that match these modules and no other matrix of the plan."""
+    mine = set(modules)
+    templates: dict[str, list[str]] = {}
+    for row in rows:
+        if row.tensor.name.endswith(".weight") and len(row.tensor.shape) == 2:
+            templates.setdefault(_INDEX.sub("#", row.module), []).append(row.module)
+    patterns = []
+    for template in dict.fromkeys(_INDEX.sub("#", name) for name in modules):
+        named = [name for name in templates[template] if name in mine]
+        if len(named) == len(templates[template]):
+            patterns.append(_pattern(template, r"\d+"))
+        else:
+            layers = dict.fromkeys(match[0] for name in named if (match := _INDEX.search(name)))
+            patterns.append(_pattern(template, f"(?:{'|'.join(layers)})"))
+    return patterns
+
+
+def _pattern(template: str, layer: str) -> str:
+    """re: over a module's name from "layers" on; all indices but the first, the layer's, are free."""
+    end = template[max(0, template.find("layers.#.")) :]
+    return "re:.*" + re.escape(end).replace(r"\#", layer, 1).replace(r"\#", r"\d+") + "$"

@@ -1,0 +1,143 @@
+"""What an artifact can be. The pipeline's stages are the same for a GGUF and for a safetensors directory; what differs
+is behind this seam."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from calibration.control import ShouldStop
+from calibration.importance import ImportanceMatrix
+from converter.checkpoint import Checkpoint
+from converter.job import Job
+from converter.prepared import Prepared, Surveyed
+from converter.progress import Progress
+from converter.verify import TensorError
+from profiles.evidence import Evidence
+from profiles.plan import Plan
+from profiles.schema import QuantizationProfile
+from profiles.vocabulary import ModelMap
+
+if TYPE_CHECKING:
+    from calibration.arithmetic import Arithmetic
+    from calibration.weights import WeightSource
+
+
+class Entry(Protocol):
+    """What is written in one go, and is finished or not: a tensor, or the tensors of a module."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def n_bytes(self) -> int: ...
+
+
+class Layout(Protocol):
+    """One file, known to the byte; offsets: where the data of each entry starts, up to the next one or to the end."""
+
+    @property
+    def file_name(self) -> str: ...
+    @property
+    def header(self) -> bytes: ...
+    @property
+    def tensors(self) -> "tuple[Entry, ...]": ...
+    @property
+    def offsets(self) -> tuple[int, ...]: ...
+    @property
+    def n_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A job after its model has been looked at: prepared has the plan that is executed, of the weights that are
+    encoded. found: what the target reports of that. notes: what should be said."""
+
+    prepared: Prepared
+    found: Any
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The artifact as something to run: its weights under the checkpoint's names, decoded; arithmetic: how products
+    with them are computed, None for as they are; gguf: the file that llama.cpp runs, where it is one."""
+
+    weights: "WeightSource"
+    arithmetic: "Arithmetic | None" = None
+    gguf: Path | None = None
+
+
+class Target(Protocol):
+    """One kind of artifact."""
+
+    def located(self, job: Job, checkpoint: Checkpoint, model_map: ModelMap) -> Job:
+        """The job with its paths decided. Raises ConvertError for options that this kind of artifact has no use for."""
+
+    def plan(self, surveyed: Surveyed, evidence: Evidence | None, importance: ImportanceMatrix | None) -> Plan: ...
+
+    def plan_of(self, profile: QuantizationProfile, surveyed: Surveyed) -> Plan:
+        """By another profile, which decides by its rules alone."""
+
+    def notes(self, job: Job, plan: Plan) -> list[str]:
+        """What a plan leaves open, or departs from."""
+
+    def needs_statistics(self, job: Job, plan: Plan) -> bool:
+        """Whether something about the inputs of the matrices has to be known to encode the plan."""
+
+    def reads_text_later(self, job: Job, plan: Plan) -> bool:
+        """Whether `adapt` runs the model over the calibration text, even where an importance matrix is given."""
+
+    def layouts(self, surveyed: Surveyed, plan: Plan, importance: ImportanceMatrix | None) -> list[Layout]: ...
+
+    def outputs(self, job: Job, layouts: list[Layout]) -> list[Path]:
+        """What must not be there before; without layouts, anything that may be written."""
+
+    def partial_files(self, job: Job, layouts: list[Layout]) -> list[Path]:
+        """Where the files grow until they are whole."""
+
+    def calibrate(
+        self, prepared: Surveyed, work_dir: Path, progress: Progress, should_stop: ShouldStop
+    ) -> ImportanceMatrix:
+        """What running the model over the calibration text shows. It stays in the work directory."""
+
+    def adapt(
+        self,
+        prepared: Prepared,
+        importance: ImportanceMatrix | None,
+        work_dir: Path,
+        progress: Progress,
+        should_stop: ShouldStop,
+    ) -> Adapted:
+        """Plan and weights as they are encoded: what was found stays in the work directory."""
+
+    def adapted_before(self, prepared: Prepared) -> Prepared:
+        """What `adapt` has made of a finished job."""
+
+    def write(
+        self,
+        adapted: Adapted,
+        importance: ImportanceMatrix | None,
+        work_dir: Path,
+        progress: Progress,
+        should_stop: ShouldStop,
+    ) -> list[Path]:
+        """Encode and write what is not there yet; returns all files of the artifact, those with the weights first."""
+
+    def verify(
+        self, adapted: Adapted, paths: list[Path], importance: ImportanceMatrix | None, progress: Progress
+    ) -> tuple[list[TensorError], dict[str, Any]]:
+        """The error of every tensor as it can be read, and what else the report has of this kind of artifact."""
+
+    def candidate(self, adapted: Adapted, paths: list[Path], work_dir: Path) -> Candidate: ...
+
+    def uniform_sizes(self, surveyed: Surveyed) -> list[dict[str, Any]]:
+        """Bytes of tensor data of the model in each format throughout, see converter.breakdown."""
+
+    def weight_files(self, paths: list[Path]) -> list[Path]:
+        """Those of the artifact's files that hold weights: its size."""
+
+
+def target_of(job: Job) -> Target:
+    from converter.directory_target import DirectoryTarget
+    from converter.gguf_target import GgufTarget
+
+    return GgufTarget() if job.profile.target == "gguf" else DirectoryTarget()
