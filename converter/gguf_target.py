@@ -13,6 +13,7 @@ from converter.calibrate import calibrate, runnable
 from converter.checkpoint import Checkpoint
 from converter.encode import Encoder
 from converter.job import Job
+from converter.preflight import refuse_activation_options
 from converter.prepared import Prepared, Surveyed
 from converter.progress import Progress
 from converter.protect import protect, protected_before, protection_notes, refuse_protection
@@ -32,6 +33,7 @@ from profiles.vocabulary import ModelMap
 
 class GgufTarget:
     def located(self, job: Job, checkpoint: Checkpoint, model_map: ModelMap) -> Job:
+        refuse_activation_options(job)
         metadata = {key: entry.value for key, entry in model_map.metadata.items()}
         return job.with_output(file_name(metadata, checkpoint.model_id.rpartition("/")[2], job.profile.label))
 
@@ -73,6 +75,9 @@ class GgufTarget:
         paths = [job.output.with_name(layout.file_name) for layout in layouts]
         return paths or [job.output, *job.output.parent.glob(f"{job.output.stem}-00001-of-*.gguf")]
 
+    def check_replaceable(self, job: Job) -> None:
+        pass  # any file is replaced
+
     def partial_files(self, job: Job, layouts: Sequence[Layout]) -> list[Path]:
         assert job.output is not None
         return [partial_path(job.output.with_name(layout.file_name)) for layout in layouts]
@@ -80,9 +85,7 @@ class GgufTarget:
     def calibrate(
         self, prepared: Surveyed, work_dir: Path, progress: Progress, should_stop: ShouldStop
     ) -> ImportanceMatrix:
-        return calibrate(
-            prepared.job, prepared.checkpoint, prepared.model_map, work_dir, progress, should_stop
-        )
+        return calibrate(prepared.job, prepared.checkpoint, prepared.model_map, work_dir, progress, should_stop)
 
     def adapt(
         self,

@@ -4,7 +4,9 @@ source -> describe -> plan -> preflight -> calibrate -> adapt -> encode -> write
        -> verify -> quality -> guard -> report
 
 What the stages do to a GGUF and to a safetensors directory is behind the seam of converter/target.py: of the one
-`adapt` protects super weights, of the other it moves outliers of the activations into the weights. Where the profile decides by measured sensitivity, the order is calibrate -> analyse -> plan.
+`adapt` protects super weights, of the other it moves outliers of the activations into the weights.
+
+Where the profile decides by measured sensitivity, the order is calibrate -> analyse -> plan.
 """
 
 import hashlib
@@ -25,17 +27,11 @@ from converter.job import UNDECIDED, Job, WorkDirectory, file_sha256, stops_clea
 from converter.metadata import source_card
 from converter.model_map import describe
 from converter.page import report_page
-from converter.preflight import (
-    check_output_is_free,
-    check_samples,
-    preflight,
-    refuse_activation_options,
-    ternary_warning,
-)
+from converter.preflight import check_output_is_free, check_samples, preflight, ternary_warning
 from converter.prepared import Prepared, Surveyed
 from converter.progress import Progress
 from converter.recipe import IMPORTANCE_FILE, calibration_manifest, recipe, reproducing_arguments
-from converter.report import source_bytes
+from converter.report import group_rows, source_bytes
 from converter.source import open_checkpoint
 from converter.target import target_of
 from converter.verdict import better_recipe, overall, warning
@@ -44,16 +40,12 @@ from formats.errors import ConvertError
 from formats.whole_file import whole_file
 from profiles.evidence import Evidence
 
+
 def survey(job: Job) -> Surveyed:
     """source and describe: reads headers, configuration and tokenizer, and no weight."""
     check_samples(job.samples, job.sequence_length)
     job = job.aimed()
-<<<<<<< HEAD
-    require_writer(job.profile.target, job.profile.name)
-    refuse_activation_options(job)
-=======
     target = target_of(job)
->>>>>>> 5b735c0 (Put what differs between artifacts behind a seam; plan safetensors directories)
     checkpoint = open_checkpoint(job.model, metadata_only=True)
     model_map = describe(checkpoint, job.pre_tokenizer)
     job = target.located(job, checkpoint, model_map)
@@ -91,7 +83,11 @@ def decide(surveyed: Surveyed, evidence: Evidence | None) -> Prepared:
         check_importance(importance, model_map, plan, str(job.imatrix))
     notes = (*surveyed.notes, *target.notes(job, plan))
     prepared = Prepared(surveyed.job, checkpoint, model_map, target, notes, plan, importance)
-    if job.shard_bytes is not None and not target.reads_text_later(job, plan) and len(prepared.layouts(importance)) == 1:
+    if (
+        job.shard_bytes is not None
+        and not target.reads_text_later(job, plan)
+        and len(prepared.layouts(importance)) == 1
+    ):
         # A limit that nothing reaches makes no other job.
         prepared = replace(prepared, job=replace(prepared.job, shard_bytes=None))
     return prepared
@@ -164,15 +160,7 @@ def run(
         job = known.job
         assert job.work_dir is not None
         layouts = known.layouts(known.importance) if isinstance(known, Prepared) else []
-<<<<<<< HEAD
-        preflight(job, known.checkpoint, known.model_map, layouts)
-=======
         preflight(job, known.checkpoint, known.model_map, layouts, known.target.partial_files(job, layouts))
-        if job.lm_eval:
-            from converter.tasks import check_tasks
-
-            check_tasks(job.lm_eval)
->>>>>>> 5b735c0 (Put what differs between artifacts behind a seam; plan safetensors directories)
     for note in known.notes:
         progress.say(note)
     work = WorkDirectory(job.work_dir)
@@ -181,6 +169,7 @@ def run(
         if job.sensitivity is not None:  # the weights tell models apart that look alike by their headers
             found_evidence(job, known.checkpoint, known.model_map)
         if fresh:
+            known.target.check_replaceable(job)
             work.clear()
         if not (work.path / "job.json").exists() and not fresh:
             check_output_is_free(known.target.outputs(job, layouts))

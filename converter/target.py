@@ -91,6 +91,9 @@ class Target(Protocol):
     def outputs(self, job: Job, layouts: list[Layout]) -> list[Path]:
         """What must not be there before; without layouts, anything that may be written."""
 
+    def check_replaceable(self, job: Job) -> None:
+        """Raises ConvertError for something at the output that --fresh does not replace."""
+
     def partial_files(self, job: Job, layouts: list[Layout]) -> list[Path]:
         """Where the files grow until they are whole."""
 

@@ -19,7 +19,6 @@ from formats.errors import ConvertError
 from formats.whole_file import sync_directory
 from profiles.plan import Plan, PlannedTensor
 
-
 JOURNAL = "encoded.jsonl"
 
 

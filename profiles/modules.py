@@ -45,7 +45,8 @@ _UNQUANTIZED_BITS = 16
 class PlannedModule(PlannedTensor):
     """One row of the plan: a matrix in a scheme, or a tensor that is kept in the dtype that `format` names.
 
-    shares_scale_with: the matrices, itself among them, that a runtime multiplies as one; they share second-level scales.
+    shares_scale_with: the matrices, itself among them, that a runtime multiplies as one; second-level
+    scales are common to them.
     """
 
     shares_scale_with: tuple[str, ...] = ()
@@ -144,7 +145,7 @@ def _fitting(tensor: TensorSpec, dtype: str, wanted: str, reason: str) -> Planne
     where, why = tensor.name, ""
     for name in (wanted, *_FALLBACKS.get(wanted, ())):
         try:
-            get_scheme(name, where).check_shape(*tensor.shape, where)
+            get_scheme(name, where).check_shape(tensor.shape[0], tensor.shape[1], where)
         except ConvertError as error:
             why = why or error.what
             continue

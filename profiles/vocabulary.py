@@ -35,7 +35,8 @@ class Role(StrEnum):
     OTHER = "other"
 
 
-# Tensors that runtimes compute with in float32, a few values each, and those outside of the text model: never quantized.
+# Tensors that runtimes compute with in float32, a few values each, and what is no part of the text model: never
+# quantized.
 UNQUANTIZED_ROLES = frozenset({Role.NORM, Role.BIAS, Role.ROPE, Role.ROUTER, Role.SCALE, Role.OTHER})
 
 DOWN_ROLES = frozenset({Role.MLP_DOWN, Role.EXPERT_DOWN, Role.SHARED_EXPERT_DOWN})

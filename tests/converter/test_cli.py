@@ -338,10 +338,3 @@ def test_a_profile_file_is_checked(tmp_path):
     assert "did you mean 'output'?" in failed.stderr
     assert convert("profiles", "check", tmp_path / "absent.toml").exit_code == 1
     assert "ends in .toml" in convert("profiles", "check", tmp_path).stderr
-
-
-@pytest.mark.parametrize("preset", ["fp8", "w4a16"])
-def test_a_profile_without_a_writer_says_so(tiny, preset):
-    assert f"{preset}\n" in convert("profiles", "list").stdout
-    failed = convert("plan", "--profile", preset, tiny("llama"))
-    assert failed.exit_code == 1 and "cannot write yet" in failed.stderr

@@ -205,7 +205,10 @@ def test_the_better_recipe_is_a_command_that_runs(tiny, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["output"] != str(job.output)
     finest = load_profile("fp16-baseline")
-    assert better_recipe(job, lambda profile: assign(profile, model_map), assign(finest, model_map), tmp_path, "severe") is None
+    assert (
+        better_recipe(job, lambda profile: assign(profile, model_map), assign(finest, model_map), tmp_path, "severe")
+        is None
+    )
 
 
 def test_strictness_needs_a_measurement(tiny):

@@ -117,10 +117,10 @@ def test_component_mixed_is_a_sixth_of_float32():
 
 
 @pytest.mark.parametrize("preset", sorted(SAFETENSORS))
-def test_presets_for_another_writer_say_so(preset):
+def test_presets_of_a_directory_are_no_plan_of_a_gguf(preset):
     profile = load_profile(preset)
     assert profile.target == "safetensors"
-    with pytest.raises(ConvertError, match="safetensors directory, which this release cannot write yet"):
+    with pytest.raises(ConvertError, match="schemes of a safetensors directory, and no formats of a GGUF"):
         assign(profile, model_map())
 
 

@@ -4,10 +4,11 @@ import pytest
 
 from formats.errors import ConvertError
 from formats.registry import FORMATS
+from formats.schemes import SCHEMES
 from profiles.budget import parse_size
 from profiles.rules import in_range, parse_override
 from profiles.schema import load_profile, parse_profile, preset_names
-from profiles.target import SCHEMES
+from profiles.target import KEPT
 from profiles.tiers import parse_tiers, tiers_of_layers
 from profiles.vocabulary import Role
 
@@ -19,7 +20,7 @@ def test_presets_are_valid_and_described(name):
     profile = load_profile(name)
     assert profile.name == name
     assert profile.description and profile.good_for
-    known = set(FORMATS) if profile.target == "gguf" else set(SCHEMES)
+    known = set(FORMATS) if profile.target == "gguf" else {*SCHEMES, *KEPT}
     assert {decision.format for decision in (*profile.rules, *profile.tiers)} | {profile.base} <= known | {None}
     assert (profile.base is None) == (name == "budget")
 

@@ -1,0 +1,138 @@
+"""The stage `write` of a safetensors directory: it appears complete, or not at all.
+
+It grows beside its final name, shard by shard and module by module as converter.write does it; configuration, tokenizer
+and recipe follow, and a rename completes it.
+"""
+
+import json
+import os
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from calibration.control import ShouldStop
+from converter.checkpoint import INDEX_NAME, METADATA_PATTERNS, Checkpoint
+from converter.directory_artifact import RECIPE_NAME, read_recipe
+from converter.job import file_sha256
+from converter.progress import Progress
+from converter.safetensors_layout import SafetensorsLayout, index_json
+from converter.write import JOURNAL, ArtifactWriter, PlanEncoder
+from formats.errors import ConvertError
+from formats.whole_file import sync_directory, whole_file
+
+CONFIG_NAME = "config.json"
+# Of the source: made anew, or about the source itself.
+_NOT_COPIED = (CONFIG_NAME, INDEX_NAME, "README.md", RECIPE_NAME)
+
+
+def partial_directory(output: Path) -> Path:
+    """Where the directory grows until it is whole."""
+    return output.with_name(f".{output.name}.partial")
+
+
+def check_replaceable(output: Path) -> None:
+    """Refuse to replace a directory that this tool did not write."""
+    if output.exists() and not (output / RECIPE_NAME).is_file():
+        raise ConvertError(
+            f"the output exists and has no {RECIPE_NAME}: it was not written by this tool, and is not replaced",
+            str(output),
+            "name another one with --output, or remove it yourself",
+        )
+
+
+def write_directory(
+    output: Path,
+    encoder: PlanEncoder,
+    layouts: list[SafetensorsLayout],
+    checkpoint: Checkpoint,
+    quantization: dict[str, Any],
+    recipe: dict[str, Any],
+    work_dir: Path,
+    progress: Progress,
+    should_stop: ShouldStop,
+) -> list[Path]:
+    """Write what is not there yet and return all files, those with the weights first.
+
+    quantization: of config.json. recipe: what RECIPE_NAME says beside the hashes of the files.
+    Raises as ArtifactWriter does; a later call continues.
+    """
+    journal, partial = work_dir / JOURNAL, partial_directory(output)
+    if output.exists() and journal.exists() and not partial.exists() and _is_whole(output, recipe):
+        return directory_files(output)  # a run that was killed after the rename
+    if not journal.exists() and partial.exists():
+        shutil.rmtree(partial)  # of a job that was given up
+    try:
+        partial.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConvertError(f"writing failed: {error}", str(partial), "choose another --output") from None
+    ArtifactWriter(encoder, layouts, partial, journal).write(progress, should_stop)
+    try:
+        _write_companions(partial, layouts, checkpoint, quantization, recipe)
+        _put_in_place(partial, output)
+    except OSError as error:
+        raise ConvertError(
+            f"writing failed: {error}", str(error.filename or output), "make room, then run the same command again"
+        ) from None
+    return directory_files(output)
+
+
+def directory_files(directory: Path) -> list[Path]:
+    """All files, those with weights first, each kind by name."""
+    paths = sorted(path for path in directory.iterdir() if path.is_file())
+    return [*(p for p in paths if p.suffix == ".safetensors"), *(p for p in paths if p.suffix != ".safetensors")]
+
+
+def _write_companions(
+    directory: Path,
+    layouts: list[SafetensorsLayout],
+    checkpoint: Checkpoint,
+    quantization: dict[str, Any],
+    recipe: dict[str, Any],
+) -> None:
+    for source in sorted(checkpoint.location.iterdir()):
+        copied = any(fnmatch(source.name, pattern) for pattern in METADATA_PATTERNS)
+        if source.is_file() and copied and source.name not in _NOT_COPIED:
+            shutil.copyfile(source, directory / source.name)
+    if (index := index_json(layouts)) is not None:
+        (directory / INDEX_NAME).write_bytes(index)
+    config = json.loads((checkpoint.location / CONFIG_NAME).read_bytes())
+    _write_json(directory / CONFIG_NAME, {**config, "quantization_config": quantization})
+    files = [
+        {"path": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in directory_files(directory)
+        if path.name != RECIPE_NAME
+    ]
+    _write_json(directory / RECIPE_NAME, {**recipe, "files": files})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with whole_file(path, path.name) as file:
+        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _put_in_place(partial: Path, output: Path) -> None:
+    for path in directory_files(partial):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_directory(partial)
+    replaced = output.with_name(f".{output.name}.replaced")
+    if output.exists():  # --fresh
+        check_replaceable(output)
+        output.rename(replaced)
+    partial.rename(output)
+    sync_directory(output.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _is_whole(output: Path, recipe: dict[str, Any]) -> bool:
+    """Whether the directory is what this job wrote, and every file as it was."""
+    if not (output / RECIPE_NAME).is_file():
+        return False
+    stored = read_recipe(output)
+    files = stored.pop("files", [])
+    if stored != json.loads(json.dumps(recipe)):
+        return False
+    return all(
+        (output / file["path"]).is_file() and file_sha256(output / file["path"]) == file["sha256"] for file in files
+    )

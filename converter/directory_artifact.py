@@ -1,0 +1,131 @@
+"""Reading a safetensors directory of schemes: its weights as a runtime decodes them, and its products as one computes
+them."""
+
+import json
+import struct
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converter.checkpoint import INDEX_NAME
+from converter.safetensors_source import SINGLE_NAME
+from formats.errors import ConvertError
+from formats.plain import decode_bf16
+from formats.schemes import Scheme, get_scheme
+from formats.weight_scheme import NUMPY_DTYPES, Tensors
+from profiles.plan import Plan
+from profiles.target import KEPT
+
+RECIPE_NAME = "bitwright.json"
+"""The recipe of a directory, with the scheme of every tensor and the hash of every file."""
+
+_MAX_HEADER_BYTES = 100_000_000
+_KEPT_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+class DirectoryArtifact:
+    """A directory's weights under the checkpoint's names, as the source of a layer stream.
+
+    tensors: name -> (format, shape), of every tensor of the plan. Raises ConvertError for what is damaged or absent.
+    """
+
+    def __init__(self, directory: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]):
+        self.directory, self.tensors = directory, dict(tensors)
+        self._stored = read_headers(directory)
+
+    @classmethod
+    def of_plan(cls, directory: Path, plan: Plan) -> "DirectoryArtifact":
+        return cls(directory, {row.tensor.name: (row.format, row.tensor.shape) for row in plan.tensors})
+
+    @classmethod
+    def of_recipe(cls, directory: Path) -> "DirectoryArtifact":
+        recipe = read_recipe(directory)
+        return cls(directory, {t["tensor"]: (t["format"], tuple(t["shape"])) for t in recipe["tensors"]})
+
+    def scheme(self, name: str) -> Scheme | None:
+        format_name, _ = self.tensors[name]
+        return None if format_name in KEPT else get_scheme(format_name, name)
+
+    def encoded(self, name: str) -> Tensors:
+        """By suffix everything that is stored of a matrix in a scheme."""
+        scheme, (_, shape) = self.scheme(name), self.tensors[name]
+        assert scheme is not None
+        module = name.removesuffix(".weight")
+        return {
+            suffix: self._read(f"{module}.{suffix}", dtype, of)
+            for suffix, (dtype, of) in scheme.tensors(*shape).items()
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        """float32 in its own shape; a matrix in a scheme is decoded."""
+        format_name, shape = self.tensors[name]
+        scheme = self.scheme(name)
+        if scheme is not None:
+            return scheme.decode(self.encoded(name), (shape[0], shape[1]))
+        return to_float32(self._read(name, format_name, shape), format_name)
+
+    def _read(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name not in self._stored:
+            raise self._damaged(f"lacks the tensor {name!r}")
+        path, found, offset = self._stored[name]
+        if (found["dtype"], tuple(found["shape"])) != (dtype, shape):
+            raise self._damaged(f"has {name!r} as {found['dtype']} {found['shape']}, and not {dtype} {list(shape)}")
+        numpy_dtype = np.dtype(_KEPT_DTYPES[dtype]) if dtype in _KEPT_DTYPES else NUMPY_DTYPES[dtype]
+        values = np.fromfile(path, numpy_dtype, prod(shape), offset=offset)
+        if values.size != prod(shape):
+            raise self._damaged(f"ends inside of the tensor {name!r}")
+        return values.reshape(shape)
+
+    def _damaged(self, what: str) -> ConvertError:
+        return ConvertError(f"the directory {what}", str(self.directory), "write the artifact again")
+
+
+def to_float32(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Values of a kept tensor, of BF16 the bits, as float32 of the same shape."""
+    if dtype == "BF16":
+        return decode_bf16(values.reshape(-1).view(np.uint8)).reshape(values.shape)
+    return values.astype(np.float32)
+
+
+def read_recipe(directory: Path) -> dict[str, Any]:
+    """What the directory says of its making. Raises ConvertError where it says nothing."""
+    path = directory / RECIPE_NAME
+    try:
+        recipe = json.loads(path.read_bytes())
+        if not isinstance(recipe, dict) or "tensors" not in recipe:
+            raise ValueError("it names no tensors")
+    except (OSError, ValueError) as error:
+        raise ConvertError(
+            f"the directory has no readable {RECIPE_NAME} ({error})", str(path), "name a directory that this tool wrote"
+        ) from None
+    return recipe
+
+
+def read_headers(directory: Path) -> dict[str, tuple[Path, dict[str, Any], int]]:
+    """Tensor -> (file, {"dtype", "shape"}, offset of its first byte), of all shards."""
+    index = directory / INDEX_NAME
+    files = sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index.exists() else [SINGLE_NAME]
+    stored: dict[str, tuple[Path, dict[str, Any], int]] = {}
+    for name in files:
+        path = directory / Path(name).name
+        try:
+            with path.open("rb") as file:
+                length = struct.unpack("<Q", file.read(8))[0]
+                if length > _MAX_HEADER_BYTES:
+                    raise ValueError(f"a header of {length} bytes")
+                header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            size = path.stat().st_size
+            for tensor, entry in header.items():
+                begin, end = entry["data_offsets"]
+                if not 0 <= begin <= end <= size - 8 - length:
+                    raise ValueError(f"{tensor!r} lies outside of the file")
+                stored[tensor] = (path, entry, 8 + length + begin)
+        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+            raise ConvertError(
+                f"this is no readable safetensors file: {error}", str(path), "write the artifact again"
+            ) from None
+    return stored

@@ -1,0 +1,182 @@
+"""A safetensors directory of compressed-tensors schemes as the artifact of a conversion, for vLLM and transformers."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from calibration.control import ShouldStop
+from calibration.importance import ImportanceMatrix
+from converter.artifact import file_name
+from converter.calibrate import calibrate
+from converter.checkpoint import Checkpoint
+from converter.directory import check_replaceable, partial_directory, write_directory
+from converter.directory_artifact import DirectoryArtifact
+from converter.directory_verify import verify_directory
+from converter.encode_modules import ModuleEncoder
+from converter.job import Job, default_work_dir
+from converter.modules import describe_modules, directory_name, gguf_names, stored_dtypes
+from converter.prepared import Prepared, Surveyed
+from converter.progress import Progress
+from converter.quantization_config import quantization_config
+from converter.recipe import recipe
+from converter.safetensors_layout import directory_layouts
+from converter.scheme_products import SchemeProducts
+from converter.target import Adapted, Candidate, Layout
+from converter.verify import TensorError
+from converter.write import partial_path
+from formats.errors import ConvertError
+from formats.schemes import SCHEMES
+from profiles.evidence import Evidence
+from profiles.modules import PlannedModule, plan_modules, repair_lines
+from profiles.plan import Plan
+from profiles.schema import QuantizationProfile
+from profiles.vocabulary import ModelMap
+
+
+class DirectoryTarget:
+    def located(self, job: Job, checkpoint: Checkpoint, model_map: ModelMap) -> Job:
+        _refuse_options(job)
+        metadata = {key: entry.value for key, entry in model_map.metadata.items()}
+        name = file_name(metadata, checkpoint.model_id.rpartition("/")[2], job.profile.label)
+        output = job.output or Path(directory_name(name))
+        return replace(job, output=output, work_dir=job.work_dir or default_work_dir(output))
+
+    def plan(self, surveyed: Surveyed, evidence: Evidence | None, importance: ImportanceMatrix | None) -> Plan:
+        job, checkpoint = surveyed.job, surveyed.checkpoint
+        modules = describe_modules(checkpoint, surveyed.model_map)
+        plan = plan_modules(job.profile, modules, stored_dtypes(checkpoint), job.overrides, job.effort)
+        if not any(isinstance(row, PlannedModule) and row.scheme for row in plan.tensors):
+            raise ConvertError(
+                "the plan quantizes nothing: it would copy the checkpoint",
+                f"--profile {job.profile.name}",
+                "choose a scheme for some role: --set 'mlp_*=W8A8'",
+            )
+        return plan
+
+    def plan_of(self, profile: QuantizationProfile, surveyed: Surveyed) -> Plan:
+        modules = describe_modules(surveyed.checkpoint, surveyed.model_map)
+        return plan_modules(profile, modules, stored_dtypes(surveyed.checkpoint))
+
+    def notes(self, job: Job, plan: Plan) -> list[str]:
+        return repair_lines(plan)
+
+    def needs_statistics(self, job: Job, plan: Plan) -> bool:
+        return plan.uses_importance or _uses_activations(plan)
+
+    def reads_text_later(self, job: Job, plan: Plan) -> bool:
+        return False
+
+    def layouts(self, surveyed: Surveyed, plan: Plan, importance: ImportanceMatrix | None) -> list[Layout]:
+        return [*directory_layouts(plan, surveyed.job.shard_bytes)]
+
+    def outputs(self, job: Job, layouts: Sequence[Layout]) -> list[Path]:
+        assert job.output is not None
+        return [job.output]
+
+    def check_replaceable(self, job: Job) -> None:
+        assert job.output is not None
+        check_replaceable(job.output)
+
+    def partial_files(self, job: Job, layouts: Sequence[Layout]) -> list[Path]:
+        assert job.output is not None
+        directory = partial_directory(job.output)
+        paths = [directory / layout.file_name for layout in layouts]
+        return [*paths, *map(partial_path, paths)]
+
+    def calibrate(
+        self, prepared: Surveyed, work_dir: Path, progress: Progress, should_stop: ShouldStop
+    ) -> ImportanceMatrix:
+        return calibrate(prepared.job, prepared.checkpoint, prepared.model_map, work_dir, progress, should_stop)
+
+    def adapt(
+        self,
+        prepared: Prepared,
+        importance: ImportanceMatrix | None,
+        work_dir: Path,
+        progress: Progress,
+        should_stop: ShouldStop,
+    ) -> Adapted:
+        return Adapted(prepared, {})
+
+    def adapted_before(self, prepared: Prepared) -> Prepared:
+        return prepared
+
+    def write(
+        self,
+        adapted: Adapted,
+        importance: ImportanceMatrix | None,
+        work_dir: Path,
+        progress: Progress,
+        should_stop: ShouldStop,
+    ) -> list[Path]:
+        prepared, plan = adapted.prepared, adapted.prepared.plan
+        assert prepared.job.output is not None
+        names = gguf_names(prepared.model_map)
+        tensors = [
+            {"tensor": row.tensor.name, "format": row.format, "shape": list(row.tensor.shape)} for row in plan.tensors
+        ]
+        said = recipe(prepared.job, prepared.checkpoint, plan, importance)
+        with ModuleEncoder(prepared.checkpoint, plan, importance, names, {}, prepared.job.n_threads) as encoder:
+            return write_directory(
+                prepared.job.output,
+                encoder,
+                directory_layouts(plan, prepared.job.shard_bytes),
+                prepared.checkpoint,
+                quantization_config(plan),
+                {"recipe": said, "tensors": tensors},
+                work_dir,
+                progress,
+                should_stop,
+            )
+
+    def verify(
+        self, adapted: Adapted, paths: list[Path], importance: ImportanceMatrix | None, progress: Progress
+    ) -> tuple[list[TensorError], dict[str, Any]]:
+        prepared = adapted.prepared
+        artifact = DirectoryArtifact.of_plan(paths[0].parent, prepared.plan)
+        errors = verify_directory(
+            paths[0].parent, artifact, prepared.checkpoint, importance, gguf_names(prepared.model_map), progress
+        )
+        return errors, {"super_weight_coverage": None, "protection": [], **adapted.found}
+
+    def candidate(self, adapted: Adapted, paths: list[Path], work_dir: Path) -> Candidate:
+        artifact = DirectoryArtifact.of_plan(paths[0].parent, adapted.prepared.plan)
+        return Candidate(artifact, SchemeProducts(artifact))
+
+    def uniform_sizes(self, surveyed: Surveyed) -> list[dict[str, Any]]:
+        """Of the schemes: what does not fit becomes what a plan would make of it."""
+        modules, dtypes = describe_modules(surveyed.checkpoint, surveyed.model_map), stored_dtypes(surveyed.checkpoint)
+        rows = []
+        for name in SCHEMES:
+            profile = QuantizationProfile(name, "", "", name, (), "", target="safetensors")
+            plan = plan_modules(profile, modules, dtypes)
+            matrices = [row for row in plan.tensors if row.tensor.quantizable and row.tensor.layer is not None]
+            n_fitting = sum(row.tensor.n_weights for row in matrices if row.format == name)
+            n_weights = sum(row.tensor.n_weights for row in matrices)
+            rows.append({"format": name, "bytes": plan.n_bytes, "fits": n_fitting / n_weights if n_weights else 0.0})
+        return rows
+
+    def weight_files(self, paths: list[Path]) -> list[Path]:
+        return [path for path in paths if path.suffix == ".safetensors"]
+
+
+def _uses_activations(plan: Plan) -> bool:
+    return any(isinstance(row, PlannedModule) and row.uses_activations for row in plan.tensors)
+
+
+def _refuse_options(job: Job) -> None:
+    """Options that say something of a GGUF, for a profile that makes a directory."""
+    refused = {
+        "--output": job.output is not None and job.output.suffix == ".gguf",
+        "--sensitivity": job.sensitivity is not None,
+        "--lm-eval": bool(job.lm_eval),
+        "--protect-super-weights": job.protect_super_weights not in (None, "off"),
+    }
+    for option, given in refused.items():
+        if given:
+            raise ConvertError(
+                f"{option} is for a GGUF, and the profile {job.profile.name!r} makes a safetensors directory",
+                option,
+                "leave it out, or name a profile whose target is a GGUF; `convert profiles list` tells",
+            )

@@ -1,0 +1,127 @@
+"""The stage `encode` of a safetensors directory: one module at a time, each on all threads."""
+
+from collections.abc import Iterator, Mapping
+from typing import Self
+
+import numpy as np
+
+from calibration.importance import ImportanceMatrix
+from converter.checkpoint import Checkpoint
+from converter.encode import CHUNK_WEIGHTS
+from formats.errors import ConvertError
+from formats.plain import encode_bf16, encode_f16, encode_f32
+from formats.schemes import Scheme
+from formats.weight_scheme import Tensors
+from profiles.modules import PlannedModule
+from profiles.plan import Plan, PlannedTensor
+
+_KEPT_CODECS = {"BF16": encode_bf16, "F16": encode_f16, "F32": encode_f32}
+
+
+class ModuleEncoder:
+    """Encodes the rows of a plan of modules.
+
+    checkpoint: the weights as they are to be encoded. names: the checkpoint's tensor -> (GGUF tensor, matrix), by which
+    importance goes. input_ranges: tensor -> least and largest value of its inputs that are represented, for those whose
+    scheme stores a scale of them.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        importance: ImportanceMatrix | None,
+        names: Mapping[str, tuple[str, int]],
+        input_ranges: Mapping[str, tuple[float, float]],
+        threads: int,
+    ):
+        self.checkpoint, self.plan, self.threads = checkpoint, plan, threads
+        self.importance, self.names, self.input_ranges = importance, names, input_ranges
+        self._global_scales: dict[str, float | None] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._global_scales.clear()
+
+    def encode(self, planned: PlannedTensor) -> Iterator[np.ndarray]:
+        """The data of everything that stands for it in the file, in order, uint8.
+
+        Raises ConvertError for weights that cannot be encoded, naming the tensor, and for inputs that no calibration
+        has seen.
+        """
+        assert isinstance(planned, PlannedModule)
+        if planned.scheme is None:
+            yield from self._kept(planned)
+            return
+        tensors = self.tensors(planned, planned.scheme)
+        for suffix, (dtype, shape) in planned.scheme.tensors(*planned.tensor.shape).items():
+            values = tensors[suffix]
+            if values.shape != shape:
+                raise ValueError(f"{planned.module}.{suffix} is {values.shape} of {dtype}, not {shape}")
+            yield np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+
+    def tensors(self, planned: PlannedModule, scheme: Scheme) -> Tensors:
+        """By suffix what is stored of the matrix, with the scale of its input."""
+        name = planned.tensor.name
+        rows = self.checkpoint.read(name)
+        try:
+            tensors = scheme.encode(
+                rows,
+                self._columns(name),
+                effort=self.plan.effort,
+                global_scale=self._global_scale(planned, scheme),
+                n_threads=self.threads,
+            )
+        except ConvertError as error:
+            raise ConvertError(error.what, f"tensor {name}: {error.where}", error.remedy) from None
+        if planned.uses_activations:
+            tensors = tensors | scheme.encode_input(*self._input_range(name))
+        return tensors
+
+    def _kept(self, planned: PlannedModule) -> Iterator[np.ndarray]:
+        name = planned.tensor.name
+        stored = self.checkpoint.tensors[name]
+        step = max(1, CHUNK_WEIGHTS // stored.n_columns)
+        for start in range(0, stored.n_rows, step):
+            rows = self.checkpoint.read(name, start, min(start + step, stored.n_rows))
+            yield _KEPT_CODECS[planned.format](rows.reshape(-1, stored.n_columns), None).reshape(-1)
+
+    def _columns(self, name: str) -> np.ndarray | None:
+        if self.importance is None or name not in self.names:
+            return None
+        tensor, matrix = self.names[name]
+        if tensor not in self.importance.sums:
+            return None
+        return self.importance.columns(tensor)[matrix].astype(np.float32)
+
+    def _global_scale(self, planned: PlannedModule, scheme: Scheme) -> float | None:
+        """Shared by all that a runtime multiplies as one."""
+        group = planned.shares_scale_with
+        if scheme.global_scale(1.0) is None:
+            return None
+        if group[0] not in self._global_scales:
+            largest = max(self._largest_magnitude(name) for name in group)
+            self._global_scales[group[0]] = scheme.global_scale(largest)
+        return self._global_scales[group[0]]
+
+    def _largest_magnitude(self, name: str) -> float:
+        """0 where a weight is no number: its encoder will say which."""
+        stored = self.checkpoint.tensors[name]
+        step = max(1, CHUNK_WEIGHTS // stored.n_columns)
+        largest = 0.0
+        for start in range(0, stored.n_rows, step):
+            magnitude = float(np.abs(self.checkpoint.read(name, start, min(start + step, stored.n_rows))).max())
+            largest = max(largest, magnitude if np.isfinite(magnitude) else 0.0)
+        return largest
+
+    def _input_range(self, name: str) -> tuple[float, float]:
+        low, high = self.input_ranges.get(name, (0.0, 0.0))
+        if not (np.isfinite([low, high]).all() and low <= 0 <= high and low < high):
+            raise ConvertError(
+                f"its inputs were not seen in calibration, or only zeros ({low:g} to {high:g}), so they have no scale",
+                f"tensor {name}",
+                f"read more text (--samples 1024), or measure them when it runs: --set '{name}=W8A8' or FP8",
+            )
+        return low, high
