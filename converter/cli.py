@@ -151,7 +151,7 @@ def this_command() -> str:
 @click.group(cls=DefaultGroup, context_settings={"max_content_width": 120})
 @click.version_option(package_name="bitwright")
 def main() -> None:
-    """Turn a Hugging Face checkpoint into the smallest GGUF that still behaves.
+    """Turn a Hugging Face checkpoint into the smallest GGUF, or safetensors directory, that still behaves.
 
     MODEL is a Hub id (org/name[@revision]), a directory with safetensors, or a GGUF in F32, F16 or BF16. Running the
     same command again continues where the last run stopped.
@@ -188,6 +188,13 @@ def convert_model(
     target = None
     if push_to is not None:
         from converter.publish import Target, preflight
+
+        if job.profile.target != "gguf":
+            raise ConvertError(
+                "only a GGUF is published so far, and this profile makes a safetensors directory",
+                "--push-to",
+                "convert it first, then send the directory: hf upload ORG/NAME DIRECTORY",
+            )
 
         target = Target(push_to, public, base_model)
         preflight(target, job.shard_bytes, lambda line: click.echo(line, err=True))
@@ -389,7 +396,7 @@ def imatrix(model: str, output: Path, **options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print data for machines on stdout.")
 @fails_clearly
 def evaluate(artifact: Path, model: str, as_json: bool, **options: Any) -> None:
-    """Perplexity, KL divergence and top-1 agreement of ARTIFACT (a GGUF) against its source."""
+    """Perplexity, KL divergence and top-1 agreement of ARTIFACT, a GGUF or a directory, against its source."""
     from converter.progress import Progress
     from converter.quality import evaluate_artifact
     from converter.report import quality_lines, quality_warning
@@ -410,19 +417,14 @@ def evaluate(artifact: Path, model: str, as_json: bool, **options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print data for machines on stdout.")
 @fails_clearly
 def verify(artifact: Path, model: str, as_json: bool) -> None:
-    """Decode every tensor of ARTIFACT with the gguf package and hold it against its source."""
-    from converter.model_map import describe
+    """Decode every tensor of ARTIFACT, of a GGUF with the gguf package, and hold it against its source."""
     from converter.progress import Progress
     from converter.report import error_table
-    from converter.source import open_checkpoint
-    from converter.verify import artifact_files, as_stored
-    from converter.verify import verify as verify_files
+    from converter.verify_artifact import verify_artifact
 
-    checkpoint = open_checkpoint(model)
     progress = Progress()
     try:
-        files = artifact_files(artifact)
-        errors = verify_files(files, checkpoint, as_stored(describe(checkpoint), files), None, progress)
+        errors = verify_artifact(artifact, model, progress)
     finally:
         progress.close()
     rows = [error.to_dict() for error in errors]

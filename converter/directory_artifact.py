@@ -14,16 +14,17 @@ from converter.checkpoint import INDEX_NAME
 from converter.safetensors_source import SINGLE_NAME
 from formats.errors import ConvertError
 from formats.plain import decode_bf16
+from formats.safetensors_file import NUMPY_DTYPES
 from formats.schemes import Scheme, get_scheme
-from formats.weight_scheme import NUMPY_DTYPES, Tensors
+from formats.weight_scheme import Tensors
 from profiles.plan import Plan
 from profiles.target import KEPT
+from profiles.vocabulary import ModelMap
 
 RECIPE_NAME = "bitwright.json"
 """The recipe of a directory, with the scheme of every tensor and the hash of every file."""
 
 _MAX_HEADER_BYTES = 100_000_000
-_KEPT_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 class DirectoryArtifact:
@@ -45,9 +46,29 @@ class DirectoryArtifact:
         recipe = read_recipe(directory)
         return cls(directory, {t["tensor"]: (t["format"], tuple(t["shape"])) for t in recipe["tensors"]})
 
+    def check_model(self, model_map: ModelMap) -> None:
+        """Raises ConvertError when a matrix of this model is absent or has another shape."""
+        for spec in model_map.tensors:
+            for name in spec.sources:
+                shape = spec.shape[-2:] if len(spec.shape) > 1 else spec.shape
+                found = self.tensors[name][1] if name in self.tensors else None
+                if found is None or tuple(found) != shape:
+                    raise ConvertError(
+                        f"the artifact is of another model: {name} should be {list(shape)}, and there is"
+                        f" {list(found) if found else 'nothing'}",
+                        str(self.directory),
+                        "name the model that this artifact was made from",
+                    )
+
     def scheme(self, name: str) -> Scheme | None:
         format_name, _ = self.tensors[name]
         return None if format_name in KEPT else get_scheme(format_name, name)
+
+    def n_bytes(self, name: str) -> int:
+        """Of everything that stands for this tensor."""
+        format_name, shape = self.tensors[name]
+        scheme = self.scheme(name)
+        return KEPT[format_name] * prod(shape) if scheme is None else scheme.n_bytes(shape[0], shape[1])
 
     def encoded(self, name: str) -> Tensors:
         """By suffix everything that is stored of a matrix in a scheme."""
@@ -73,8 +94,7 @@ class DirectoryArtifact:
         path, found, offset = self._stored[name]
         if (found["dtype"], tuple(found["shape"])) != (dtype, shape):
             raise self._damaged(f"has {name!r} as {found['dtype']} {found['shape']}, and not {dtype} {list(shape)}")
-        numpy_dtype = np.dtype(_KEPT_DTYPES[dtype]) if dtype in _KEPT_DTYPES else NUMPY_DTYPES[dtype]
-        values = np.fromfile(path, numpy_dtype, prod(shape), offset=offset)
+        values = np.fromfile(path, NUMPY_DTYPES[dtype], prod(shape), offset=offset)
         if values.size != prod(shape):
             raise self._damaged(f"ends inside of the tensor {name!r}")
         return values.reshape(shape)

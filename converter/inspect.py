@@ -11,6 +11,7 @@ import numpy as np
 from calibration.imatrix_file import load_imatrix
 from calibration.layer_score import layer_scores
 from calibration.sensitivity import MAGNITUDES, is_sensitivity, load_sensitivity
+from converter.directory_artifact import DirectoryArtifact, read_recipe
 from converter.importance import is_imatrix
 from converter.progress import size_text
 from converter.report import table
@@ -29,6 +30,8 @@ _OF_LAYER = re.compile(r"blk\.(\d+)\.")
 
 def inspect_file(path: Path) -> dict[str, Any]:
     """The file as plain data: {"kind": "imatrix", "sensitivity" or "artifact", ...}. Raises ConvertError."""
+    if path.is_dir():
+        return _inspect_directory(path)
     if is_sensitivity(path):
         return _inspect_sensitivity(path)
     return _inspect_imatrix(path) if is_imatrix(path) else _inspect_artifact(path)
@@ -99,6 +102,22 @@ def _inspect_artifact(path: Path) -> dict[str, Any]:
     ]
     n_bytes = sum(file.stat().st_size for file in files)
     return {"kind": "artifact", "files": len(files), "bytes": n_bytes, "metadata": metadata, "tensors": tensors}
+
+
+def _inspect_directory(directory: Path) -> dict[str, Any]:
+    recipe = read_recipe(directory)
+    artifact = DirectoryArtifact.of_recipe(directory)
+    files = [path for path in directory.iterdir() if path.suffix == ".safetensors"]
+    return {
+        "kind": "artifact",
+        "files": len(files),
+        "bytes": sum(path.stat().st_size for path in files),
+        "metadata": {f"bitwright.{key}": value for key, value in recipe["recipe"].items()},
+        "tensors": [
+            {"tensor": name, "shape": list(shape), "format": format_name, "bytes": artifact.n_bytes(name)}
+            for name, (format_name, shape) in artifact.tensors.items()
+        ],
+    }
 
 
 def inspect_text(data: dict[str, Any]) -> str:

@@ -350,7 +350,7 @@ def _task_table(tasks: dict[str, Any]) -> str:
 
 def _terms(quality: dict[str, Any] | None) -> str:
     """What the figures mean."""
-    terms = {"errors": "squared error over squared weights, plain and weighted by importance, from gguf's own decoder."}
+    terms = {"errors": "squared error over squared weights, plain and weighted by importance, decoded from the files."}
     if quality:
         terms |= {
             "perplexity, divergence": f"over {quality['tokens']:,} tokens of {quality['corpus']}, held out from the"

@@ -284,7 +284,11 @@ def _run_stages(
         "arguments": reproducing_arguments(job, source, reads_text),
         "calibration": calibration_manifest(job, importance, work_dir),
         "source": {"bytes": source_bytes(source), "card": source_card(source)},
-        "artifact": {"bytes": sum(path.stat().st_size for path in target.weight_files(paths)), "files": files},
+        "artifact": {
+            "kind": job.profile.target,
+            "bytes": sum(path.stat().st_size for path in target.weight_files(paths)),
+            "files": files,
+        },
         "groups": group_rows(plan),
         "errors": [error.to_dict() for error in errors],
         **found,

@@ -11,9 +11,11 @@ from calibration.quality import compare
 from calibration.words import word_numbers
 from converter.calibrate import load_tokenizer, runnable
 from converter.checkpoint import Checkpoint
+from converter.directory_artifact import DirectoryArtifact
 from converter.job import Job
 from converter.model_map import describe
 from converter.progress import Progress
+from converter.scheme_products import SchemeProducts
 from converter.source import open_checkpoint
 from converter.target import Candidate
 from converter.verify import DecodedArtifact, artifact_files
@@ -77,7 +79,8 @@ def evaluate_artifact(
     threads: int,
     device: str,
 ) -> dict[str, Any]:
-    """The quality of any GGUF of this model as plain data; text None for the default of a conversion's report.
+    """The quality of any artifact of this model, a GGUF or a directory, as plain data; text None for the default of a
+    conversion's report.
 
     Raises ConvertError when the artifact is not of this model.
     """
@@ -87,15 +90,26 @@ def evaluate_artifact(
         checkpoint, model_map = runnable(checkpoint, describe(checkpoint), work_dir)
         tokenizer = load_tokenizer(checkpoint.location)
         corpus = load_corpus(text, tokenizer, samples, sequence_length, split="test")
+        candidate = open_candidate(artifact, model_map)
         report = compare(
             checkpoint,
-            DecodedArtifact(artifact_files(artifact), model_map),
+            candidate.weights,
             checkpoint.location,
             corpus,
             work_dir=work_dir / "quality",
+            arithmetic=candidate.arithmetic,
             words=word_numbers(corpus.tokens, tokenizer),
             device=device,
             threads=threads or None,
             progress=progress,
         )
     return report.to_dict()
+
+
+def open_candidate(artifact: Path, model_map: ModelMap) -> Candidate:
+    """An artifact of this model as something to run. Raises ConvertError for one of another model."""
+    if not artifact.is_dir():
+        return Candidate(DecodedArtifact(artifact_files(artifact), model_map), gguf=artifact)
+    directory = DirectoryArtifact.of_recipe(artifact)
+    directory.check_model(model_map)
+    return Candidate(directory, SchemeProducts(directory))

@@ -153,9 +153,10 @@ def report_text(report: dict, plan: Plan) -> str:
         lines.append(coherence_line(report["coherence"]))
     for task, metrics in (report["tasks"] or {"results": {}})["results"].items():
         lines.append(f"{task:<12} " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    decoder = " by gguf" if report["artifact"]["kind"] == "gguf" else ""
     worst = max(report["errors"], key=lambda error: error["weighted_error"])
     lines.append(
-        f"verified     {len(report['errors'])} tensors decoded by gguf; largest weighted error"
+        f"verified     {len(report['errors'])} tensors decoded{decoder}; largest weighted error"
         f" {worst['weighted_error']:.4f} ({worst['tensor']}, {worst['format']})"
     )
     if (coverage := report["super_weight_coverage"]) is not None:

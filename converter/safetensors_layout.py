@@ -11,10 +11,9 @@ from math import prod
 
 from converter.checkpoint import INDEX_NAME
 from converter.safetensors_source import SINGLE_NAME
-from formats.weight_scheme import NUMPY_DTYPES
+from formats.safetensors_file import NUMPY_DTYPES
 from profiles.modules import PlannedModule
 from profiles.plan import Plan
-from profiles.target import KEPT
 
 # Of the Hub's large files: what transformers and others split at by default.
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -79,7 +78,7 @@ def _lay_out(file_name: str, rows: Sequence[PlannedModule]) -> SafetensorsLayout
     position = 0
     for row in rows:
         for name, (dtype, shape) in row.stored.items():
-            n_bytes = prod(shape) * (KEPT[dtype] if dtype in KEPT else NUMPY_DTYPES[dtype].itemsize)
+            n_bytes = prod(shape) * NUMPY_DTYPES[dtype].itemsize
             entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + n_bytes]}
             position += n_bytes
     text = json.dumps(entries, separators=(",", ":")).encode()
