@@ -129,6 +129,8 @@ class Fp8Codec:
         n_threads: int,
     ) -> Tensors:
         n_rows, n_columns = rows.shape
+        rows = rows.view()
+        rows.flags.writeable = False  # as to_blocks leaves them: numba compiles anew for arrays that may be written
         height, width = self._block(n_columns, n_rows)
         n_blocks = -(-n_columns // width)
         # Rows that share scales, side by side in the first axis.

@@ -41,22 +41,26 @@ class Scheme:
     def bits_per_weight(self, n_rows: int, n_columns: int) -> float:
         return self.n_bytes(n_rows, n_columns) * 8 / (n_rows * n_columns)
 
+    @property
+    def column_multiple(self) -> int:
+        """Of what the number of columns has to be a multiple."""
+        return self.weights.group_size or (self.weights.block_structure or (1, 1))[1]
+
+    def fits(self, n_rows: int, n_columns: int) -> bool:
+        return n_rows > 0 and n_columns > 0 and n_columns % self.column_multiple == 0
+
     def check_shape(self, n_rows: int, n_columns: int, where: str) -> None:
-        """Raises ConvertError for a matrix that the scheme cannot hold."""
-        group = self.weights.group_size or (self.weights.block_structure or (1, 1))[1]
-        if n_columns == 0 or n_rows == 0 or n_columns % group:
-            fitting = [
-                scheme.name
-                for scheme in SCHEMES.values()
-                if n_columns
-                and n_columns % (scheme.weights.group_size or 1) == 0
-                and (scheme.weights.num_bits, scheme.weights.type) == (self.weights.num_bits, self.weights.type)
-            ]
-            raise ConvertError(
-                f"{self.name} needs a multiple of {group} columns, and the matrix is {n_rows} x {n_columns}",
-                where,
-                f"give it {' or '.join(fitting)}" if fitting else "leave it unquantized",
-            )
+        """Raises ConvertError for a matrix that the scheme cannot hold, with the schemes alike that can."""
+        if self.fits(n_rows, n_columns):
+            return
+        kind = (self.weights.num_bits, self.weights.type)
+        alike = (s for s in SCHEMES.values() if (s.weights.num_bits, s.weights.type) == kind)
+        fitting = [scheme.name for scheme in alike if scheme.fits(n_rows, n_columns)]
+        raise ConvertError(
+            f"{self.name} needs a multiple of {self.column_multiple} columns, and the matrix is {n_rows} x {n_columns}",
+            where,
+            f"give it {' or '.join(fitting)}" if fitting else "leave it unquantized",
+        )
 
     def encode(
         self,

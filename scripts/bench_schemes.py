@@ -239,8 +239,7 @@ def main(
         for scheme in chosen:
             click.echo(f"\n{scheme.name}, {scheme.bits_per_weight(1024, 1024):.3f} bits per weight at 1024 x 1024")
             for name, matrices in data.items():
-                width = scheme.weights.group_size or (scheme.weights.block_structure or (1, 1))[1]
-                fitting = [matrix for matrix in matrices if matrix.rows.shape[1] % width == 0]
+                fitting = [matrix for matrix in matrices if scheme.fits(*matrix.rows.shape)]
                 if len(fitting) < len(matrices):
                     click.echo(f"{len(matrices) - len(fitting)} of {len(matrices)} matrices of {name} do not fit")
                 if fitting:

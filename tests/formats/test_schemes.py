@@ -199,6 +199,10 @@ def test_bad_input_is_refused():
         scheme.encode(rows, np.full(128, -1, np.float32))
     with pytest.raises(ConvertError, match="W4A16_G64 or W4A16_G32"):
         scheme.encode(np.ones((4, 192), np.float32))
+    with pytest.raises(ConvertError, match=r"give it FP8 or FP8_STATIC$"):
+        SCHEMES["FP8_BLOCK"].check_shape(128, 100, "a tensor")
+    with pytest.raises(ConvertError, match="leave it unquantized"):
+        SCHEMES["W8A8"].check_shape(0, 100, "a tensor")
     with pytest.raises(ConvertError, match="did you mean 'W4A16_ASYM'"):
         get_scheme("w4a16-asim")
     assert get_scheme("w4a16-asym-g32") is SCHEMES["W4A16_ASYM_G32"]
@@ -327,3 +331,40 @@ def test_packing_of_every_width():
             words = pack(codes, bits)
             np.testing.assert_array_equal(unpack(words, bits, n), codes)
             np.testing.assert_array_equal(words, pack_to_int32(torch.from_numpy(codes), bits).numpy())
+
+
+def extreme_rows(rng, shape):
+    base = rng.standard_normal(shape)
+    yield base * 1e-42
+    yield base * 2e-30
+    yield np.sign(base) * 3e38
+    yield base * 10.0 ** rng.uniform(-38, 30, shape)
+    yield np.where(rng.random(shape) < 0.01, 1e6, base * 1e-3)
+    yield np.where(rng.random(shape) < 0.01, 1.0, 0.0)
+    yield -np.abs(base)
+    yield np.full(shape, 0.3)
+
+
+def extreme_importance(rng, n_columns):
+    one_hot = np.zeros(n_columns)
+    one_hot[3] = 1
+    yield None
+    yield one_hot
+    yield 10.0 ** rng.uniform(-30, 30, n_columns)
+    yield np.full(n_columns, 3e38)
+    yield np.full(n_columns, 1e-42)
+
+
+@pytest.mark.parametrize("name", STORAGE)
+@pytest.mark.parametrize("effort", ["best", "fast"])
+def test_extremes_stay_finite_and_are_never_worse_than_zero(name, effort):
+    scheme, rng = SCHEMES[name], np.random.default_rng(7)
+    for kind, drawn in enumerate(extreme_rows(rng, (5, 128))):
+        rows = np.ascontiguousarray(drawn, np.float32)
+        for importance in extreme_importance(rng, 128):
+            weights = None if importance is None else importance.astype(np.float32)
+            decoded = scheme.decode(scheme.encode(rows, weights, effort=effort), rows.shape)
+            assert np.isfinite(decoded).all()
+            if weights is None and kind > 1:
+                exact = rows.astype(np.float64)
+                assert ((decoded - exact) ** 2).sum() <= (exact**2).sum() * (1 + 1e-6)
