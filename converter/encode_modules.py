@@ -37,7 +37,7 @@ class ModuleEncoder:
     ):
         self.checkpoint, self.plan, self.threads = checkpoint, plan, threads
         self.importance, self.names, self.input_ranges = importance, names, input_ranges
-        self._global_scales: dict[str, float | None] = {}
+        self._global_scales: dict[str, float] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -65,13 +65,14 @@ class ModuleEncoder:
     def tensors(self, planned: PlannedModule, scheme: Scheme) -> Tensors:
         """By suffix what is stored of the matrix, with the scale of its input."""
         name = planned.tensor.name
+        global_scale = self._global_scale(planned, scheme)
         rows = self.checkpoint.read(name)
         try:
             tensors = scheme.encode(
                 rows,
                 self._columns(name),
                 effort=self.plan.effort,
-                global_scale=self._global_scale(planned, scheme),
+                global_scale=global_scale,
                 n_threads=self.threads,
             )
         except ConvertError as error:
@@ -97,24 +98,25 @@ class ModuleEncoder:
         return self.importance.columns(tensor)[matrix].astype(np.float32)
 
     def _global_scale(self, planned: PlannedModule, scheme: Scheme) -> float | None:
-        """Shared by all that a runtime multiplies as one."""
+        """Shared by all that a runtime multiplies as one; of a matrix alone its encoder finds it."""
         group = planned.shares_scale_with
-        if scheme.global_scale(1.0) is None:
+        if not scheme.has_global_scale or len(group) == 1:
             return None
         if group[0] not in self._global_scales:
-            largest = max(self._largest_magnitude(name) for name in group)
-            self._global_scales[group[0]] = scheme.global_scale(largest)
-        return self._global_scales[group[0]]
+            name = ""
 
-    def _largest_magnitude(self, name: str) -> float:
-        """0 where a weight is no number: its encoder will say which."""
-        stored = self.checkpoint.tensors[name]
-        step = max(1, CHUNK_WEIGHTS // stored.n_columns)
-        largest = 0.0
-        for start in range(0, stored.n_rows, step):
-            magnitude = float(np.abs(self.checkpoint.read(name, start, min(start + step, stored.n_rows))).max())
-            largest = max(largest, magnitude if np.isfinite(magnitude) else 0.0)
-        return largest
+            def read() -> Iterator[np.ndarray]:
+                nonlocal name
+                for name in group:
+                    yield self.checkpoint.read(name)
+
+            columns = self._columns(planned.tensor.name)
+            try:
+                scale = scheme.shared_scale(read, columns, effort=self.plan.effort, n_threads=self.threads)
+            except ConvertError as error:
+                raise ConvertError(error.what, f"tensor {name}: {error.where}", error.remedy) from None
+            self._global_scales[group[0]] = scale
+        return self._global_scales[group[0]]
 
     def _input_range(self, name: str) -> tuple[float, float]:
         low, high = self.input_ranges.get(name, (0.0, 0.0))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from converter.directory_artifact import DirectoryArtifact
-from formats.fp8_codec import bfloat16
+from formats.bfloat16 import bfloat16
 from formats.int8_matmul import int8_linear, quantize, quantize_per_token
 from formats.schemes import Scheme
 from formats.weight_scheme import ActivationScheme, Tensors

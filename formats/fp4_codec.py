@@ -10,6 +10,8 @@ mxfp4-pack-quantized, 4.25 bits per weight
     weight_scale          U8       [n, k / 32]  E8M0: a weight is value * 2**(weight_scale - 127)
 """
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 
 from formats import fp4
@@ -52,7 +54,7 @@ class Nvfp4Codec:
     ) -> Tensors:
         n_rows, n_columns = rows.shape
         if global_scale is None:
-            global_scale = self.global_scale(float(max(rows.max(initial=0), -rows.min(initial=0))))
+            global_scale = self.shared_scale(lambda: [rows], importance, effort, n_threads)
         divisor = np.float32(global_scale)
         scales = np.empty((n_rows, n_columns // fp4.NVFP4_SUB_BLOCK_SIZE), np.uint8)
         packed = np.empty((n_rows, n_columns // 2), np.uint8)
@@ -72,8 +74,16 @@ class Nvfp4Codec:
         levels = unpack_levels(tensors["weight_packed"]).reshape(*steps.shape, -1)
         return (steps[..., None] * levels).reshape(shape)
 
-    def global_scale(self, absolute_maximum: float) -> float:
-        return 1 / fp4.nvfp4_tensor_scale(absolute_maximum)
+    def shared_scale(
+        self,
+        read: Callable[[], Iterable[np.ndarray]],
+        importance: np.ndarray | None,
+        effort: Effort,
+        n_threads: int,
+    ) -> float:
+        """weight_global_scale of matrices together. Their largest weight alone decides: see nvfp4_tensor_scale."""
+        largest = (max(float(rows.max()), -float(rows.min())) for rows in read())
+        return 1 / fp4.nvfp4_tensor_scale(max(largest))
 
 
 class Mxfp4Codec:
@@ -107,6 +117,3 @@ class Mxfp4Codec:
         steps = np.ldexp(np.float32(1), tensors["weight_scale"].astype(np.int32) - 128)
         levels = unpack_levels(tensors["weight_packed"]).reshape(*steps.shape, -1)
         return (steps[..., None] * levels).reshape(shape)
-
-    def global_scale(self, absolute_maximum: float) -> None:
-        return None

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from formats.bfloat16 import bfloat16
 from formats.block_format import Effort
 from formats.encoding import to_blocks
 from formats.int_scales import search_asymmetric, search_symmetric
 from formats.packed_int import pack, packed_width, unpack
-from formats.plain import decode_bf16
 from formats.row_chunks import for_row_chunks
 from formats.weight_scheme import Tensors, TensorShapes, WeightScheme
 
@@ -95,13 +95,5 @@ class IntegerCodec:
         groups *= bfloat16(tensors["weight_scale"])[..., None]
         return groups.reshape(shape)
 
-    def global_scale(self, absolute_maximum: float) -> None:
-        return None
-
     def _group(self, n_columns: int) -> int:
         return self.weights.group_size or n_columns
-
-
-def bfloat16(bits: np.ndarray) -> np.ndarray:
-    """The values of bfloat16 bits, uint16 to float32."""
-    return decode_bf16(np.ascontiguousarray(bits).view(np.uint8)).reshape(bits.shape)

@@ -1,18 +1,22 @@
 """Every scheme of a compressed-tensors directory that the encoder can write; the order is the order of listings."""
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import cast
 
 import numpy as np
 
+from formats.bfloat16 import EPSILON_BITS, bfloat16, bfloat16_bits
 from formats.block_format import Effort
 from formats.encoding import check_importance, check_rows
 from formats.errors import ConvertError, nearest
 from formats.fp4_codec import Mxfp4Codec, Nvfp4Codec
-from formats.fp8_codec import GREATEST, Fp8Codec, bfloat16, bfloat16_bits
+from formats.fp8_codec import Fp8Codec
+from formats.fp8_scales import GREATEST
 from formats.int_codec import IntegerCodec
 from formats.safetensors_file import NUMPY_DTYPES
-from formats.weight_scheme import ActivationScheme, Codec, Tensors, TensorShapes, WeightScheme
+from formats.weight_scheme import ActivationScheme, Codec, SharingCodec, Tensors, TensorShapes, WeightScheme
 
 _NVFP4_LIMIT = 448 * 6
 
@@ -74,7 +78,7 @@ class Scheme:
         """The tensors of a whole matrix but the input's; of BF16 and F8_E4M3 the bits.
 
         rows: float32 [n_rows, n_columns], C-contiguous; importance: float32 [n_columns] or None.
-        global_scale: one that modules share which the runtime fuses (see there); by default the matrix's own.
+        global_scale: of matrices that share one (shared_scale); by default the matrix's own.
         The bytes do not depend on n_threads.
         Raises ConvertError for a weight that is not finite or an importance that is negative or not finite, ValueError
         for a wrong dtype or shape.
@@ -89,12 +93,33 @@ class Scheme:
         """The weights that a runtime computes with, float32 [n_rows, n_columns], before it rounds them to its dtype."""
         return self.codec.decode(tensors, shape)
 
-    def global_scale(self, absolute_maximum: float) -> float | None:
-        """The scale of a whole matrix with that largest magnitude; None where the scheme has none.
+    @property
+    def has_global_scale(self) -> bool:
+        """Whether a whole matrix has a scale, which matrices have to share that a runtime multiplies as one."""
+        return self.weights.strategy in ("tensor", "tensor_group")
 
+    def shared_scale(
+        self,
+        read: Callable[[], Iterable[np.ndarray]],
+        importance: np.ndarray | None = None,
+        *,
+        effort: Effort = "best",
+        n_threads: int = 1,
+    ) -> float:
+        """The global_scale for encode that suits several matrices together; only where has_global_scale.
+
+        read: gives the rows of one matrix after another, anew with each call; importance: of the columns of all.
         Of NVFP4 it is what weight_global_scale holds, a divisor; of FP8 per tensor it is weight_scale itself.
+        Raises ConvertError for a weight that is not finite.
         """
-        return self.codec.global_scale(absolute_maximum)
+        assert self.has_global_scale
+
+        def checked() -> Iterator[np.ndarray]:
+            for rows in read():
+                check_rows(rows, 1)
+                yield rows
+
+        return cast(SharingCodec, self.codec).shared_scale(checked, importance, effort, n_threads)
 
     def encode_input(self, low: float, high: float) -> Tensors:
         """The stored scale of an input whose values lie in low .. high, or are cut off there; empty where none is."""
@@ -125,8 +150,8 @@ class Scheme:
 
 
 def _positive_bfloat16(value: float) -> np.ndarray:
-    """Bits uint16 [1]; of zero, bfloat16's epsilon, as runtimes divide by scales."""
-    return bfloat16_bits(np.array([value or 2.0**-7], np.float32)).astype(np.uint16)
+    """Bits uint16 [1]; of a zero, epsilon's."""
+    return bfloat16_bits(np.array([value], np.float32)) if value > 0 else EPSILON_BITS.reshape(1)
 
 
 _PER_TOKEN = ActivationScheme(8, "int", "token")

@@ -4,6 +4,7 @@ A scheme says how weights are stored and what the runtime does with activations;
 that stand beside a module's name ("weight_packed", "weight_scale", ...) and back.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -67,4 +68,14 @@ class Codec(Protocol):
 
     def decode(self, tensors: Tensors, shape: tuple[int, int]) -> np.ndarray: ...
 
-    def global_scale(self, absolute_maximum: float) -> float | None: ...
+
+class SharingCodec(Codec, Protocol):
+    """A codec with a scale of the whole matrix."""
+
+    def shared_scale(
+        self,
+        read: Callable[[], Iterable[np.ndarray]],
+        importance: np.ndarray | None,
+        effort: Effort,
+        n_threads: int,
+    ) -> float: ...

@@ -31,8 +31,8 @@ from typing import TextIO
 import click
 import numpy as np
 
+from formats.bfloat16 import bfloat16
 from formats.block_format import Effort
-from formats.int_codec import bfloat16
 from formats.plain import encode_bf16
 from formats.safetensors_file import NUMPY_DTYPES
 from formats.schemes import SCHEMES, Scheme, get_scheme

@@ -150,10 +150,9 @@ def test_bytes_depend_on_no_thread_and_no_other_row(name, monkeypatch):
     whole = scheme.encode(rows, importance)
     threads = scheme.encode(rows, importance, n_threads=3)
     assert all(np.array_equal(whole[suffix], threads[suffix]) for suffix in whole)
-    shared = scheme.global_scale(float(np.abs(rows).max()))
+    shared = scheme.shared_scale(lambda: [rows], importance) if scheme.has_global_scale else None
     top = scheme.encode(rows[:256], importance, global_scale=shared)
-    if scheme.weights.strategy != "tensor":
-        assert np.array_equal(scheme.decode(top, (256, rows.shape[1])), scheme.decode(whole, rows.shape)[:256])
+    assert np.array_equal(scheme.decode(top, (256, rows.shape[1])), scheme.decode(whole, rows.shape)[:256])
 
 
 def test_nvfp4_and_mxfp4_hold_the_values_of_the_gguf_codecs():
@@ -368,3 +367,21 @@ def test_extremes_stay_finite_and_are_never_worse_than_zero(name, effort):
             if weights is None and kind > 1:
                 exact = rows.astype(np.float64)
                 assert ((decoded - exact) ** 2).sum() <= (exact**2).sum() * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["FP8_STATIC", "NVFP4"])
+@pytest.mark.parametrize("effort", ["best", "fast"])
+def test_matrices_share_the_scale_of_their_stack(name, effort):
+    scheme = SCHEMES[name]
+    parts = [draw("student-t", (96, 128), 1), 3 * draw("gaussian", (40, 128), 2), np.zeros((8, 128), np.float32)]
+    importance = np.random.default_rng(1).lognormal(0, 2, 128).astype(np.float32)
+    shared = scheme.shared_scale(lambda: iter(parts), importance, effort=effort)
+    whole = scheme.encode(np.concatenate(parts), importance, effort=effort)
+    encoded = [scheme.encode(part, importance, effort=effort, global_scale=shared) for part in parts]
+    for suffix in ("weight_scale", "weight_global_scale"):
+        if suffix in whole and whole[suffix].size == 1:
+            assert all(part[suffix] == whole[suffix] for part in encoded)
+    decoded = [scheme.decode(tensors, part.shape) for tensors, part in zip(encoded, parts, strict=True)]
+    assert np.array_equal(np.concatenate(decoded), scheme.decode(whole, (144, 128)))
+    with pytest.raises(ConvertError, match="not a finite number"):
+        scheme.shared_scale(lambda: [np.full((1, 128), np.nan, np.float32)])
