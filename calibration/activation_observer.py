@@ -176,9 +176,11 @@ def _counts(values: torch.Tensor, n_bins: int, zero: int) -> np.ndarray:
 
 
 def _some_rows(rows: torch.Tensor) -> np.ndarray:
-    """At most _ROWS_OF_A_BATCH of them, drawn by what they hold: the same whenever they come, and at all places."""
+    """At most _ROWS_OF_A_BATCH of them: the one with the largest value, which few tokens have and much depends on, and
+    others drawn by what they hold: the same whenever they come, and from all places."""
     if len(rows) > _ROWS_OF_A_BATCH:
-        seed = zlib.crc32(rows[-1].cpu().numpy().tobytes())
-        chosen = np.random.default_rng(seed).choice(len(rows), _ROWS_OF_A_BATCH, replace=False)
-        rows = rows[torch.from_numpy(np.sort(chosen)).to(rows.device)]
+        seed, largest = zlib.crc32(rows[-1].cpu().numpy().tobytes()), int(rows.abs().amax(dim=1).argmax())
+        drawn = np.random.default_rng(seed).choice(len(rows), _ROWS_OF_A_BATCH, replace=False)
+        chosen = np.unique([largest, *drawn[drawn != largest][: _ROWS_OF_A_BATCH - 1]])
+        rows = rows[torch.from_numpy(chosen).to(rows.device)]
     return rows.cpu().numpy().copy()

@@ -82,7 +82,11 @@ class Products:
 
 def output_error(products: Sequence[Products], alpha: float | None) -> float:
     """The mean, over all matrices, of the relative squared error of their outputs when inputs (by row) and weights (by
-    row) are smoothed and rounded to INT8; alpha None: not smoothed. In double precision, on one core."""
+    row) are smoothed and rounded to INT8; alpha None: not smoothed.
+
+    Every row of outputs counts relative to its own energy and the median row's together: neither a few rows of huge
+    outputs nor many of tiny ones decide alone. Computed on one core.
+    """
     with _one_core() as torch:
         errors = []
         for group in products:
@@ -94,8 +98,10 @@ def output_error(products: Sequence[Products], alpha: float | None) -> float:
             for weights in map(torch.from_numpy, group.weights):
                 wanted = rows @ weights.T
                 missed = rounded @ rounded_by_row(weights * scales).T - wanted
-                energy = float(wanted.double().square().sum())
-                errors.append(float(missed.double().square().sum()) / energy if energy else 0.0)
+                energies = wanted.double().square().sum(1)
+                scale_of_rows = energies + energies.median()
+                relative = missed.double().square().sum(1) / scale_of_rows.clamp_min(1e-300)
+                errors.append(2 * float(relative.mean()))
         return float(np.mean(errors))
 
 
