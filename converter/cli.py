@@ -360,7 +360,7 @@ def check_profile(file: Path) -> None:
 
 @main.command()
 @click.argument("model")
-@click.option("--output", type=PATH, required=True, help="importance.gguf, or a name that ends in .dat (legacy).")
+@click.option("--output", type=PATH, required=True, help="importance.gguf, or .dat (legacy); activations.safetensors.")
 @click.option("--calibration", metavar="NAME|FILE", help="Text: a file, wikitext-2, or a Hub dataset.")
 @click.option("--chat/--no-chat", default=None, help="Calibrate on conversations. [default: with a chat template]")
 @click.option("--samples", default=512, show_default=True, help="Calibration sequences, 128 to 1024.")
@@ -370,6 +370,7 @@ def check_profile(file: Path) -> None:
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda", "mps"]))
 @click.option("--seed", default=0, show_default=True, help="Seed of whatever is drawn at random.")
 @click.option("--super-weights", is_flag=True, help="Look for super weights too, and keep them in the file.")
+@click.option("--activations", is_flag=True, help="Write activation statistics instead, to a .safetensors file.")
 @fails_clearly
 def imatrix(model: str, output: Path, **options: Any) -> None:
     """Compute the importance matrix of MODEL, or convert one between GGUF and .dat."""
@@ -437,7 +438,7 @@ def verify(artifact: Path, model: str, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print data for machines on stdout.")
 @fails_clearly
 def inspect(file: Path, plot: Path | None, as_json: bool) -> None:
-    """Show what is in FILE: an artifact with its recipe, or an importance matrix."""
+    """Show what is in FILE: an artifact with its recipe, importance, sensitivity, activations, smoothing."""
     if plot is not None:
         from converter.plot import plot_file
 

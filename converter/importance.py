@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from calibration.activation_file import save_activations
 from calibration.control import ShouldStop
 from calibration.imatrix_file import load_imatrix, save_imatrix
 from converter import DEFAULT_PROFILE
@@ -12,6 +13,7 @@ from converter.job import Job, WorkDirectory, default_work_dir, stops_cleanly, t
 from converter.model_map import describe
 from converter.preflight import check_samples
 from converter.progress import Progress
+from converter.smooth import observe
 from converter.source import open_checkpoint
 from converter.super_weights import look_for_super_weights
 from formats.errors import ConvertError
@@ -36,13 +38,17 @@ def write_importance(
     should_stop: ShouldStop,
     *,
     super_weights: bool = False,
+    activations: bool = False,
     **options: Any,
 ) -> None:
     """Write the importance matrix of a model, or a matrix that exists in the format of the output's suffix.
 
-    super_weights: look for them too, and keep with the matrix what was found. options: fields of converter.job.Job.
+    super_weights: look for them too, and keep with the matrix what was found. activations: write statistics of the
+    matrices' inputs instead. options: fields of converter.job.Job.
     Raises ConvertError; the same call continues an interrupted computation.
     """
+    if activations:
+        _check_activations(model, output, super_weights)
     if super_weights and output.suffix == ".dat":
         raise ConvertError("a .dat file cannot hold super weights", str(output), "name a file that ends in .gguf")
     if is_imatrix(Path(model)):
@@ -69,11 +75,31 @@ def write_importance(
                 "device": job.device,
             }
         )
+        if activations:
+            save_activations(output, observe(job, checkpoint, model_map, work_dir, progress, should_stop))
+            return
         importance = calibrate(job, checkpoint, model_map, work_dir, progress, should_stop)
         if super_weights:
             found = look_for_super_weights(job, checkpoint, model_map, work_dir, progress, should_stop)
             importance = replace(importance, super_weights=found)
         save_imatrix(output, importance)
+
+
+def _check_activations(model: str, output: Path, super_weights: bool) -> None:
+    if output.suffix != ".safetensors":
+        raise ConvertError(
+            "activation statistics are kept in a safetensors file", str(output), "name one that ends in .safetensors"
+        )
+    if super_weights:
+        raise ConvertError(
+            "super weights are kept with the importance matrix, not with activation statistics",
+            "--activations --super-weights",
+            "run the command once with each",
+        )
+    if is_imatrix(Path(model)):
+        raise ConvertError(
+            "activation statistics are of a model, and this is a file of importance", model, "give the model"
+        )
 
 
 def _convert_file(path: Path, output: Path, progress: Progress, super_weights: bool) -> None:

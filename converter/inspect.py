@@ -8,20 +8,28 @@ from typing import Any
 
 import numpy as np
 
+from calibration.activation_file import is_activations
 from calibration.imatrix_file import load_imatrix
 from calibration.layer_score import layer_scores
 from calibration.sensitivity import MAGNITUDES, is_sensitivity, load_sensitivity
 from converter.directory_artifact import DirectoryArtifact, read_recipe
 from converter.importance import is_imatrix
+from converter.inspect_activations import (
+    activation_lines,
+    inspect_activations,
+    inspect_smoothing,
+    smoothing_lines,
+)
 from converter.progress import size_text
 from converter.report import table
+from converter.smoothing_file import is_smoothing
 from converter.super_weights import super_weight_lines
 from converter.verify import artifact_files, artifact_tensors
 from formats.gguf_file import read_gguf
 from formats.registry import get_format
 
 # Shown as tables, not as lines.
-_TABLES = ("kind", "tensors", "layers", "super_weights")
+_TABLES = ("kind", "tensors", "layers", "super_weights", "groups", "factors")
 # Whole vocabularies are no reading matter.
 _LONGEST_VALUE = 200
 _IDENTITY = ("model", "revision", "corpus", "corpus_sha256", "samples", "sequence_length")
@@ -29,9 +37,14 @@ _OF_LAYER = re.compile(r"blk\.(\d+)\.")
 
 
 def inspect_file(path: Path) -> dict[str, Any]:
-    """The file as plain data: {"kind": "imatrix", "sensitivity" or "artifact", ...}. Raises ConvertError."""
+    """The file as plain data: {"kind": "imatrix", "sensitivity", "activations", "smoothing" or "artifact",
+    ...}. Raises ConvertError."""
     if path.is_dir():
         return _inspect_directory(path)
+    if is_activations(path):
+        return inspect_activations(path)
+    if is_smoothing(path):
+        return inspect_smoothing(path)
     if is_sensitivity(path):
         return _inspect_sensitivity(path)
     return _inspect_imatrix(path) if is_imatrix(path) else _inspect_artifact(path)
@@ -122,7 +135,14 @@ def _inspect_directory(directory: Path) -> dict[str, Any]:
 
 def inspect_text(data: dict[str, Any]) -> str:
     """The same for people."""
-    return {"imatrix": _imatrix_text, "sensitivity": _sensitivity_text, "artifact": _artifact_text}[data["kind"]](data)
+    texts = {
+        "imatrix": _imatrix_text,
+        "sensitivity": _sensitivity_text,
+        "activations": lambda data: "\n".join([*_identity_lines(data), *activation_lines(data)]),
+        "smoothing": lambda data: "\n".join([*_identity_lines(data), *smoothing_lines(data)]),
+        "artifact": _artifact_text,
+    }
+    return texts[data["kind"]](data)
 
 
 def _identity_lines(data: dict[str, Any]) -> list[str]:

@@ -2,12 +2,12 @@
 
 Every scheme has a limit, on the figure of the inputs that its rounding depends on:
 
-    W8A8                     token_range   <= 7     INT8, a scale for every token: at 7 bits one step of the grid is as
-    W8A8_STATIC              dynamic_range <= 7     large as what a typical channel holds
-    FP8, FP8_BLOCK           token_range   <= 14    E4M3 has 14.8 octaves between 448 and its least normal number,
-    FP8_STATIC               dynamic_range <= 14    below which a typical channel loses its precision
-    NVFP4                    outlier_ratio <= 12    FP4 has 0.5 to 6: beyond 12 the neighbours of an outlier, which share
-    MXFP4                    outlier_ratio <= 6     its scale, become zero; a scale that is a power of two halves that
+    W8A8                     token_range   <= 7    INT8, a scale for every token: at 7 bits one step of the grid is as
+    W8A8_STATIC              dynamic_range <= 7    large as what a typical channel holds
+    FP8, FP8_BLOCK           token_range   <= 14   E4M3 has 14.8 octaves between 448 and its least normal number, below
+    FP8_STATIC               dynamic_range <= 14   which a typical channel loses its precision
+    NVFP4                    outlier_ratio <= 12   FP4 has 0.5 to 6: beyond 12 the neighbours of an outlier, which share
+    MXFP4                    outlier_ratio <= 6    its scale, become zero; a scale that is a power of two halves that
 
 Weights alone (W8A16, W4A16, ...) and 16 bits bear anything.
 """
@@ -80,9 +80,9 @@ class Context:
 
 @dataclass(frozen=True)
 class PrecisionChoice:
-    """tensor: GGUF name. scheme: compressed-tensors' name, or BF16. wanted: what the profile asked for. reason: why it
-    is another one, or how far from its limit the wanted one is. alternative: the option that takes the wanted scheme
-    all the same, "" where it was taken."""
+    """tensor: the name it was asked under. scheme: compressed-tensors' name, or BF16. wanted: what the profile asked for.
+    reason: why it is another one, or how far from its limit the wanted one is. alternative: the option that takes the
+    wanted scheme all the same, "" where it was taken."""
 
     tensor: str
     scheme: str
@@ -102,7 +102,7 @@ def choose_precisions(
     context: Context,
     overridden: Iterable[str] = (),
 ) -> list[PrecisionChoice]:
-    """One choice for every tensor in `wanted` (GGUF tensor -> scheme), in its order. overridden: tensors whose scheme
+    """One choice for every tensor in `wanted` (name -> scheme), in its order. overridden: tensors whose scheme
     the user has named: they keep it.
 
     Raises ConvertError for a tensor whose scheme rounds its inputs, and of whose inputs nothing is known.

@@ -1,14 +1,17 @@
 """The stage `smooth` of a job: what it leaves, that it resumes to the same bytes, and that its outliers are gone."""
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import save_file
 
 from calibration.control import Interrupted, never
 from calibration.smoothing import SmoothQuantConfig
+from converter.cli import main
 from converter.job import Job
 from converter.model_map import describe
 from converter.progress import Progress
@@ -139,3 +142,49 @@ def test_what_is_left_in_the_work_directory_is_taken(planted, text, smoothed, tm
 def test_alpha_out_of_range_is_an_error(alpha):
     with pytest.raises(ConvertError, match="from 0 to 1"):
         SmoothQuantConfig(alpha)
+
+
+def convert(*arguments: object):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_the_command_writes_activations_and_inspect_shows_them(planted, text, tmp_path):
+    output = tmp_path / "activations.safetensors"
+    options = ["--calibration", text, "--samples", 128, "--sequence-length", 32, "--no-chat", "--device", "cpu"]
+    done = convert("imatrix", "--activations", *options, "--output", output, planted)
+    assert done.exit_code == 0, done.stderr
+    shown = json.loads(convert("inspect", "--json", output).stdout)
+    rows = {row["tensor"]: row for row in shown["tensors"]}
+    assert rows["blk.1.attn_q.weight"]["outlier_ratio"] > 40
+    assert rows["blk.0.attn_q.weight"]["outlier_ratio"] < 5
+    assert rows["blk.1.attn_q.weight"]["rows"] == 128 * 32
+    printed = convert("inspect", output).stdout
+    assert "blk.1.attn_q.weight" in printed and f"samples: {shown['samples']}" in printed
+
+
+def test_inspect_shows_smoothing(planted, text, tmp_path):
+    run(planted, text, tmp_path / "w", "auto")
+    path = tmp_path / "w" / "smoothing.safetensors"
+    shown = json.loads(convert("inspect", "--json", path).stdout)
+    assert shown["alpha"] == "auto" and len(shown["groups"]) == 16
+    printed = convert("inspect", path).stdout
+    assert "model.layers.1.input_layernorm.weight" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["imatrix", "--activations", "--output", "a.gguf", "m"], ".safetensors"),
+        (["imatrix", "--activations", "--super-weights", "--output", "a.safetensors", "m"], "--super-weights"),
+        (["plan", "--alpha", "1.5", "m"], "from 0 to 1"),
+        (["plan", "--alpha", "half", "m"], "from 0 to 1"),
+    ],
+)
+def test_impossible_options_are_refused(arguments, problem):
+    done = convert(*arguments)
+    assert done.exit_code == 1 and problem in done.stderr and "remedy:" in done.stderr
+
+
+def test_a_gguf_refuses_options_of_activations(planted):
+    done = convert("plan", "--profile", "uniform-8bit", "--alpha", "0.7", planted)
+    assert done.exit_code == 1 and "GGUF" in done.stderr and "--alpha" in done.stderr
