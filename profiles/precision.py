@@ -80,8 +80,8 @@ class Context:
 
 @dataclass(frozen=True)
 class PrecisionChoice:
-    """tensor: the name it was asked under. scheme: compressed-tensors' name, or BF16. wanted: what the profile asks for.
-    reason: why it is another one, or how far from its limit the wanted one is. alternative: the option that takes the
+    """tensor: the name asked under. scheme: compressed-tensors' name, or BF16. wanted: what the profile asks for.
+    reason: why it is another, or how far from its limit the wanted one is. alternative: the option that takes the
     wanted scheme all the same, "" where it was taken."""
 
     tensor: str
