@@ -34,6 +34,12 @@ $(VENV)-llmcompressor/.ready: scripts/llmcompressor.txt Makefile
 	    --requirement scripts/llmcompressor.txt
 	touch $@
 
+# A real vLLM engine on the CPU, which directories are loaded and run in.
+$(VENV)-vllm/.ready: scripts/vllm.txt Makefile
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement scripts/vllm.txt
+	touch $@
+
 # The lm-evaluation-harness, whose tasks run on an artifact. It stands upon the first environment, and apart from it:
 # transformers takes seconds longer to import where scikit-learn is installed.
 $(VENV)-lm-eval/.ready: $(VENV)/.ready
@@ -94,5 +100,5 @@ batch: setup
 	$(BIN)/python -m scripts.batch '$(JOBS)' --parallel $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),1)
 
 clean:
-	rm -rf $(VENV) $(VENV)-convert $(VENV)-lm-eval $(VENV)-llmcompressor .cache build dist demo *.egg-info
+	rm -rf $(VENV) $(VENV)-convert $(VENV)-lm-eval $(VENV)-llmcompressor $(VENV)-vllm .cache build dist demo *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,8 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from calibration.control import ShouldStop
+from calibration.control import ShouldStop, never
+from calibration.imatrix_file import load_imatrix, save_imatrix
 from calibration.importance import ImportanceMatrix
+from converter.adapt_activations import adapt_activations, uses_activations
 from converter.artifact import file_name
 from converter.calibrate import calibrate
 from converter.checkpoint import Checkpoint
@@ -19,9 +21,10 @@ from converter.modules import describe_modules, directory_name, gguf_names, stor
 from converter.prepared import Prepared, Surveyed
 from converter.progress import Progress
 from converter.quantization_config import quantization_config
-from converter.recipe import recipe
+from converter.recipe import IMPORTANCE_FILE, recipe
 from converter.safetensors_layout import directory_layouts
 from converter.scheme_products import SchemeProducts
+from converter.smooth import observe
 from converter.target import Adapted, Candidate, Layout
 from converter.verify import TensorError
 from converter.write import partial_path
@@ -62,10 +65,10 @@ class DirectoryTarget:
         return repair_lines(plan)
 
     def needs_statistics(self, job: Job, plan: Plan) -> bool:
-        return plan.uses_importance or _uses_activations(plan)
+        return plan.uses_importance or uses_activations(job, plan)
 
     def reads_text_later(self, job: Job, plan: Plan) -> bool:
-        return False
+        return uses_activations(job, plan)
 
     def layouts(self, surveyed: Surveyed, plan: Plan, importance: ImportanceMatrix | None) -> list[Layout]:
         return [*directory_layouts(plan, surveyed.job.shard_bytes)]
@@ -87,7 +90,14 @@ class DirectoryTarget:
     def calibrate(
         self, prepared: Surveyed, work_dir: Path, progress: Progress, should_stop: ShouldStop
     ) -> ImportanceMatrix:
-        return calibrate(prepared.job, prepared.checkpoint, prepared.model_map, work_dir, progress, should_stop)
+        """Importance, out of the activation statistics where these are needed, too: one pass serves both."""
+        job, checkpoint, model_map = prepared.job, prepared.checkpoint, prepared.model_map
+        if not (isinstance(prepared, Prepared) and uses_activations(job, prepared.plan)):
+            return calibrate(job, checkpoint, model_map, work_dir, progress, should_stop)
+        result = work_dir / IMPORTANCE_FILE
+        if not result.exists():
+            save_imatrix(result, observe(job, checkpoint, model_map, work_dir, progress, should_stop).importance())
+        return load_imatrix(result)
 
     def adapt(
         self,
@@ -97,27 +107,28 @@ class DirectoryTarget:
         progress: Progress,
         should_stop: ShouldStop,
     ) -> Adapted:
-        return Adapted(prepared, {})
+        return adapt_activations(prepared, importance, work_dir, progress, should_stop)
 
     def adapted_before(self, prepared: Prepared) -> Prepared:
-        return prepared
+        assert prepared.job.work_dir is not None
+        return adapt_activations(prepared, None, prepared.job.work_dir, Progress(quiet=True), never).prepared
 
     def write(
         self,
         adapted: Adapted,
-        importance: ImportanceMatrix | None,
         work_dir: Path,
         progress: Progress,
         should_stop: ShouldStop,
     ) -> list[Path]:
-        prepared, plan = adapted.prepared, adapted.prepared.plan
+        prepared, plan, importance = adapted.prepared, adapted.prepared.plan, adapted.importance
         assert prepared.job.output is not None
         names = gguf_names(prepared.model_map)
         tensors = [
             {"tensor": row.tensor.name, "format": row.format, "shape": list(row.tensor.shape)} for row in plan.tensors
         ]
+        ranges = adapted.found.ranges
         said = recipe(prepared.job, prepared.checkpoint, plan, importance)
-        with ModuleEncoder(prepared.checkpoint, plan, importance, names, {}, prepared.job.n_threads) as encoder:
+        with ModuleEncoder(prepared.checkpoint, plan, importance, names, ranges, prepared.job.n_threads) as encoder:
             return write_directory(
                 prepared.job.output,
                 encoder,
@@ -131,14 +142,14 @@ class DirectoryTarget:
             )
 
     def verify(
-        self, adapted: Adapted, paths: list[Path], importance: ImportanceMatrix | None, progress: Progress
+        self, adapted: Adapted, paths: list[Path], progress: Progress
     ) -> tuple[list[TensorError], dict[str, Any]]:
         prepared = adapted.prepared
         artifact = DirectoryArtifact.of_plan(paths[0].parent, prepared.plan)
         errors = verify_directory(
-            paths[0].parent, artifact, prepared.checkpoint, importance, gguf_names(prepared.model_map), progress
+            paths[0].parent, artifact, prepared.checkpoint, adapted.importance, gguf_names(prepared.model_map), progress
         )
-        return errors, {"super_weight_coverage": None, "protection": [], **adapted.found}
+        return errors, {"super_weight_coverage": None, "protection": [], **adapted.found.report}
 
     def candidate(self, adapted: Adapted, paths: list[Path], work_dir: Path) -> Candidate:
         artifact = DirectoryArtifact.of_plan(paths[0].parent, adapted.prepared.plan)
@@ -159,10 +170,6 @@ class DirectoryTarget:
 
     def weight_files(self, paths: list[Path]) -> list[Path]:
         return [path for path in paths if path.suffix == ".safetensors"]
-
-
-def _uses_activations(plan: Plan) -> bool:
-    return any(isinstance(row, PlannedModule) and row.uses_activations for row in plan.tensors)
 
 
 def _refuse_options(job: Job) -> None:

@@ -9,13 +9,18 @@ from calibration.importance import ImportanceMatrix
 from converter.checkpoint import Checkpoint
 from converter.encode import CHUNK_WEIGHTS
 from formats.errors import ConvertError
-from formats.plain import encode_bf16, encode_f16, encode_f32
+from formats.plain import decode_bf16, decode_f16, decode_f32, encode_bf16, encode_f16, encode_f32
 from formats.schemes import Scheme
 from formats.weight_scheme import Tensors
 from profiles.modules import PlannedModule
 from profiles.plan import Plan, PlannedTensor
 
-_KEPT_CODECS = {"BF16": encode_bf16, "F16": encode_f16, "F32": encode_f32}
+KEPT_CODECS = {
+    "BF16": (encode_bf16, decode_bf16),
+    "F16": (encode_f16, decode_f16),
+    "F32": (encode_f32, decode_f32),
+}
+"""Of a tensor that is kept, by its dtype: rows float32 to bytes, and back."""
 
 
 class ModuleEncoder:
@@ -84,10 +89,11 @@ class ModuleEncoder:
     def _kept(self, planned: PlannedModule) -> Iterator[np.ndarray]:
         name = planned.tensor.name
         stored = self.checkpoint.tensors[name]
+        encode, _ = KEPT_CODECS[planned.format]
         step = max(1, CHUNK_WEIGHTS // stored.n_columns)
         for start in range(0, stored.n_rows, step):
             rows = self.checkpoint.read(name, start, min(start + step, stored.n_rows))
-            yield _KEPT_CODECS[planned.format](rows.reshape(-1, stored.n_columns), None).reshape(-1)
+            yield encode(rows.reshape(-1, stored.n_columns)).reshape(-1)
 
     def _columns(self, name: str) -> np.ndarray | None:
         if self.importance is None or name not in self.names:

@@ -99,7 +99,9 @@ class GgufTarget:
         job, checkpoint, model_map = prepared.job, prepared.checkpoint, prepared.model_map
         protected = protect(job, checkpoint, model_map, prepared.plan, importance, work_dir, progress, should_stop)
         notes = tuple(f"{decision.tensor}: {decision.why}" for decision in protected.decisions)
-        return Adapted(replace(prepared, plan=protected.plan, model_map=protected.model_map), protected, notes)
+        return Adapted(
+            replace(prepared, plan=protected.plan, model_map=protected.model_map), importance, protected, notes
+        )
 
     def adapted_before(self, prepared: Prepared) -> Prepared:
         done = protected_before(prepared.job, prepared.model_map, prepared.plan, prepared.importance)
@@ -108,12 +110,11 @@ class GgufTarget:
     def write(
         self,
         adapted: Adapted,
-        importance: ImportanceMatrix | None,
         work_dir: Path,
         progress: Progress,
         should_stop: ShouldStop,
     ) -> list[Path]:
-        prepared, job = adapted.prepared, adapted.prepared.job
+        prepared, job, importance = adapted.prepared, adapted.prepared.job, adapted.importance
         assert job.output is not None
         layouts = prepared.layouts(importance)
         _check_size(prepared.plan, layouts)
@@ -122,10 +123,10 @@ class GgufTarget:
             return writer.write(progress, should_stop)
 
     def verify(
-        self, adapted: Adapted, paths: list[Path], importance: ImportanceMatrix | None, progress: Progress
+        self, adapted: Adapted, paths: list[Path], progress: Progress
     ) -> tuple[list[TensorError], dict[str, Any]]:
         prepared, protected = adapted.prepared, adapted.found
-        errors = verify(paths, prepared.checkpoint, prepared.model_map, importance, progress)
+        errors = verify(paths, prepared.checkpoint, prepared.model_map, adapted.importance, progress)
         tolerance = prepared.job.protection.tolerance
         coverage = super_weight_coverage(protected.report, paths, prepared.model_map, tolerance)
         decisions = [asdict(decision) for decision in protected.decisions]

@@ -122,6 +122,7 @@ def fingerprint(known: Surveyed) -> dict[str, Any]:
         "profile": hashlib.sha256(profile.encode()).hexdigest(),
         "overrides": [rule.text for rule in job.overrides],
         "protection": job.protection.super_weights,
+        "activations": [job.alpha, job.activation_scales],
         "target": [job.target_size, job.target_bpw, job.target_kld],
         "plan": plan,
         "imatrix": file_sha256(job.imatrix) if job.imatrix else None,
@@ -235,14 +236,14 @@ def _run_stages(
         progress.say(note)
     with clock("adapt"):
         adapted = target.adapt(prepared, importance, work_dir, progress, should_stop)
-        source, prepared = prepared.checkpoint, adapted.prepared
+        source, prepared, importance = prepared.checkpoint, adapted.prepared, adapted.importance
         model_map, plan = prepared.model_map, prepared.plan
     for note in adapted.notes:
         progress.say(note)
     with clock("encode"):
-        paths = target.write(adapted, importance, work_dir, progress, should_stop)
+        paths = target.write(adapted, work_dir, progress, should_stop)
     with clock("verify"):
-        errors, found = target.verify(adapted, paths, importance, progress)
+        errors, found = target.verify(adapted, paths, progress)
     quality = coherence = None
     if job.quality:
         from converter.guard import guard

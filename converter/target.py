@@ -49,9 +49,10 @@ class Layout(Protocol):
 @dataclass(frozen=True)
 class Adapted:
     """A job after its model has been looked at: prepared has the plan that is executed, of the weights that are
-    encoded. found: what the target reports of that. notes: what should be said."""
+    encoded; importance: of the inputs of these. found: what the target reports of that. notes: what should be said."""
 
     prepared: Prepared
+    importance: ImportanceMatrix | None
     found: Any
     notes: tuple[str, ...] = ()
 
@@ -118,7 +119,6 @@ class Target(Protocol):
     def write(
         self,
         adapted: Adapted,
-        importance: ImportanceMatrix | None,
         work_dir: Path,
         progress: Progress,
         should_stop: ShouldStop,
@@ -126,7 +126,7 @@ class Target(Protocol):
         """Encode and write what is not there yet; returns all files of the artifact, those with the weights first."""
 
     def verify(
-        self, adapted: Adapted, paths: list[Path], importance: ImportanceMatrix | None, progress: Progress
+        self, adapted: Adapted, paths: list[Path], progress: Progress
     ) -> tuple[list[TensorError], dict[str, Any]]:
         """The error of every tensor as it can be read, and what else the report has of this kind of artifact."""
 

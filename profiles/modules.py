@@ -34,6 +34,15 @@ _FALLBACKS: Mapping[str, tuple[str, ...]] = {
     "FP8_BLOCK": ("FP8",),
 }
 
+# What vLLM's fused experts do not take: INT8 needs scales that are measured by token, INT4 has no zero points.
+_OF_EXPERTS: Mapping[str, str] = {
+    "W8A8_STATIC": "W8A8",
+    "W8A8_STATIC_ASYM": "W8A8",
+    "W4A16_ASYM": "W4A16",
+    "W4A16_ASYM_G64": "W4A16_G64",
+    "W4A16_ASYM_G32": "W4A16_G32",
+}
+
 # Last parts of the names of modules that runtimes multiply as one.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
 _EXPERTS = frozenset({Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN})
@@ -127,10 +136,16 @@ def _row(
     assert wanted is not None
     if wanted in KEPT:
         return _kept(tensor, dtype, wanted, reason)
-    if tensor.role is Role.EMBEDDING:
-        row = _kept(tensor, dtype, "BF16", f"{reason}; embeddings are looked up, no runtime reads them in {wanted}")
+    if tensor.role is Role.EMBEDDING or (tensor.role is Role.OUTPUT and not _for_heads(wanted)):
+        row = _kept(tensor, dtype, "BF16", f"{reason}; no runtime reads the {tensor.role} in {wanted}")
         return replace(row, wanted=wanted)
     return _fitting(tensor, dtype, wanted, reason)
+
+
+def _for_heads(format_name: str) -> bool:
+    """Whether vLLM reads an output head in this scheme: integers whose input stays as it is."""
+    scheme = get_scheme(format_name)
+    return scheme.activations is None and scheme.weights.type == "int"
 
 
 def _kept(tensor: TensorSpec, dtype: str, wanted: str, reason: str) -> PlannedModule:
@@ -142,10 +157,14 @@ def _kept(tensor: TensorSpec, dtype: str, wanted: str, reason: str) -> PlannedMo
 
 def _fitting(tensor: TensorSpec, dtype: str, wanted: str, reason: str) -> PlannedModule:
     """The wanted scheme, or the first of its fallbacks whose shape rules the matrix meets."""
+    if tensor.role in _EXPERTS and wanted in _OF_EXPERTS:
+        other = _OF_EXPERTS[wanted]
+        row = _fitting(tensor, dtype, other, f"{reason}; vLLM's fused experts take no {wanted}: {other}")
+        return replace(row, wanted=wanted)
     where, why = tensor.name, ""
     for name in (wanted, *_FALLBACKS.get(wanted, ())):
         try:
-            get_scheme(name, where).check_shape(tensor.shape[0], tensor.shape[1], where)
+            _check_shape(get_scheme(name, where), tensor, where)
         except ConvertError as error:
             why = why or error.what
             continue
@@ -155,18 +174,28 @@ def _fitting(tensor: TensorSpec, dtype: str, wanted: str, reason: str) -> Planne
     return replace(_kept(tensor, dtype, "BF16", f"{reason}; {why}: 16 bits"), wanted=wanted)
 
 
-def keep(plan: Plan, reasons: Mapping[str, str], dtypes: Mapping[str, str], format_name: str = "BF16") -> Plan:
-    """The plan with these matrices in another format, 16 bits unless said otherwise, and what follows from that for
-    those that they are multiplied with. reasons: tensor -> why."""
+def _check_shape(scheme: Scheme, tensor: TensorSpec, where: str) -> None:
+    """Raises ConvertError for a matrix that the scheme cannot hold, or that runtimes cannot fuse with others in it."""
+    scheme.check_shape(tensor.shape[0], tensor.shape[1], where)
+    block = scheme.weights.block_structure
+    if block is not None and tensor.shape[0] % block[0]:
+        what = f"vLLM fuses blocks of {block[0]} rows only, and the matrix has {tensor.shape[0]}"
+        raise ConvertError(what, where, "choose another scheme")
+
+
+def given_schemes(plan: Plan, changes: Mapping[str, tuple[str, str]], dtypes: Mapping[str, str]) -> Plan:
+    """The plan with other formats for these matrices, and what follows from that for those that they are multiplied
+    with. changes: tensor -> format and why; dtypes: as of plan_modules."""
 
     def given(row: PlannedModule) -> PlannedModule:
         name = row.tensor.name
-        if name not in reasons or row.scheme is None:
+        if name not in changes:
             return row
-        reason = f"{row.reason}; {reasons[name]}"
-        if format_name in KEPT:
-            return replace(_kept(row.tensor, dtypes[name], format_name, reason), wanted=row.wanted or row.format)
-        return replace(_fitting(row.tensor, dtypes[name], format_name, reason), wanted=row.wanted or row.format)
+        wanted, why = changes[name]
+        reason = f"{row.reason}; {why}"
+        placed = _kept if wanted in KEPT else _fitting
+        changed = placed(row.tensor, dtypes[name], wanted, reason)
+        return replace(changed, wanted=row.wanted or row.format)
 
     return repaired(_with(plan, given))
 

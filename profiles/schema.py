@@ -25,6 +25,12 @@ formats = ["IQ*", "Q*_K"]               # optional: what to choose among
 alike   = [["mlp_gate", "mlp_up"]]      # optional: roles that share a format within a layer
 floors  = { "attention_*" = "Q2_K" }    # optional: no fewer bits than this
 
+[activations]                           # optional, for a safetensors directory: how activations are rounded
+smooth = true                           # move their outliers into the weights first (SmoothQuant)
+alpha  = 0.5                            # how far: 0 to 1, or "auto", by group
+scales = "mse"                          # static scales: or "absmax", "percentile"
+adapt  = true                           # what they cannot bear falls back to a scheme that they can
+
 [protection]                            # optional: what is done for super weights
 super_weights = "auto"                  # what measurement shows to help; or off, raise, pin, rescale, exclude
 tolerance     = 0.05                    # the share of its magnitude by which one may be off
@@ -36,6 +42,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from formats.errors import ConvertError, nearest
+from profiles.activations import ActivationRules, parse_activations
 from profiles.budget import Budget, default_budget, parse_budget
 from profiles.protection import Protection, parse_protection
 from profiles.rules import LayerQuantizationConfig, parse_rule
@@ -44,7 +51,10 @@ from profiles.target import Target, format_name, parse_target
 from profiles.tiers import Tier, parse_tiers
 
 PRESETS = Path(__file__).parent / "presets"
-_TOP_KEYS = ("description", "good_for", "extends", "target", "base", "tier", "rule", "budget", "protection")
+_TOP_KEYS = (
+    *("description", "good_for", "extends", "target", "base", "tier", "rule"),
+    *("budget", "activations", "protection"),
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,7 @@ class QuantizationProfile:
     tiers: tuple[Tier, ...] = ()
     budget: Budget | None = None
     protection: Protection = field(default_factory=Protection)
+    activations: ActivationRules = field(default_factory=ActivationRules)
     inherited: tuple[str, ...] = ()
 
     @property
@@ -127,9 +138,20 @@ def parse_profile(text: str, name: str, where: str, _extending: tuple[str, ...] 
         target=target,
         tiers=tiers or _of(parent, "tiers"),
         budget=budget,
+        activations=_activations(table, where, target, parent),
         protection=parse_protection(table.get("protection", {}), f"{where}, key protection", _of(parent, "protection")),
         inherited=() if parent is None else (*parent.inherited, parent.text),
     )
+
+
+def _activations(table: dict, where: str, target: Target, parent: QuantizationProfile | None) -> ActivationRules:
+    inherited: ActivationRules = _of(parent, "activations")
+    if "activations" not in table:
+        return inherited
+    here = f"{where}, key activations"
+    if target != "safetensors":
+        raise ConvertError("a GGUF says nothing of activations", here, 'use target = "safetensors"')
+    return parse_activations(table["activations"], here, inherited)
 
 
 _NOTHING = QuantizationProfile("", "", "", None, (), "")

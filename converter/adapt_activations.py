@@ -1,0 +1,129 @@
+"""The stage `adapt` of a safetensors directory: outliers of the activations are moved into the weights, schemes that
+the inputs cannot bear fall back, and static scales get their ranges."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from calibration.activation_ranges import RangeMethod, static_range
+from calibration.activations import ActivationStatistics
+from calibration.control import ShouldStop
+from calibration.importance import ImportanceMatrix
+from calibration.smoothing import SmoothQuantConfig
+from converter.job import Job
+from converter.modules import gguf_names, stored_dtypes
+from converter.prepared import Prepared
+from converter.progress import Progress
+from converter.smooth import observe, smooth
+from converter.target import Adapted
+from profiles.modules import PlannedModule, given_schemes
+from profiles.plan import Plan
+from profiles.precision import Context, choose_precisions
+
+
+@dataclass(frozen=True)
+class ActivationFindings:
+    """ranges: tensor -> least and largest input that is represented, for static scales. report: for report.json."""
+
+    ranges: Mapping[str, tuple[float, float]]
+    report: dict[str, Any]
+
+
+NOTHING = ActivationFindings({}, {"smoothing": None, "activations": None, "precision": []})
+
+
+def smoothing_of(job: Job) -> SmoothQuantConfig | None:
+    """What the job's options or its profile ask for."""
+    if job.alpha is not None:
+        return SmoothQuantConfig(job.alpha)
+    rules = job.profile.activations
+    return SmoothQuantConfig(rules.alpha) if rules.smooth else None
+
+
+def uses_activations(job: Job, plan: Plan) -> bool:
+    """Whether the inputs of the matrices have to be looked at."""
+    static = any(isinstance(row, PlannedModule) and row.uses_activations for row in plan.tensors)
+    return static or smoothing_of(job) is not None
+
+
+def adapt_activations(
+    prepared: Prepared,
+    importance: ImportanceMatrix | None,
+    work_dir: Path,
+    progress: Progress,
+    should_stop: ShouldStop,
+) -> Adapted:
+    """The job with smoothed weights, schemes that its activations bear, and the ranges of static scales. Statistics and
+    factors stay in the work directory."""
+    job, plan = prepared.job, prepared.plan
+    if not uses_activations(job, plan):
+        return Adapted(prepared, importance, NOTHING)
+    report: dict[str, Any] = {"smoothing": None}
+    config = smoothing_of(job)
+    if config is None:
+        seen = observe(job, prepared.checkpoint, prepared.model_map, work_dir, progress, should_stop)
+    else:
+        smoothed = smooth(job, prepared.checkpoint, prepared.model_map, config, work_dir, progress, should_stop)
+        seen, importance = smoothed.activations, smoothed.activations.importance()
+        prepared = replace(prepared, checkpoint=smoothed.checkpoint)
+        report["smoothing"] = {
+            "alpha": config.alpha,
+            "groups": [group.to_dict() for group in smoothed.groups],
+            "left": list(smoothed.left),
+        }
+    plan, choices = _adapted_plan(prepared, seen)
+    names = gguf_names(prepared.model_map)
+    ranges = {
+        row.tensor.name: _range(job, row, seen, names)
+        for row in plan.tensors
+        if isinstance(row, PlannedModule) and row.uses_activations
+    }
+    report["activations"] = [
+        {"tensor": name, **asdict(inputs.figures())} for name, inputs in sorted(seen.inputs.items())
+    ]
+    report["precision"] = [asdict(choice) for choice in choices]
+    notes = (*seen.notes(), *(f"{c.tensor}: {c.scheme} instead of {c.wanted}: {c.reason}" for c in choices))
+    return Adapted(replace(prepared, plan=plan), importance, ActivationFindings(ranges, report), notes)
+
+
+def _adapted_plan(prepared: Prepared, seen: ActivationStatistics) -> tuple[Plan, list[Any]]:
+    """The plan after fallbacks, and what fell back."""
+    job, plan = prepared.job, prepared.plan
+    if not job.profile.activations.adapt:
+        return plan, []
+    rows = {row.tensor.name: row for row in plan.tensors if isinstance(row, PlannedModule) and row.scheme is not None}
+    wanted, sources = {}, {}
+    for tensor in prepared.model_map.tensors:
+        mine = [name for name in tensor.sources if name in rows]
+        if mine and tensor.layer is not None:
+            wanted[tensor.name], sources[tensor.name] = rows[mine[0]].format, mine
+    roles = {tensor.name: tensor.role for tensor in prepared.model_map.tensors}
+    overridden = [
+        name
+        for name, mine in sources.items()
+        if any(rule.matches(rows[mine[0]].tensor, prepared.model_map.n_layers) for rule in job.overrides)
+    ]
+    figures = {name: seen.inputs[name].figures() for name in wanted if name in seen.inputs}
+    context = Context(calibrated_length=seen.sequence_length)
+    choices = [c for c in choose_precisions(wanted, roles, figures, context, overridden) if c.fell_back]
+    changed = {name: (choice.scheme, choice.reason) for choice in choices for name in sources[choice.tensor]}
+    return given_schemes(plan, changed, stored_dtypes(prepared.checkpoint)), choices
+
+
+def _range(
+    job: Job, row: PlannedModule, seen: ActivationStatistics, names: Mapping[str, tuple[str, int]]
+) -> tuple[float, float]:
+    tensor, matrix = names[row.tensor.name]
+    scheme = row.scheme
+    assert scheme is not None and scheme.activations is not None
+    method: RangeMethod = job.activation_scales or job.profile.activations.scales
+    if scheme.activations.dynamic == "local":
+        method = "absmax"  # the stored scale only places those of the groups
+    return static_range(
+        seen.of(tensor),
+        matrix,
+        method,
+        grid="int8" if scheme.activations.type == "int" else "fp8",
+        symmetric=scheme.activations.symmetric,
+    )
