@@ -1,0 +1,80 @@
+"""quantization_config: compressed-tensors parses it, and gives every module the scheme that the plan gives it."""
+
+import json
+
+import pytest
+from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.utils.match import match_name
+
+from converter.quantization_config import quantization_config
+from formats.schemes import SCHEMES
+from profiles.modules import PlannedModule
+from profiles.plan import Plan
+from profiles.vocabulary import Role
+from tests.profiles.test_modules import modules, planned
+
+
+def resolved(config: QuantizationConfig, name: str) -> tuple | None:
+    """(bits, type, strategy of the weights, bits of the inputs) of a Linear module of this name; None where ignored."""
+    if any(match_name(name, target) for target in config.ignore or []):
+        return None
+    for group in config.config_groups.values():
+        if any(target == "Linear" or match_name(name, target) for target in group.targets):
+            inputs = group.input_activations
+            return group.weights.num_bits, group.weights.type, group.weights.strategy, inputs and inputs.num_bits
+    raise AssertionError(f"{name} is neither ignored nor targeted")
+
+
+def check(plan: Plan, rename=lambda name: name) -> QuantizationConfig:
+    data = json.loads(json.dumps(quantization_config(plan)))
+    config = QuantizationConfig.model_validate(data)
+    for row in plan.tensors:
+        assert isinstance(row, PlannedModule)
+        if len(row.tensor.shape) != 2 or row.tensor.role is Role.EMBEDDING:
+            continue
+        scheme = row.scheme
+        expected = None
+        if scheme is not None:
+            inputs = scheme.activations
+            expected = scheme.weights.num_bits, scheme.weights.type, scheme.weights.strategy, inputs and inputs.num_bits
+        assert resolved(config, rename(row.module)) == expected, row.module
+    return config
+
+
+@pytest.mark.parametrize("name", list(SCHEMES))
+def test_every_scheme_is_understood(name):
+    config = check(planned(f'base = "{name}"', modules()))
+    assert config.format == SCHEMES[name].format or len(config.config_groups) > 1
+
+
+def test_one_scheme_is_said_as_everybody_does():
+    data = quantization_config(planned('base = "W8A8"', modules()))
+    assert data["config_groups"]["group_0"]["targets"] == ["Linear"] and data["ignore"] == ["lm_head"]
+    assert data["format"] == "int-quantized" and data["kv_cache_scheme"] is None
+
+
+def test_several_schemes_have_groups_of_their_own():
+    plan = planned('base = "W8A8"', modules(3), "mlp_*=NVFP4A16", "model.layers.1.self_attn.o_proj.weight=BF16")
+    config = check(plan)
+    assert config.format == "mixed-precision" and len(config.config_groups) == 2
+    assert {str(group.format.value) for group in config.config_groups.values()} == {
+        "int-quantized",
+        "nvfp4-pack-quantized",
+    }
+
+
+def test_layers_of_their_own_are_told_apart_also_beyond_nine():
+    plan = planned('base = "FP8"', modules(12), "model.layers.1.mlp.down_proj.weight=W8A8")
+    check(plan)
+    check(plan, rename=lambda name: name.replace("model.layers", "model.language_model.layers"))
+
+
+def test_experts_and_routers():
+    config = check(planned('base = "FP8"', modules(2, n_experts=3), "attention_*=W8A8"))
+    assert "model.layers.0.mlp.gate" in (config.ignore or [])
+    check(planned('base = "W8A8"', modules(2, n_experts=3)))
+
+
+def test_a_plan_without_schemes_has_no_configuration():
+    with pytest.raises(ValueError, match="without any scheme"):
+        quantization_config(planned('base = "BF16"', modules()))
