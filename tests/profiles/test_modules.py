@@ -103,10 +103,8 @@ def test_what_runtimes_fuse_gets_the_finest_scheme_of_its_members():
     for name in "qkv":
         assert found[f"model.layers.0.self_attn.{name}_proj.weight"] == "W8A8"
         assert found[f"model.layers.1.self_attn.{name}_proj.weight"] == "W4A16_G32"
-    assert (
-        found["model.layers.0.mlp.gate_proj.weight"] == "BF16"
-        and found["model.layers.0.mlp.down_proj.weight"] == "W4A16_G32"
-    )
+    assert found["model.layers.0.mlp.gate_proj.weight"] == "BF16"
+    assert found["model.layers.0.mlp.down_proj.weight"] == "W4A16_G32"
     assert any("multiplied as one with k_proj, which is W8A8" in line for line in repair_lines(plan))
 
 
