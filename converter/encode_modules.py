@@ -42,7 +42,7 @@ class ModuleEncoder:
     ):
         self.checkpoint, self.plan, self.threads = checkpoint, plan, threads
         self.importance, self.names, self.input_ranges = importance, names, input_ranges
-        self._global_scales: dict[str, float] = {}
+        self._global_scales: dict[tuple[str, ...], float] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -104,25 +104,18 @@ class ModuleEncoder:
         return self.importance.columns(tensor)[matrix].astype(np.float32)
 
     def _global_scale(self, planned: PlannedModule, scheme: Scheme) -> float | None:
-        """Shared by all that a runtime multiplies as one; of a matrix alone its encoder finds it."""
+        """Of several matrices that a runtime multiplies as one; None for the matrix's own."""
         group = planned.shares_scale_with
         if not scheme.has_global_scale or len(group) == 1:
             return None
-        if group[0] not in self._global_scales:
-            name = ""
-
-            def read() -> Iterator[np.ndarray]:
-                nonlocal name
-                for name in group:
-                    yield self.checkpoint.read(name)
-
-            columns = self._columns(planned.tensor.name)
-            try:
-                scale = scheme.shared_scale(read, columns, effort=self.plan.effort, n_threads=self.threads)
-            except ConvertError as error:
-                raise ConvertError(error.what, f"tensor {name}: {error.where}", error.remedy) from None
-            self._global_scales[group[0]] = scale
-        return self._global_scales[group[0]]
+        if group not in self._global_scales:
+            self._global_scales[group] = scheme.shared_scale(
+                lambda: map(self.checkpoint.read, group),
+                self._columns(group[0]),
+                effort=self.plan.effort,
+                n_threads=self.threads,
+            )
+        return self._global_scales[group]
 
     def _input_range(self, name: str) -> tuple[float, float]:
         low, high = self.input_ranges.get(name, (0.0, 0.0))

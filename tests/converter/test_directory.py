@@ -1,0 +1,267 @@
+"""Safetensors directories: transformers loads and runs them, with the numbers that our own evaluation gives."""
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner, Result
+from safetensors import safe_open
+
+import converter
+from calibration.stream import LayerStream
+from converter.cli import main
+from converter.directory_artifact import DirectoryArtifact
+from converter.scheme_products import SchemeProducts
+from converter.source import open_checkpoint
+from tests.tiny_models import VOCAB_SIZE
+
+SHORT = {"samples": 128, "sequence_length": 16, "calibration": "embedded", "quality": False, "quiet": True}
+TOKENS = np.random.default_rng(0).integers(3, VOCAB_SIZE, (2, 40))
+
+
+def profile(path: Path, text: str) -> str:
+    path.write_text(f'description = "d"\ngood_for = "g"\ntarget = "safetensors"\n{text}\n')
+    return str(path)
+
+
+def convert(model: Path, directory: Path, text: str, **options) -> tuple[Path, dict]:
+    """The directory that a profile of this text makes of the model, and the report."""
+    output = directory / "artifact"
+    name = text if text.endswith("a8") or text in ("fp8", "w4a16") else profile(directory / "p.toml", text)
+    return output, converter.convert(str(model), profile=name, output=output, **{**SHORT, **options})
+
+
+def ours(artifact: Path, model: Path, work_dir: Path) -> np.ndarray:
+    """float32 [2, 40, VOCAB_SIZE]: our own evaluation of the directory."""
+    weights = DirectoryArtifact.of_recipe(artifact)
+    stream = LayerStream(weights, model, TOKENS, work_dir, device="cpu", threads=1, arithmetic=SchemeProducts(weights))
+    stream.run()
+    with stream.head() as head, torch.inference_mode():
+        return np.stack([head(stream.hidden_states(i, i + 1)[0]).numpy() for i in range(len(TOKENS))])
+
+
+def theirs(directory: Path, dtype: torch.dtype = torch.float32, **options) -> np.ndarray:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options)
+    with torch.inference_mode():
+        logits = model(torch.from_numpy(TOKENS)).logits.float().numpy()
+    written = model.generate(torch.from_numpy(TOKENS[:1, :8]), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert written.shape == (1, 12)
+    return logits
+
+
+def relative(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.square(a - b).sum() / np.square(b - b.mean()).sum())
+
+
+@pytest.mark.parametrize("scheme", ["W4A16_G32", "W8A16", "FP8", "FP8_BLOCK", "FP8_STATIC"])
+def test_transformers_computes_to_the_bit_what_we_evaluate(tiny, tmp_path, scheme):
+    model = tiny("llama-256")
+    artifact, _ = convert(model, tmp_path, f'base = "{scheme}"')
+    np.testing.assert_array_equal(ours(artifact, model, tmp_path / "work"), theirs(artifact))
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A8_STATIC", "W8A8_STATIC_ASYM"])
+def test_integer_products_differ_from_simulated_ones_by_their_rounding_alone(tiny, tmp_path, scheme):
+    """transformers multiplies rounded floats: the sums differ in their last bits, and roundings after them flip."""
+    model = tiny("llama-256")
+    artifact, _ = convert(model, tmp_path, f'base = "{scheme}"')
+    source, evaluated, simulated = theirs(model), ours(artifact, model, tmp_path / "work"), theirs(artifact)
+    assert relative(evaluated, simulated) < 0.2 * relative(simulated, source)
+    assert relative(evaluated, source) == pytest.approx(relative(simulated, source), rel=0.1)
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4A16", "MXFP4A16"])
+def test_fp4_differs_by_what_bfloat16_explains(tiny, tmp_path, scheme):
+    """Of FP4, compressed-tensors decodes to bfloat16 only."""
+    model = tiny("llama-256")
+    artifact, _ = convert(model, tmp_path, f'base = "{scheme}"')
+    in_bf16 = relative(theirs(model, torch.bfloat16), theirs(model))
+    assert relative(ours(artifact, model, tmp_path / "work"), theirs(artifact, torch.bfloat16)) < 10 * in_bf16
+
+
+@pytest.mark.parametrize("name", ["qwen2", "phi3", "gemma3", "llama-biases"])
+def test_every_architecture_smooths_loads_and_generates(tiny, tmp_path, name):
+    model = tiny(name)
+    artifact, report = convert(model, tmp_path, "smoothquant-w8a8")
+    assert report["smoothing"]["groups"]
+    source = theirs(model)
+    assert relative(theirs(artifact), source) < 0.01
+    assert relative(ours(artifact, model, tmp_path / "work"), source) < 0.01
+
+
+def test_experts_load_where_transformers_reads_them(tiny, tmp_path):
+    """FP8 and packed experts; of INT8 ones with rounded inputs it knows nothing, vLLM does."""
+    model = tiny("qwen3_moe")
+    artifact, _ = convert(model, tmp_path, "fp8")
+    assert relative(theirs(artifact), theirs(model)) < 0.05
+    names = set(DirectoryArtifact.of_recipe(artifact).tensors)
+    assert "model.layers.0.mlp.experts.7.gate_proj.weight" in names
+
+
+def test_several_schemes_in_one_directory(tiny, tmp_path):
+    model = tiny("llama-256")
+    text = 'base = "FP8"\n[[rule]]\nroles = ["mlp_*"]\nformat = "W4A16_G32"\n[[rule]]\nroles = ["attention_output"]\n'
+    artifact, _ = convert(model, tmp_path, text + 'layers = ["first:1"]\nformat = "BF16"')
+    config = json.loads((artifact / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "mixed-precision" and "model.layers.0.self_attn.o_proj" in config["ignore"]
+    np.testing.assert_array_equal(ours(artifact, model, tmp_path / "work"), theirs(artifact))
+
+
+def test_plan_and_files_agree_to_the_byte_and_shards_do(tiny, tmp_path):
+    model = tiny("llama-256")
+    arguments = ["--profile", "w4a16", "--split-size", "300K", "--no-quality", "--output", str(tmp_path / "a")]
+    arguments += ["--calibration", "embedded", "--samples", "128", "--sequence-length", "16", "--json", str(model)]
+    planned = json.loads(CliRunner().invoke(main, ["plan", *arguments]).stdout)
+    assert not (tmp_path / "a").exists()
+    report = json.loads(CliRunner().invoke(main, arguments).stdout)
+    shards = sorted((tmp_path / "a").glob("*.safetensors"))
+    assert len(shards) > 3 and shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert sum(path.stat().st_size for path in shards) == planned["bytes"] == report["artifact"]["bytes"]
+    index = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())
+    for path in shards:
+        with safe_open(path, "pt") as file:
+            assert {name for name, shard in index["weight_map"].items() if shard == path.name} == set(file.keys())
+    assert theirs(tmp_path / "a").shape == (2, 40, VOCAB_SIZE)
+
+
+def test_what_is_beside_the_weights(tiny, tmp_path):
+    model = tiny("llama-256")
+    artifact, report = convert(model, tmp_path, "fp8")
+    config, source = (json.loads((d / "config.json").read_text()) for d in (artifact, model))
+    assert {key: value for key, value in config.items() if key != "quantization_config"} == source
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (artifact / name).read_bytes() == (model / name).read_bytes()
+    recipe = json.loads((artifact / "bitwright.json").read_text())
+    assert {file["path"] for file in recipe["files"]} == {p.name for p in artifact.iterdir()} - {"bitwright.json"}
+    assert recipe["recipe"]["plan_sha256"] == report["plan_sha256"]
+
+
+def test_decoded_weights_equal_those_of_compressed_tensors(tiny, tmp_path):
+    """Through its own decoder, in the dtype that the scales are stored in."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    artifact, _ = convert(tiny("llama-256"), tmp_path, 'base = "W4A16_ASYM_G64"')
+    data = json.loads((artifact / "config.json").read_text())["quantization_config"]
+    (scheme,) = QuantizationConfig.model_validate(data).config_groups.values()
+    name = "model.layers.2.mlp.down_proj"
+    with safe_open(artifact / "model.safetensors", "pt") as file:
+        state = {key.rpartition(".")[2]: file.get_tensor(key) for key in file.keys() if key.startswith(name)}  # noqa: SIM118
+    state["weight_scale"] = state["weight_scale"].float()
+    decoded = BaseCompressor.get_value_from_registry("pack-quantized").decompress(state, scheme)["weight"]
+    np.testing.assert_array_equal(DirectoryArtifact.of_recipe(artifact).read(f"{name}.weight"), decoded.float().numpy())
+
+
+# Children are forked from a server that has imported everything and started nothing: a kill hits work, not imports.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["calibration.stream", "converter.pipeline", "converter.directory_target", "torch"])
+
+
+def _convert_slowly(model: str, output: str, stop_at: int) -> None:
+    """A conversion that kills itself when so many modules are encoded, or while the directory is completed."""
+    from converter import directory
+    from converter.encode_modules import ModuleEncoder
+
+    encoded, encode = [0], ModuleEncoder.encode
+
+    def counting(self, planned):
+        encoded[0] += 1
+        if encoded[0] == stop_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield from encode(self, planned)
+
+    ModuleEncoder.encode = counting
+    if stop_at < 0:
+        in_place = directory._put_in_place
+
+        def killed(partial, output):
+            if stop_at == -2:
+                in_place(partial, output)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        directory._put_in_place = killed
+    converter.convert(model, profile="smoothquant-w8a8", output=output, **SHORT)
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(tiny, tmp_path):
+    model = tiny("llama")
+    whole, _ = convert(model, tmp_path, "smoothquant-w8a8")
+    output = tmp_path / "killed" / "artifact"
+    for stop_at in (1, 7, 7, -1, -2):
+        process = _PROCESSES.Process(target=_convert_slowly, args=(str(model), str(output), stop_at))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, stop_at
+        assert output.exists() == (stop_at == -2)
+    converter.convert(str(model), profile="smoothquant-w8a8", output=output, **SHORT)
+    assert {p.name: p.read_bytes() for p in output.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+    assert [path.name for path in output.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--profile", "fp8", "--target-size", "1M"], "makes a safetensors directory"),
+        (["--profile", "fp8", "--lm-eval", "arc_easy"], "--lm-eval is for a GGUF"),
+        (["--profile", "fp8", "--sensitivity", "s.safetensors"], "--sensitivity is for a GGUF"),
+        (["--profile", "fp8", "--protect-super-weights", "pin"], "--protect-super-weights is for a GGUF"),
+        (["--profile", "fp8", "--output", "x.gguf"], "--output is for a GGUF"),
+        (["--profile", "fp8", "--set", "mlp_down=W8A9"], "unknown scheme 'W8A9'"),
+        (["--profile", "fp8", "--set", "mlp_down=Q4_K"], "unknown scheme 'Q4_K'"),
+        (["--profile", "fp8", "--set", "*=BF16"], "the plan quantizes nothing"),
+        (["--profile", "smoothquant-w8a8", "--alpha", "1.5"], "alpha"),
+    ],
+)
+def test_bad_options(tiny, options, what):
+    failed = invoke("plan", *options, tiny("llama"))
+    assert failed.exit_code == 1 and what in failed.stderr and "remedy: " in failed.stderr
+
+
+def test_a_directory_that_is_there_is_not_replaced(tiny, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("precious")
+    for fresh in ([], ["--fresh"]):
+        failed = invoke("--profile", "fp8", "--no-quality", *fresh, "--output", tmp_path / "mine", tiny("llama"))
+        assert failed.exit_code == 1 and "the output exists" in failed.stderr
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "precious"
+    written = ["--profile", "fp8", "--no-quality", "--output", tmp_path / "artifact", tiny("llama")]
+    assert invoke(*written).exit_code == 0
+    assert "already done" in invoke(*written).stderr
+    assert invoke("--fresh", *written).exit_code == 0
+    changed = tmp_path / "artifact" / "config.json"
+    changed.write_text(changed.read_text() + " ")
+    failed = invoke(*written)
+    assert failed.exit_code == 1 and "removed or changed since" in failed.stderr
+
+
+def test_commands_read_a_directory(tiny, tmp_path):
+    model = tiny("llama-256")
+    artifact, report = convert(model, tmp_path, "fp8")
+    data = json.loads(invoke("inspect", artifact, "--json").stdout)
+    assert sum(t["bytes"] for t in data["tensors"]) < data["bytes"] == report["artifact"]["bytes"]
+    rows = json.loads(invoke("verify", artifact, "--against", model, "--json").stdout)
+    assert [row["relative_error"] for row in rows] == [error["relative_error"] for error in report["errors"]]
+    other = invoke("verify", artifact, "--against", tiny("qwen2"))
+    assert other.exit_code == 1 and "of another model" in other.stderr
+    unread = invoke("inspect", model)
+    assert unread.exit_code == 1 and "bitwright.json" in unread.stderr
+
+
+def test_the_report_has_what_a_gguf_s_has(tiny, tmp_path):
+    model = tiny("llama-256")
+    _, report = convert(model, tmp_path, "smoothquant-w8a8", quality=True, sequence_length=32)
+    assert report["quality"]["mean_kld"] < 0.05 and report["verdict"] == "coherent"
+    assert report["coherence"]["runtime"].startswith("transformers, with the products")
+    assert {group["layer"] for group in report["smoothing"]["groups"]} == set(range(4))
+    assert report["activations"] and Path(report["page"]).read_text().startswith("<!")
+    assert open_checkpoint(str(model)).model_id == report["model"]
