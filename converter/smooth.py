@@ -1,5 +1,6 @@
 """The stage `smooth`: activation statistics, SmoothQuant's factors from them, and the model that they make."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,13 +32,15 @@ _SAMPLES_SEEN_AGAIN = SAMPLES_RANGE[0]
 class Smoothed:
     """checkpoint, model_map: of the smoothed model, by the checkpoint's own tensor names; it reads as any checkpoint
     does. activations: of the smoothed model, whose `importance()` the encoders use. smoothing: factors and record.
-    left: GGUF tensors whose inputs nothing makes up for."""
+    left: GGUF tensors whose inputs nothing makes up for. errors: GGUF tensor -> what INT8 weights and inputs, smoothed,
+    leave in its output, see calibration.smoothing.output_error."""
 
     checkpoint: SmoothedCheckpoint
     model_map: ModelMap
     activations: ActivationStatistics
     smoothing: Smoothing
     left: tuple[str, ...]
+    errors: Mapping[str, float]
 
     @property
     def groups(self) -> tuple[SmoothedGroup, ...]:
@@ -97,8 +100,21 @@ def smooth(
             stage="calibrate smoothed",
         )
         save_activations(path, before.divided(smoothing.factors, again))
-    left = tuple(unsmoothed(groups, running_map))
-    return Smoothed(view, running_map, load_activations(path), smoothing, left)
+    return Smoothed(
+        view,
+        running_map,
+        load_activations(path),
+        smoothing,
+        tuple(unsmoothed(groups, running_map)),
+        {
+            consumer.statistics[0]: decided.error
+            for group, decided in zip(groups, smoothing.groups, strict=True)
+            if decided.error is not None
+            for link in group.links
+            for consumer in link.consumers
+            if consumer.quantized
+        },
+    )
 
 
 def observe(

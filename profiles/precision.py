@@ -2,14 +2,16 @@
 
 Every scheme has a limit, on the figure of the inputs that its rounding depends on:
 
-    W8A8                     token_range   <= 7    INT8, a scale for every token: at 7 bits one step of the grid is as
-    W8A8_STATIC              dynamic_range <= 7    large as what a typical channel holds
+    W8A8                     token_range   <= 6    INT8, a scale for every token: at 6 bits one step of the grid is half
+                                                   of what a typical channel holds, and 2 % of its energy is error
+    W8A8_STATIC              dynamic_range <= 7    one for all, whose range may cut rare values off
     FP8, FP8_BLOCK           token_range   <= 14   E4M3 has 14.8 octaves between 448 and its least normal number, below
     FP8_STATIC               dynamic_range <= 14   which a typical channel loses its precision
     NVFP4                    outlier_ratio <= 12   FP4 has 0.5 to 6: beyond 12 the neighbours of an outlier, which share
     MXFP4                    outlier_ratio <= 6    its scale, become zero; a scale that is a power of two halves that
 
-Weights alone (W8A16, W4A16, ...) and 16 bits bear anything.
+Where it has been measured, what INT8 weights and inputs leave in a matrix's output is limited too: an outlier that was
+moved into the weights does no less harm there. Weights alone (W8A16, W4A16, ...) and 16 bits bear anything.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,7 +27,7 @@ Figure = Literal["token_range", "dynamic_range", "outlier_ratio"]
 UNQUANTIZED = "BF16"
 
 LIMITS: dict[str, tuple[Figure, float]] = {
-    "W8A8": ("token_range", 7.0),
+    "W8A8": ("token_range", 6.0),
     "W8A8_STATIC": ("dynamic_range", 7.0),
     "W8A8_STATIC_ASYM": ("dynamic_range", 7.0),
     "FP8": ("token_range", 14.0),
@@ -35,6 +37,9 @@ LIMITS: dict[str, tuple[Figure, float]] = {
     "MXFP4": ("outlier_ratio", 6.0),
 }
 """Scheme -> the figure that limits it, and up to where it serves."""
+
+INT8_ERROR_LIMIT = 0.01
+"""Of the relative squared error of a matrix's output by INT8 weights and inputs."""
 
 # What is tried where a scheme does not serve: the same arithmetic with finer scales of the inputs, then 8 bits for 4.
 _FALLBACKS: dict[str, tuple[str, ...]] = {
@@ -101,9 +106,10 @@ def choose_precisions(
     figures: Mapping[str, InputFigures],
     context: Context,
     overridden: Iterable[str] = (),
+    errors: Mapping[str, float] | None = None,
 ) -> list[PrecisionChoice]:
     """One choice for every tensor in `wanted` (name -> scheme), in its order. overridden: tensors whose scheme
-    the user has named: they keep it.
+    the user has named: they keep it. errors: relative squared errors of outputs in INT8, of those that were measured.
 
     Raises ConvertError for a tensor whose scheme rounds its inputs, and of whose inputs nothing is known.
     """
@@ -111,13 +117,20 @@ def choose_precisions(
     return [
         PrecisionChoice(tensor, scheme, scheme, "as asked for", "")
         if tensor in fixed
-        else choose_precision(tensor, scheme, roles[tensor], figures.get(tensor), context)
+        else choose_precision(
+            tensor, scheme, roles[tensor], figures.get(tensor), context, None if errors is None else errors.get(tensor)
+        )
         for tensor, scheme in wanted.items()
     ]
 
 
 def choose_precision(
-    tensor: str, wanted: str, role: Role, figures: InputFigures | None, context: Context
+    tensor: str,
+    wanted: str,
+    role: Role,
+    figures: InputFigures | None,
+    context: Context,
+    error: float | None = None,
 ) -> PrecisionChoice:
     """The wanted scheme where the inputs are within its limit, otherwise the first of its fallbacks that serves. Raises
     as choose_precisions does."""
@@ -134,6 +147,10 @@ def choose_precision(
         figure, limit = LIMITS[scheme]
         limit -= _margin(scheme, figure, role, context)
         value = getattr(figures, figure)
+        harmed = scheme.startswith("W8A8") and error is not None and error > INT8_ERROR_LIMIT
+        if harmed:
+            refusals.append(f"in INT8 its output is off by {error:.1%} of its energy, beyond {INT8_ERROR_LIMIT:.0%}")
+            continue
         if value <= limit:
             reason = f"{_FIGURE_TEXT[figure].format(value)}, and {scheme} bears {_limit_text(figure, limit)}"
             break

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import save_file
 
+from calibration.activation_file import load_activations
 from calibration.control import Interrupted, never
 from calibration.smoothing import SmoothQuantConfig
 from converter.cli import main
@@ -19,6 +20,7 @@ from converter.smooth import Smoothed, smooth
 from converter.smoothing_file import load_smoothing
 from converter.source import open_checkpoint
 from formats.errors import ConvertError
+from profiles.precision import Context, choose_precisions
 from profiles.schema import load_profile
 from tests.calibration.streaming import DictSource
 
@@ -34,12 +36,7 @@ def planted(tiny, tmp_path_factory) -> Path:
     source.tensors[f"{layer}.input_layernorm.weight"][OUTLIER] *= 100
     for name in ("q", "k", "v"):
         source.tensors[f"{layer}.self_attn.{name}_proj.weight"][:, OUTLIER] /= 100
-    directory = tmp_path_factory.mktemp("outlier") / "model"
-    shutil.copytree(tiny("llama-256"), directory)
-    for file in directory.glob("*.safetensors*"):
-        file.unlink()
-    save_file(source.tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    return directory
+    return rewritten(tiny("llama-256"), source, tmp_path_factory.mktemp("outlier") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +185,33 @@ def test_impossible_options_are_refused(arguments, problem):
 def test_a_gguf_refuses_options_of_activations(planted):
     done = convert("plan", "--profile", "uniform-8bit", "--alpha", "0.7", planted)
     assert done.exit_code == 1 and "GGUF" in done.stderr and "--alpha" in done.stderr
+
+
+def test_what_smoothing_cannot_absorb_stays_in_16_bits(planted, text, tmp_path):
+    """Layer 1 has an outlier that its weights allow for; of layer 2 they do not, so whatever alpha, one side has it."""
+    source = DictSource.of(planted)
+    source.tensors["model.layers.2.post_attention_layernorm.weight"][5] *= 1e7
+    model = rewritten(planted, source, tmp_path / "model")
+    seen = run(model, text, tmp_path / "w", 0.5)
+    tensors = [t for t in seen.model_map.tensors if t.quantizable and t.layer is not None]
+    figures = {t.name: seen.activations.of(t.name).figures() for t in tensors}
+    wanted, roles = dict.fromkeys(figures, "W8A8"), {t.name: t.role for t in tensors}
+    choices = choose_precisions(wanted, roles, figures, Context(), errors=seen.errors)
+    fallen = {choice.tensor for choice in choices if choice.fell_back}
+    assert {"blk.2.ffn_gate.weight", "blk.2.ffn_up.weight"} <= fallen
+    assert not {name for name in fallen if name.startswith(("blk.0.", "blk.1."))}
+    assert set(seen.errors) == set(wanted)
+    # Without smoothing the other outlier, too, is too much for INT8.
+    before = load_activations(tmp_path / "w" / "activations.safetensors")
+    figures = {name: before.of(name).figures() for name in wanted}
+    choices = choose_precisions(wanted, roles, figures, Context())
+    naive = {choice.tensor for choice in choices if choice.fell_back}
+    assert {"blk.1.attn_q.weight", "blk.1.attn_k.weight", "blk.1.attn_v.weight"} <= naive
+
+
+def rewritten(model: Path, source: DictSource, directory: Path) -> Path:
+    shutil.copytree(model, directory)
+    for file in directory.glob("*.safetensors*"):
+        file.unlink()
+    save_file(source.tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory

@@ -35,8 +35,8 @@ def test_calm_inputs_get_what_is_wanted(wanted):
 @pytest.mark.parametrize(
     ("wanted", "figures", "scheme"),
     [
-        ("W8A8", Figures(token_range=6.9, dynamic_range=12, outlier_ratio=300), "W8A8"),
-        ("W8A8", Figures(token_range=7.1), UNQUANTIZED),
+        ("W8A8", Figures(token_range=5.9, dynamic_range=12, outlier_ratio=300), "W8A8"),
+        ("W8A8", Figures(token_range=6.1), UNQUANTIZED),
         ("W8A8_STATIC", Figures(dynamic_range=6.9), "W8A8_STATIC"),
         ("W8A8_STATIC", Figures(dynamic_range=7.1), "W8A8"),
         ("W8A8_STATIC", Figures(dynamic_range=9, token_range=7.1), UNQUANTIZED),
@@ -66,13 +66,13 @@ def test_where_weights_are_what_takes_the_time_they_stay_small():
 
 
 def test_long_prompts_want_room_in_static_scales_only():
-    figures = Figures(dynamic_range=6.7, token_range=6.7)
+    figures = Figures(dynamic_range=6.7, token_range=5.7)
     assert choose("W8A8_STATIC", figures, sequence_length=4096).scheme == "W8A8_STATIC"
     assert choose("W8A8_STATIC", figures, sequence_length=32768).scheme == "W8A8"
 
 
 def test_a_rounded_cache_wants_room_in_front_of_it():
-    figures = Figures(token_range=6.5)
+    figures = Figures(token_range=5.5)
     for role in (Role.ATTENTION_QUERY, Role.ATTENTION_KEY, Role.ATTENTION_VALUE, Role.ATTENTION_QKV):
         assert choose("W8A8", figures, role, fp8_kv_cache=True).scheme == UNQUANTIZED
     assert choose("W8A8", figures, Role.MLP_UP, fp8_kv_cache=True).scheme == "W8A8"
@@ -92,3 +92,12 @@ def test_what_the_user_names_is_kept():
     roles = dict.fromkeys(wanted, Role.MLP_UP)
     choices = choose_precisions(wanted, roles, figures, Context(), overridden=["b"])
     assert [choice.scheme for choice in choices] == [UNQUANTIZED, "W8A8"]
+
+
+def test_an_outlier_that_the_weights_hold_is_seen_by_its_error():
+    wanted = {"a": "W8A8", "b": "W8A8_STATIC", "c": "W8A8", "d": "FP8"}
+    figures, roles = dict.fromkeys(wanted, Figures()), dict.fromkeys(wanted, Role.MLP_UP)
+    errors = {"a": 0.02, "b": 0.02, "c": 0.009, "d": 0.5}
+    choices = choose_precisions(wanted, roles, figures, Context(), errors=errors)
+    assert [choice.scheme for choice in choices] == [UNQUANTIZED, UNQUANTIZED, "W8A8", "FP8"]
+    assert "2.0%" in choices[0].reason
