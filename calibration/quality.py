@@ -58,7 +58,8 @@ class Baseline:
     As llama-perplexity does, the second half of each sample is scored, so that every prediction has half a sample of
     context at least: of L tokens the L - L // 2 - 1 that follow position L // 2.
     work_dir: checkpoints, twice `importance.work_bytes`; a second call continues there. identity: what tells these
-    weights from others, so that no checkpoint of others is continued.
+    weights from others, so that no checkpoint of others is continued. keep: the hidden states of every layer, so that
+    weights that differ late are measured sooner.
     Raises ConvertError for samples of less than 4 tokens.
     """
 
@@ -72,6 +73,7 @@ class Baseline:
         identity: str = "",
         device: str = "auto",
         threads: int | None = None,
+        keep: bool = False,
     ):
         if corpus.tokens.shape[1] < 4:
             raise ConvertError(
@@ -81,7 +83,8 @@ class Baseline:
             )
         self.corpus, self.work_dir = corpus, work_dir
         self._identity, self._device, self._threads, self._config_dir = identity, device, threads, config_dir
-        self._source = self._stream(source, "source")
+        self._keep = keep
+        self._source = self._stream(source, "source", keep=keep)
 
     def scores(
         self,
@@ -89,6 +92,7 @@ class Baseline:
         name: str = "candidate",
         *,
         arithmetic: "Arithmetic | None" = None,
+        first_layer: int = 0,
         progress: Progress = silent,
         should_stop: ShouldStop = never,
     ) -> np.ndarray:
@@ -97,11 +101,12 @@ class Baseline:
         tokens agree, and whether the true next token is the source's and the candidate's top one.
 
         name: of these weights among all that are measured in the work directory. arithmetic: how products with them
-        are computed.
+        are computed. first_layer: the first one whose weights differ from the source's.
         Raises Interrupted when should_stop says so.
         """
         self._source.run(progress, should_stop, stage="run source")
-        stream = self._stream(candidate, name, arithmetic)
+        after = (self._source, first_layer) if self._keep and first_layer else None
+        stream = self._stream(candidate, name, arithmetic=arithmetic, after=after)
         stream.run(progress, should_stop, stage=f"run {name}")
         parts, n_samples = [], len(self.corpus.tokens)
         for n_done, sample in enumerate(_scores([self._source, stream], self.corpus.tokens), start=1):
@@ -123,7 +128,15 @@ class Baseline:
         """Delete the source's hidden states; nothing can be measured any more."""
         shutil.rmtree(self.work_dir / "source", ignore_errors=True)
 
-    def _stream(self, weights: "WeightSource", name: str, arithmetic: "Arithmetic | None" = None) -> "LayerStream":
+    def _stream(
+        self,
+        weights: "WeightSource",
+        name: str,
+        *,
+        arithmetic: "Arithmetic | None" = None,
+        keep: bool = False,
+        after: "tuple[LayerStream, int] | None" = None,
+    ) -> "LayerStream":
         from calibration.stream import LayerStream
 
         return LayerStream(
@@ -135,6 +148,8 @@ class Baseline:
             device=self._device,
             threads=self._threads,
             arithmetic=arithmetic,
+            keep=keep,
+            after=after,
         )
 
 

@@ -73,16 +73,22 @@ class Removals:
             identity=identity,
             device=device,
             threads=threads,
+            keep=True,
         )
 
-    def of(self, removed: Iterable[Stored]) -> tuple[float, float]:
+    def of(self, removed: Iterable[Stored], first_layer: int = 0) -> tuple[float, float]:
         """With all of these at zero, in nats per token: the increase of the cross-entropy of the text, and the KL
-        divergence from the model as it is. Raises Interrupted when should_stop says so."""
+        divergence from the model as it is. first_layer: the first one that loses a weight.
+        Raises Interrupted when should_stop says so."""
         weights = sorted(removed)
         name = hashlib.sha256(json.dumps([self._measures, weights]).encode()).hexdigest()[:16]
         if name not in self._known:
             scores = self._baseline.scores(
-                WithoutWeights(self.source, weights), name, progress=self._progress, should_stop=self._should_stop
+                WithoutWeights(self.source, weights),
+                name,
+                first_layer=first_layer,
+                progress=self._progress,
+                should_stop=self._should_stop,
             )
             source_loss, loss, divergence = scores[:3].mean(axis=1).tolist()
             entry = {"source_loss": source_loss, "loss": loss, "divergence": divergence}

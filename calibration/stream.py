@@ -36,6 +36,8 @@ class LayerStream(StreamedModel):
     identity: what tells the weights from others of the same shapes; a checkpoint of others is refused.
     device, threads, arithmetic: see StreamedModel. keep: every layer's input, for a pass back; otherwise only the last
     one is kept. before_commit: called after every layer and at the end, before what is done counts as done.
+    after: a finished stream that has kept them, over the same tokens, and the number of its layers whose weights are
+    the same: these are not run again, and the observer does not see them.
     """
 
     def __init__(
@@ -51,14 +53,16 @@ class LayerStream(StreamedModel):
         threads: int | None = None,
         keep: bool = False,
         before_commit: "Callable[[LayerStream], None] | None" = None,
+        after: "tuple[LayerStream, int] | None" = None,
         arithmetic: Arithmetic | None = None,
     ):
         super().__init__(source, config_dir, device=device, threads=threads, arithmetic=arithmetic)
-        self._before_commit = before_commit
+        self._before_commit, self._after = before_commit, after
         self.tokens, self.observer, self.identity = tokens, observer or NoStatistic(), identity
         self.n_samples, self.sequence_length = tokens.shape
         self._batch = most_samples(self.device, self.sequence_length)
-        self._checkpoint = self.open_checkpoint(work_dir, self.observer, {}, keep=keep)
+        settings = {} if after is None else {"layers taken over": after[1]}
+        self._checkpoint = self.open_checkpoint(work_dir, self.observer, settings, keep=keep)
 
     def run(self, progress: Progress = silent, should_stop: ShouldStop = never, *, stage: str = "calibrate") -> None:
         """Take all samples through all layers, from wherever the checkpoint stands.
@@ -71,7 +75,10 @@ class LayerStream(StreamedModel):
         report = partial(self.report, progress, stage, len(self.layers))
         with self.workers() as pool, torch.no_grad():
             if self._checkpoint.layers_done == NOT_STARTED:
-                self._embed()
+                if self._after is None:
+                    self._embed()
+                else:
+                    self._checkpoint.commit(self._after[1], {})
             if self._checkpoint.layers_done < len(self.layers):
                 self._through_layers(pool, report, should_stop)
             self._observe_head()
@@ -166,9 +173,10 @@ class LayerStream(StreamedModel):
         calls = self.layer_calls(self.sequence_length)
         with closing(self.layers_in_turn(range(self._checkpoint.layers_done, len(self.layers)))) as turns:
             for index, weights in turns:
-                micro_batch = partial(
-                    self._forward, calls[index], self._checkpoint.hidden(index), self._checkpoint.hidden(index + 1)
-                )
+                inputs = self._checkpoint.hidden(index)
+                if self._after is not None and self._after[1] == index:
+                    inputs = self._after[0].hidden(index)
+                micro_batch = partial(self._forward, calls[index], inputs, self._checkpoint.hidden(index + 1))
                 for samples_done in self.for_all_samples(pool, micro_batch, weights, self.observer, self._batch):
                     report(index, samples_done)
                 self._commit(index + 1)

@@ -215,8 +215,12 @@ def _stored(candidate: Candidate) -> tuple[str, int, int]:
     return candidate.source, candidate.stored_row, candidate.place.column
 
 
+def _without(candidates: Sequence[Candidate], removals: Removals) -> tuple[float, float]:
+    return removals.of(map(_stored, candidates), min(candidate.place.layer for candidate in candidates))
+
+
 def _removed(candidate: Candidate, removals: Removals) -> _Tried:
-    loss, divergence = removals.of([_stored(candidate)])
+    loss, divergence = _without([candidate], removals)
     figures = candidate.row_ratio, candidate.column_ratio, candidate.share, candidate.found_by
     return candidate, SuperWeight(*candidate.place, candidate.value, loss, divergence, *figures)
 
@@ -233,7 +237,7 @@ def _joint_sets(tried: Sequence[_Tried], removals: Removals) -> list[JointSet]:
         if tried[0][1].divergence_when_removed < LEAST_DIVERGENCE:
             sets.append(_joint_set(tried, "candidates", removals))
         every = [candidate for candidate, _ in tried]
-        sets.append(JointSet(_places(every), "all candidates", *removals.of(map(_stored, every)), confirmed=False))
+        sets.append(JointSet(_places(every), "all candidates", *_without(every, removals), confirmed=False))
     return sets
 
 
@@ -241,15 +245,15 @@ def _joint_set(tried: Sequence[_Tried], why: str, removals: Removals) -> JointSe
     """Members may do nothing alone and everything together. Those are left out, the weakest first, without whose
     removal the model suffers as much; a set that is worth no more than its strongest member is not confirmed."""
     members = [candidate for candidate, _ in tried[:MOST_MEMBERS]]
-    loss, divergence = removals.of(map(_stored, members))
+    loss, divergence = _without(members, removals)
     alone = tried[0][1].divergence_when_removed
     confirmed = divergence >= LEAST_DIVERGENCE and divergence > (1 + _ADDS_NOTHING) * alone
     enough = (1 - _ADDS_NOTHING) * divergence
     for candidate in reversed(members) if confirmed else ():
         rest = [member for member in members if member is not candidate]
-        if len(rest) > 1 and removals.of(map(_stored, rest))[1] >= enough:
+        if len(rest) > 1 and _without(rest, removals)[1] >= enough:
             members = rest
-            loss, divergence = removals.of(map(_stored, members))
+            loss, divergence = _without(members, removals)
     return JointSet(_places(members), why, loss, divergence, confirmed)
 
 

@@ -143,6 +143,7 @@ def protect(
                 identity=f"{checkpoint.model_id}@{checkpoint.revision}",
                 device=job.device,
                 threads=job.n_threads,
+                keep=True,
             )
         save_decisions(result, protector.decide(report.weights, baseline, **watched))
         shutil.rmtree(directory, ignore_errors=True)
@@ -338,7 +339,7 @@ class Protector:
             running, running_map = self.running
             spec = model_map.tensor(option.tensor)
             candidate = WithEncoded(running, running_map.tensor(option.tensor).sources, spec, encoder)
-            return baseline.scores(candidate, name, **watched)[2]
+            return baseline.scores(candidate, name, first_layer=spec.layer or 0, **watched)[2]
 
     def _importance(self, name: str) -> np.ndarray | None:
         if self.importance is None or name not in self.importance.sums:

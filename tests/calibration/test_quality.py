@@ -170,3 +170,16 @@ def test_several_candidates_share_one_run_of_the_source(tiny, tmp_path):
     assert source.reads["model.layers.0.mlp.up_proj.weight"] == 3
     baseline.discard()
     assert not list((tmp_path / "shared").iterdir())
+
+
+def test_layers_that_are_the_same_are_taken_over(tiny, tmp_path):
+    directory, corpus = tiny("gemma3"), random_corpus("gemma3")
+    source = uncertain(directory)
+    late = {name: w for name, w in source.tensors.items() if ".layers.4." in name or ".layers.5." in name}
+    candidate = DictSource(source.tensors | {name: w * np.float32(1.1) for name, w in late.items()})
+    kept = Baseline(source, directory, corpus, work_dir=tmp_path / "kept", device="cpu", keep=True)
+    scores = kept.scores(candidate, "late", first_layer=4)
+    assert {name for name, n in candidate.reads.items() if n and ".layers." in name} == set(late)
+    whole = Baseline(source, directory, corpus, work_dir=tmp_path / "whole", device="cpu")
+    np.testing.assert_array_equal(scores, whole.scores(candidate, "all", first_layer=4))
+    assert scores[2].mean() > 0
