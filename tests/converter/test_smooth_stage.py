@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from calibration.activation_file import load_activations
 from calibration.control import Interrupted, never
+from calibration.quality import Baseline
 from calibration.smoothing import SmoothQuantConfig
 from converter.cli import main
 from converter.job import Job
@@ -22,7 +23,8 @@ from converter.source import open_checkpoint
 from formats.errors import ConvertError
 from profiles.precision import Context, choose_precisions
 from profiles.schema import load_profile
-from tests.calibration.streaming import DictSource
+from scripts.study_smoothing import IntegerProducts
+from tests.calibration.streaming import DictSource, random_corpus
 
 OUTLIER = 37
 GROUPS = ("self_attn.v_proj", "mlp.up_proj", "input_layernorm", "post_attention_layernorm")
@@ -215,3 +217,13 @@ def rewritten(model: Path, source: DictSource, directory: Path) -> Path:
         file.unlink()
     save_file(source.tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
+
+
+def test_integer_products_of_the_smoothed_model_are_the_sources_again(planted, smoothed, tmp_path):
+    """With every matrix and every input in INT8: what the outlier costs, and what is left of that."""
+    corpus = random_corpus("llama-256", 4)
+    baseline = Baseline(open_checkpoint(str(planted)), planted, corpus, work_dir=tmp_path, device="cpu")
+    naive = baseline.scores(open_checkpoint(str(planted)), arithmetic=IntegerProducts({}))
+    recovered = baseline.scores(smoothed[0.5].checkpoint, arithmetic=IntegerProducts({}))
+    assert recovered[2].mean() < 0.2 * naive[2].mean()
+    assert np.exp(recovered[1].mean() - recovered[0].mean()) == pytest.approx(1, abs=0.01)
