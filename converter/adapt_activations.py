@@ -1,6 +1,7 @@
 """The stage `adapt` of a safetensors directory: outliers of the activations are moved into the weights, schemes that
 the inputs cannot bear fall back, and static scales get their ranges."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +20,11 @@ from converter.smooth import observe, smooth
 from converter.target import Adapted
 from profiles.modules import PlannedModule, given_schemes
 from profiles.plan import Plan
-from profiles.precision import Context, choose_precisions
+from profiles.precision import Context, PrecisionChoice, choose_precisions
+from profiles.vocabulary import TensorSpec
+
+# The index of an expert in the name of its matrix.
+_EXPERT = re.compile(r"\.\d+\.(?=[^.]+\.weight$)")
 
 
 @dataclass(frozen=True)
@@ -61,18 +66,20 @@ def adapt_activations(
         return Adapted(prepared, importance, NOTHING)
     report: dict[str, Any] = {"smoothing": None}
     config = smoothing_of(job)
+    errors: Mapping[str, float] = {}
     if config is None:
         seen = observe(job, prepared.checkpoint, prepared.model_map, work_dir, progress, should_stop)
     else:
         smoothed = smooth(job, prepared.checkpoint, prepared.model_map, config, work_dir, progress, should_stop)
         seen, importance = smoothed.activations, smoothed.activations.importance()
+        errors = smoothed.errors
         prepared = replace(prepared, checkpoint=smoothed.checkpoint)
         report["smoothing"] = {
             "alpha": config.alpha,
             "groups": [group.to_dict() for group in smoothed.groups],
             "left": list(smoothed.left),
         }
-    plan, choices = _adapted_plan(prepared, seen)
+    plan, choices = _adapted_plan(prepared, seen, errors)
     names = gguf_names(prepared.model_map)
     ranges = {
         row.tensor.name: _range(job, row, seen, names)
@@ -83,32 +90,46 @@ def adapt_activations(
         {"tensor": name, **asdict(inputs.figures())} for name, inputs in sorted(seen.inputs.items())
     ]
     report["precision"] = [asdict(choice) for choice in choices]
-    notes = (*seen.notes(), *(f"{c.tensor}: {c.scheme} instead of {c.wanted}: {c.reason}" for c in choices))
+    notes = (
+        *seen.notes(),
+        *(f"{c.tensor}: {c.scheme} instead of {c.wanted}: {c.reason}; {c.alternative} keeps it" for c in choices),
+    )
     return Adapted(replace(prepared, plan=plan), importance, ActivationFindings(ranges, report), notes)
 
 
-def _adapted_plan(prepared: Prepared, seen: ActivationStatistics) -> tuple[Plan, list[Any]]:
-    """The plan after fallbacks, and what fell back."""
+def _adapted_plan(
+    prepared: Prepared, seen: ActivationStatistics, errors: Mapping[str, float]
+) -> tuple[Plan, list[PrecisionChoice]]:
+    """The plan after fallbacks, and what fell back, under the names by which `--set` finds it. errors: GGUF tensor ->
+    error of its output in INT8, of those that were measured."""
     job, plan = prepared.job, prepared.plan
     if not job.profile.activations.adapt:
         return plan, []
     rows = {row.tensor.name: row for row in plan.tensors if isinstance(row, PlannedModule) and row.scheme is not None}
-    wanted, sources = {}, {}
+    wanted: dict[str, str] = {}
+    sources: dict[str, list[str]] = {}
+    tensors: dict[str, TensorSpec] = {}
     for tensor in prepared.model_map.tensors:
         mine = [name for name in tensor.sources if name in rows]
         if mine and tensor.layer is not None:
-            wanted[tensor.name], sources[tensor.name] = rows[mine[0]].format, mine
-    roles = {tensor.name: tensor.role for tensor in prepared.model_map.tensors}
+            pattern = mine[0] if len(mine) == 1 else _EXPERT.sub(".*.", mine[0])
+            wanted[pattern], sources[pattern], tensors[pattern] = rows[mine[0]].format, mine, tensor
     overridden = [
-        name
-        for name, mine in sources.items()
+        pattern
+        for pattern, mine in sources.items()
         if any(rule.matches(rows[mine[0]].tensor, prepared.model_map.n_layers) for rule in job.overrides)
     ]
-    figures = {name: seen.inputs[name].figures() for name in wanted if name in seen.inputs}
-    context = Context(calibrated_length=seen.sequence_length)
-    choices = [c for c in choose_precisions(wanted, roles, figures, context, overridden) if c.fell_back]
-    changed = {name: (choice.scheme, choice.reason) for choice in choices for name in sources[choice.tensor]}
-    return given_schemes(plan, changed, stored_dtypes(prepared.checkpoint)), choices
+    choices = choose_precisions(
+        wanted,
+        {pattern: tensor.role for pattern, tensor in tensors.items()},
+        {pattern: seen.inputs[t.name].figures() for pattern, t in tensors.items() if t.name in seen.inputs},
+        Context(calibrated_length=seen.sequence_length),
+        overridden,
+        {pattern: errors[tensor.name] for pattern, tensor in tensors.items() if tensor.name in errors},
+    )
+    fallen = [choice for choice in choices if choice.fell_back]
+    changed = {name: (choice.scheme, choice.reason) for choice in fallen for name in sources[choice.tensor]}
+    return given_schemes(plan, changed, stored_dtypes(prepared.checkpoint)), fallen
 
 
 def _range(

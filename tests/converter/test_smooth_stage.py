@@ -227,3 +227,27 @@ def test_integer_products_of_the_smoothed_model_are_the_sources_again(planted, s
     recovered = baseline.scores(smoothed[0.5].checkpoint, arithmetic=IntegerProducts({}))
     assert recovered[2].mean() < 0.2 * naive[2].mean()
     assert np.exp(recovered[1].mean() - recovered[0].mean()) == pytest.approx(1, abs=0.01)
+
+
+def test_a_conversion_names_what_fell_back_and_how_to_keep_it(planted, text, tmp_path):
+    source = DictSource.of(planted)
+    source.tensors["model.layers.2.post_attention_layernorm.weight"][5] *= 1e7
+    model = rewritten(planted, source, tmp_path / "model")
+    options = ["--profile", "smoothquant-w8a8", "--calibration", text, "--samples", 128, "--sequence-length", 32]
+    options += ["--no-chat", "--device", "cpu", "--no-quality", "--json"]
+    done = convert(*options, "--output", tmp_path / "out", model)
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    fallen = {choice["tensor"]: choice for choice in report["precision"]}
+    gate, up = (f"model.layers.2.mlp.{name}_proj.weight" for name in ("gate", "up"))
+    assert {gate, up} <= set(fallen)
+    assert gate in done.stderr and fallen[gate]["alternative"] in done.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert gate.removesuffix(".weight") in config["ignore"]
+    keep = [f"--set={tensor}=W8A8" for tensor in fallen]
+    assert fallen[gate]["alternative"] == f"--set '{gate}=W8A8'"
+    done = convert(*options, *keep, "--output", tmp_path / "kept", model)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["precision"] == []
+    config = json.loads((tmp_path / "kept" / "config.json").read_text())["quantization_config"]
+    assert gate.removesuffix(".weight") not in config["ignore"]
