@@ -1,5 +1,6 @@
 """The stage `analyse`: what every format costs every tensor, measured where the profile decides by it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from calibration.control import ShouldStop
@@ -34,46 +35,63 @@ def analyse(
     progress: Progress,
     should_stop: ShouldStop,
 ) -> Evidence:
-    """Measure what the job's profile decides by. The table stays in the work directory and is not measured again; what
-    is done of it when the job stops is not lost."""
-    path = work_dir / SENSITIVITY_FILE
-    if not path.exists():
-        running, running_map = runnable(checkpoint, model_map, work_dir)
-        corpus = load_corpus(
-            job.calibration,
-            load_tokenizer(running.location),
-            ANALYSIS_SAMPLES,
-            min(ANALYSIS_SEQUENCE_LENGTH, job.sequence_length),
-            job.seed,
-            chat=uses_chat(job, model_map),
-        )
-        factors = compute_fisher(
-            running,
-            running.location,
-            matrices_of(running_map),
-            corpus,
-            seed=job.seed,
-            work_dir=work_dir / "analysis",
-            model=checkpoint.model_id,
-            revision=checkpoint.revision,
-            device=job.device,
-            threads=job.n_threads,
-            progress=progress,
-            should_stop=should_stop,
-        )
-        table = build_sensitivity(
-            checkpoint,
-            model_map,
-            factors,
-            importance,
-            formats=formats_to_measure(job.profile, [rule.format for rule in job.overrides]),
-            journal=work_dir / "sensitivity.jsonl",
-            threads=job.n_threads,
-            progress=progress,
-            should_stop=should_stop,
-        )
-        save_sensitivity(path, table)
+    """Measure what the job's profile decides by."""
+    formats = formats_to_measure(job.profile, [rule.format for rule in job.overrides])
+    path = measure_sensitivity(job, checkpoint, model_map, importance, formats, work_dir, progress, should_stop)
     return evidence_of(load_sensitivity(path), checkpoint, model_map)
+
+
+def measure_sensitivity(
+    job: Job,
+    checkpoint: Checkpoint,
+    model_map: ModelMap,
+    importance: ImportanceMatrix,
+    formats: Sequence[str],
+    work_dir: Path,
+    progress: Progress,
+    should_stop: ShouldStop,
+) -> Path:
+    """The table's file. It stays in the work directory and is not measured again; what is done of it when the job stops
+    is not lost."""
+    path = work_dir / SENSITIVITY_FILE
+    if path.exists():
+        return path
+    running, running_map = runnable(checkpoint, model_map, work_dir)
+    corpus = load_corpus(
+        job.calibration,
+        load_tokenizer(running.location),
+        ANALYSIS_SAMPLES,
+        min(ANALYSIS_SEQUENCE_LENGTH, job.sequence_length),
+        job.seed,
+        chat=uses_chat(job, model_map),
+    )
+    factors = compute_fisher(
+        running,
+        running.location,
+        matrices_of(running_map),
+        corpus,
+        seed=job.seed,
+        work_dir=work_dir / "analysis",
+        model=checkpoint.model_id,
+        revision=checkpoint.revision,
+        device=job.device,
+        threads=job.n_threads,
+        progress=progress,
+        should_stop=should_stop,
+    )
+    table = build_sensitivity(
+        checkpoint,
+        model_map,
+        factors,
+        importance,
+        formats=formats,
+        journal=work_dir / "sensitivity.jsonl",
+        threads=job.n_threads,
+        progress=progress,
+        should_stop=should_stop,
+    )
+    save_sensitivity(path, table)
+    return path
 
 
 def matrices_of(model_map: ModelMap) -> dict[str, tuple[str, int]]:
@@ -132,6 +150,6 @@ def analysis_is_needed(job: Job) -> ConvertError:
         f"the profile {job.profile.name!r} decides by measured sensitivity, which has not been measured yet:"
         " there is no plan before the analysis",
         f"--profile {job.profile.name}",
-        "convert without --dry-run, which measures first; or measure once with `convert imatrix --sensitivity MODEL`"
-        " and give the file: --sensitivity FILE",
+        "convert without --dry-run, which measures first; or measure once with `convert imatrix --sensitivity --output"
+        " FILE.gguf MODEL` and give what it writes: --imatrix FILE.gguf --sensitivity FILE.sensitivity.safetensors",
     )

@@ -370,6 +370,7 @@ def check_profile(file: Path) -> None:
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda", "mps"]))
 @click.option("--seed", default=0, show_default=True, help="Seed of whatever is drawn at random.")
 @click.option("--super-weights", is_flag=True, help="Look for super weights too, and keep them in the file.")
+@click.option("--sensitivity", is_flag=True, help="Measure what every format costs every tensor too: a file beside it.")
 @click.option("--activations", is_flag=True, help="Write activation statistics instead, to a .safetensors file.")
 @fails_clearly
 def imatrix(model: str, output: Path, **options: Any) -> None:
@@ -380,10 +381,10 @@ def imatrix(model: str, output: Path, **options: Any) -> None:
     progress = Progress()
     try:
         with Stop().on_interrupt() as should_stop:
-            write_importance(model, output, progress, should_stop, command=this_command(), **options)
+            written = write_importance(model, output, progress, should_stop, command=this_command(), **options)
     finally:
         progress.close()
-    click.echo(output)
+    click.echo("\n".join(map(str, written)))
 
 
 @main.command()

@@ -7,12 +7,15 @@ from typing import Any
 from calibration.activation_file import save_activations
 from calibration.control import ShouldStop
 from calibration.imatrix_file import load_imatrix, save_imatrix
+from calibration.sensitivity import load_sensitivity, save_sensitivity
 from converter import DEFAULT_PROFILE
+from converter.analyse import measure_sensitivity
 from converter.calibrate import calibrate
 from converter.job import Job, WorkDirectory, default_work_dir, stops_cleanly, tool_identity
 from converter.model_map import describe
 from converter.preflight import check_samples
 from converter.progress import Progress
+from converter.sensitivity import CANDIDATE_FORMATS
 from converter.smooth import observe
 from converter.source import open_checkpoint
 from converter.super_weights import look_for_super_weights
@@ -38,22 +41,25 @@ def write_importance(
     should_stop: ShouldStop,
     *,
     super_weights: bool = False,
+    sensitivity: bool = False,
     activations: bool = False,
     **options: Any,
-) -> None:
-    """Write the importance matrix of a model, or a matrix that exists in the format of the output's suffix.
+) -> list[Path]:
+    """Write the importance matrix of a model, or a matrix that exists in the format of the output's suffix; returns the
+    files that were written.
 
-    super_weights: look for them too, and keep with the matrix what was found. activations: write statistics of the
-    matrices' inputs instead. options: fields of converter.job.Job.
+    super_weights: look for them too, and keep with the matrix what was found. sensitivity: measure what every format
+    costs every tensor too, and write it beside the output, with the suffix .sensitivity.safetensors. activations: write
+    statistics of the matrices' inputs instead. options: fields of converter.job.Job.
     Raises ConvertError; the same call continues an interrupted computation.
     """
     if activations:
-        _check_activations(model, output, super_weights)
+        _check_activations(model, output, super_weights or sensitivity)
     if super_weights and output.suffix == ".dat":
         raise ConvertError("a .dat file cannot hold super weights", str(output), "name a file that ends in .gguf")
     if is_imatrix(Path(model)):
-        _convert_file(Path(model), output, progress, super_weights)
-        return
+        _convert_file(Path(model), output, progress, super_weights or sensitivity)
+        return [output]
     work_dir = options.pop("work_dir") or default_work_dir(output)
     job = Job(model=model, profile=load_profile(DEFAULT_PROFILE), output=output, work_dir=work_dir, **options)
     check_samples(job.samples, job.sequence_length)
@@ -77,24 +83,32 @@ def write_importance(
         )
         if activations:
             save_activations(output, observe(job, checkpoint, model_map, work_dir, progress, should_stop))
-            return
+            return [output]
         importance = calibrate(job, checkpoint, model_map, work_dir, progress, should_stop)
         if super_weights:
             found = look_for_super_weights(job, checkpoint, model_map, work_dir, progress, should_stop)
             importance = replace(importance, super_weights=found)
         save_imatrix(output, importance)
+        if not sensitivity:
+            return [output]
+        measured = measure_sensitivity(
+            job, checkpoint, model_map, importance, CANDIDATE_FORMATS, work_dir, progress, should_stop
+        )
+        table = output.with_suffix(".sensitivity.safetensors")
+        save_sensitivity(table, load_sensitivity(measured))
+        return [output, table]
 
 
-def _check_activations(model: str, output: Path, super_weights: bool) -> None:
+def _check_activations(model: str, output: Path, more: bool) -> None:
     if output.suffix != ".safetensors":
         raise ConvertError(
             "activation statistics are kept in a safetensors file", str(output), "name one that ends in .safetensors"
         )
-    if super_weights:
+    if more:
         raise ConvertError(
-            "super weights are kept with the importance matrix, not with activation statistics",
-            "--activations --super-weights",
-            "run the command once with each",
+            "super weights and sensitivity go with the importance matrix, not with activation statistics",
+            "--activations",
+            "run the command once with --activations, and once with the others",
         )
     if is_imatrix(Path(model)):
         raise ConvertError(
@@ -102,10 +116,12 @@ def _check_activations(model: str, output: Path, super_weights: bool) -> None:
         )
 
 
-def _convert_file(path: Path, output: Path, progress: Progress, super_weights: bool) -> None:
-    if super_weights:
+def _convert_file(path: Path, output: Path, progress: Progress, more: bool) -> None:
+    if more:
         raise ConvertError(
-            "super weights are found in a model, and this is a file of importance", str(path), "give the model"
+            "super weights and sensitivity are found in a model, and this is a file of importance",
+            str(path),
+            "give the model",
         )
     importance = load_imatrix(path)
     if importance.super_weights is not None and output.suffix == ".dat":

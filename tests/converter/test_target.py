@@ -238,6 +238,14 @@ def test_without_a_table_the_model_is_measured_first(tiny, tmp_path):
     given = output_of("plan", *arguments[:-1], "--sensitivity", table, model)
     assert given["plan_sha256"] == report["plan_sha256"]
 
+    # Measured by a command of its own, the table says the same.
+    written = invoke("imatrix", "--sensitivity", *SHORT[:6], "--output", tmp_path / "own.gguf", model)
+    own = tmp_path / "own.sensitivity.safetensors"
+    assert written.stdout.split() == [str(tmp_path / "own.gguf"), str(own)], written.stderr
+    assert load_sensitivity(own).losses == load_sensitivity(table).losses
+    refused = invoke("imatrix", "--sensitivity", "--output", tmp_path / "x.gguf", tmp_path / "own.gguf")
+    assert refused.exit_code == 1 and "give the model" in refused.stderr
+
     # The command of the report makes the same bytes.
     again = output_of(*report["arguments"][:-1], "--output", tmp_path / "again" / "m.gguf", "--no-quality", model)
     assert again["artifact"]["files"][0]["sha256"] == report["artifact"]["files"][0]["sha256"]
