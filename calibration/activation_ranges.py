@@ -8,7 +8,7 @@ import numpy as np
 from calibration.activations import MatrixInputs
 from calibration.histogram import CENTERS, magnitudes, quantile
 
-RangeMethod = Literal["absmax", "percentile", "mse"]
+RangeMethod = Literal["absmax", "average", "percentile", "mse"]
 Grid = Literal["int8", "fp8"]
 
 DEFAULT_METHOD: RangeMethod = "mse"
@@ -27,11 +27,10 @@ def static_range(
     grid: Grid = "int8",
     symmetric: bool = True,
     percentile: float = DEFAULT_PERCENTILE,
-    averaged: bool = False,
 ) -> tuple[float, float]:
     """(low, high) of the inputs of one of a tensor's matrices; of one that no token reached, of all together.
 
-    absmax: everything that was seen, with `averaged` the exponentially smoothed range of the micro-batches.
+    absmax: everything that was seen. average: the range of a micro-batch, exponentially smoothed over all of them.
     percentile: what that share of all values does not leave. mse: the part of absmax's range with the least mean
     squared error of rounding and cutting off, by the histogram, on this grid. symmetric: both ends equally far from
     zero.
@@ -39,7 +38,7 @@ def static_range(
     if not inputs.counts[matrix]:
         inputs, matrix = inputs.together(), 0
     low, high = float(inputs.minima[matrix].min()), float(inputs.maxima[matrix].max())
-    if method == "absmax" and averaged:
+    if method == "average":
         low, high = (float(end) for end in inputs.ranges[matrix])
     if symmetric:
         low, high = -max(-low, high), max(-low, high)

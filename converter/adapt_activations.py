@@ -103,7 +103,8 @@ def _adapted_plan(
     """The plan after fallbacks, and what fell back, under the names by which `--set` finds it. errors: GGUF tensor ->
     error of its output in INT8, of those that were measured."""
     job, plan = prepared.job, prepared.plan
-    if not job.profile.activations.adapt:
+    rules = job.profile.activations
+    if not rules.adapt:
         return plan, []
     rows = {row.tensor.name: row for row in plan.tensors if isinstance(row, PlannedModule) and row.scheme is not None}
     wanted: dict[str, str] = {}
@@ -123,7 +124,7 @@ def _adapted_plan(
         wanted,
         {pattern: tensor.role for pattern, tensor in tensors.items()},
         {pattern: seen.inputs[t.name].figures() for pattern, t in tensors.items() if t.name in seen.inputs},
-        Context(calibrated_length=seen.sequence_length),
+        Context(rules.phase, rules.prompt_tokens, seen.sequence_length, rules.fp8_kv_cache),
         overridden,
         {pattern: errors[tensor.name] for pattern, tensor in tensors.items() if tensor.name in errors},
     )

@@ -93,7 +93,7 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--activation-scales",
-            type=click.Choice(["absmax", "percentile", "mse"]),
+            type=click.Choice(["absmax", "average", "percentile", "mse"]),
             help="How static activation scales are found. [default: mse]",
         ),
         click.option("--effort", type=click.Choice(["best", "fast"]), default="best", show_default=True),

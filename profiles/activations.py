@@ -1,43 +1,56 @@
 """What a profile of a safetensors directory asks of activations: its table [activations]."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from formats.errors import ConvertError, nearest
+from profiles.precision import Phase
 from profiles.strict import known_keys, one_table
 
-Scales = Literal["absmax", "percentile", "mse"]
-_KEYS = ("smooth", "alpha", "scales", "adapt")
+Scales = Literal["absmax", "average", "percentile", "mse"]
+_KEYS = ("smooth", "alpha", "scales", "adapt", "phase", "prompt_tokens", "fp8_kv_cache")
 
 
 @dataclass(frozen=True)
 class ActivationRules:
     """smooth: whether outliers are moved into the weights first; alpha: how far. scales: how the range of a static
-    scale is found. adapt: whether a scheme that a matrix's inputs cannot bear is replaced."""
+    scale is found. adapt: whether a scheme that a matrix's inputs cannot bear is replaced; phase, prompt_tokens (of the
+    longest prompts in use) and fp8_kv_cache: what the model is for, see profiles.precision.Context."""
 
     smooth: bool = False
     alpha: float | Literal["auto"] = 0.5
     scales: Scales = "mse"
     adapt: bool = True
+    phase: Phase = "both"
+    prompt_tokens: int = 4096
+    fp8_kv_cache: bool = False
 
 
 def parse_activations(table: object, where: str, inherited: ActivationRules) -> ActivationRules:
     """From the TOML table, on top of what is inherited. Raises ConvertError with the key that is wrong."""
     table = one_table(table, where, "activations")
     known_keys(table, _KEYS, where)
-    changes: dict = {}
-    for key in ("smooth", "adapt"):
+    changes: dict[str, Any] = {}
+    for key in ("smooth", "adapt", "fp8_kv_cache"):
         if key in table:
             if not isinstance(table[key], bool):
                 raise ConvertError(f"{table[key]!r} is neither true nor false", f"{where}, key {key}", "write true")
             changes[key] = table[key]
     if "alpha" in table:
         changes["alpha"] = _alpha(table["alpha"], f"{where}, key alpha")
-    if "scales" in table:
-        scales, known = table["scales"], list(get_args(Scales))
-        if scales not in known:
-            raise ConvertError(f"unknown scales {scales!r}", f"{where}, key scales", nearest(str(scales), known))
-        changes["scales"] = scales
+    for key, kind in (("scales", Scales), ("phase", Phase)):
+        if key in table:
+            value, known = table[key], list(get_args(kind))
+            if value not in known:
+                raise ConvertError(f"unknown {key} {value!r}", f"{where}, key {key}", nearest(str(value), known))
+            changes[key] = value
+    if "prompt_tokens" in table:
+        n_tokens = table["prompt_tokens"]
+        if type(n_tokens) is not int or n_tokens < 1:
+            raise ConvertError(
+                f"{n_tokens!r} is no number of tokens", f"{where}, key prompt_tokens", "write 4096, for instance"
+            )
+        changes["prompt_tokens"] = n_tokens
     return replace(inherited, **changes)
 
 

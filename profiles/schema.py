@@ -28,8 +28,10 @@ floors  = { "attention_*" = "Q2_K" }    # optional: no fewer bits than this
 [activations]                           # optional, for a safetensors directory: how activations are rounded
 smooth = true                           # move their outliers into the weights first (SmoothQuant)
 alpha  = 0.5                            # how far: 0 to 1, or "auto", by group
-scales = "mse"                          # static scales: or "absmax", "percentile"
+scales = "mse"                          # static scales: or "absmax", "average", "percentile"
 adapt  = true                           # what they cannot bear falls back to a scheme that they can
+phase  = "both"                         # for prompts ("prefill"), generating ("decode"), or both; prompt_tokens = 4096
+                                        # and fp8_kv_cache = false say the rest of what the model is for
 
 [protection]                            # optional: what is done for super weights
 super_weights = "auto"                  # what measurement shows to help; or off, raise, pin, rescale, exclude

@@ -47,7 +47,7 @@ def test_averaged_range_is_smoothed_over_batches():
     smoothed = ends[0]
     for end in ends[1:]:
         smoothed = (smoothed + end) / 2
-    found = static_range(seen(values), method="absmax", symmetric=False, averaged=True)
+    found = static_range(seen(values), method="average", symmetric=False)
     np.testing.assert_allclose(found, smoothed, rtol=1e-6)
 
 
