@@ -1,0 +1,185 @@
+"""What each scheme of a safetensors directory does to a model's predictions, beside llm-compressor's output with its
+defaults on the same calibration samples.
+
+    .venv/bin/python -m scripts.bench_safetensors --model .cache/smollm2
+    make .venv-llmcompressor/.ready
+    .venv/bin/python -m scripts.bench_safetensors --model .cache/smollm2 --peer .venv-llmcompressor/bin/python
+
+Every directory is written by `convert`, or by llm-compressor's oneshot, and evaluated by the same code: the weights
+that are decoded from its files, INT8 products by exact integers, FP8 and FP4 inputs rounded as the format says.
+Embeddings and head stay in 16 bits in all of them.
+"""
+
+import json
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+
+import converter
+from calibration.corpus import Corpus, load_corpus
+from calibration.quality import Baseline
+from converter.calibrate import load_tokenizer, uses_chat
+from converter.checkpoint import Checkpoint
+from converter.directory_artifact import DirectoryArtifact
+from converter.job import Job
+from converter.model_map import describe
+from converter.modules import describe_modules, stored_dtypes
+from converter.quality import open_candidate
+from converter.report import table
+from converter.scheme_products import SchemeProducts
+from converter.smooth import ACTIVATIONS_FILE, SMOOTHED_ACTIVATIONS_FILE, SMOOTHING_FILE
+from converter.source import open_checkpoint
+from converter.target import Candidate
+from formats.errors import ConvertError
+from profiles.modules import plan_modules
+from profiles.schema import parse_profile
+
+
+@dataclass(frozen=True)
+class Row:
+    """alpha: of SmoothQuant, None for none. peer: llm-compressor's name of the scheme, None where it has no such."""
+
+    label: str
+    scheme: str
+    alpha: float | str | None
+    peer: str | None
+
+
+ROWS = (
+    Row("W8A8, naive", "W8A8", None, "W8A8"),
+    Row("W8A8, SmoothQuant 0.5", "W8A8", 0.5, "W8A8"),
+    Row("W8A8, SmoothQuant auto", "W8A8", "auto", None),
+    Row("W8A8 static, naive", "W8A8_STATIC", None, "W8A8_STATIC"),
+    Row("W8A8 static, SmoothQuant 0.5", "W8A8_STATIC", 0.5, "W8A8_STATIC"),
+    Row("W8A8 static, SmoothQuant auto", "W8A8_STATIC", "auto", None),
+    Row("FP8", "FP8", None, "FP8_DYNAMIC"),
+    Row("W4A16", "W4A16", None, "W4A16"),
+    Row("NVFP4A16", "NVFP4A16", None, "NVFP4A16"),
+    Row("NVFP4", "NVFP4", None, "NVFP4"),
+)
+
+
+class Bench:
+    def __init__(self, model: Path, scratch: Path, calibration: Job, corpus: Corpus):
+        self.model, self.scratch, self.calibration, self.corpus = model, scratch, calibration, corpus
+        self.checkpoint: Checkpoint = open_checkpoint(str(model))
+        self.model_map = describe(self.checkpoint)
+        self.baseline = Baseline(self.checkpoint, model, corpus, work_dir=scratch / "quality")
+
+    def ours(self, row: Row) -> tuple[Candidate, Path]:
+        """Our directory. Statistics of the same model and the same smoothing are computed once."""
+        directory, kept = self.scratch / "ours", self.scratch / f"kept-{row.alpha}"
+        work = self.scratch / "ours.bitwright"
+        for path in (directory, work):
+            shutil.rmtree(path, ignore_errors=True)
+        work.mkdir()
+        _copy(self.scratch / "kept", work)
+        _copy(kept, work)
+        converter.convert(
+            str(self.model),
+            profile=self._profile(row),
+            output=directory,
+            calibration=self.calibration.calibration,
+            samples=self.calibration.samples,
+            sequence_length=self.calibration.sequence_length,
+            alpha=row.alpha,
+            quality=False,
+            quiet=True,
+        )
+        _copy(work, self.scratch / "kept", ACTIVATIONS_FILE, "activation-rows", "importance.gguf")
+        _copy(work, kept, SMOOTHING_FILE, SMOOTHED_ACTIVATIONS_FILE)
+        return open_candidate(directory, self.model_map), directory
+
+    def theirs(self, row: Row, tokens: np.ndarray, python: Path, dtype: str) -> tuple[Candidate, Path]:
+        """llm-compressor's directory, read by the tensors that its scheme stores."""
+        directory = self.scratch / "theirs"
+        shutil.rmtree(directory, ignore_errors=True)
+        job = {"model": str(self.model.absolute()), "output": str(directory), "scheme": row.peer, "alpha": row.alpha}
+        job |= {"tokens": tokens.tolist(), "dtype": dtype}
+        script = Path(__file__).with_name("llmcompressor_directory.py")
+        done = subprocess.run(
+            [str(python), str(script)], input=json.dumps(job), text=True, capture_output=True, check=False
+        )
+        if done.returncode:
+            raise ConvertError(f"llm-compressor failed: {done.stderr[-600:]}", row.label, "see its message")
+        modules = describe_modules(self.checkpoint, self.model_map)
+        text = f'description = "d"\ngood_for = "g"\ntarget = "safetensors"\nbase = "{row.scheme}"\n'
+        plan = plan_modules(parse_profile(text, "peer", "peer"), modules, stored_dtypes(self.checkpoint))
+        artifact = DirectoryArtifact.of_plan(directory, plan)
+        return Candidate(artifact, SchemeProducts(artifact)), directory
+
+    def figures(self, candidate: Candidate, directory: Path) -> list[str]:
+        scores = self.baseline.scores(candidate.weights, arithmetic=candidate.arithmetic)
+        n_bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+        return [
+            f"{np.exp(scores[1].mean()):.3f}",
+            f"{scores[2].mean():.5f}",
+            f"{scores[3].mean():.1%}",
+            f"{n_bytes / 2**20:.1f} MiB",
+        ]
+
+    def _profile(self, row: Row) -> str:
+        path = self.scratch / f"{row.scheme}.toml"
+        head = 'description = "d"\ngood_for = "g"\ntarget = "safetensors"\n'
+        path.write_text(f'{head}base = "{row.scheme}"\n[activations]\nadapt = false\n')
+        return str(path)
+
+
+def _copy(source: Path, target: Path, *names: str) -> None:
+    target.mkdir(exist_ok=True)
+    for name in names or [path.name for path in source.iterdir()] if source.exists() else ():
+        path = source / name
+        if path.is_dir():
+            shutil.copytree(path, target / name, dirs_exist_ok=True)
+        elif path.exists():
+            shutil.copyfile(path, target / name)
+
+
+@click.command()
+@click.option("--model", type=click.Path(path_type=Path), default=Path(".cache/smollm2"), show_default=True)
+@click.option("--calibration-length", default=256, show_default=True, help="Tokens in each of 128 samples.")
+@click.option("--samples", default=16, show_default=True, help="Sequences to evaluate.")
+@click.option("--sequence-length", default=256, show_default=True)
+@click.option("--rows", default="", help="Only these rows, by their numbers from 0 on: 0,1,7.")
+@click.option("--peer", type=click.Path(path_type=Path), help="Python of an environment with llm-compressor.")
+@click.option("--peer-dtype", default="auto", show_default=True, help="In which llm-compressor holds the model.")
+def main(
+    model: Path,
+    calibration_length: int,
+    samples: int,
+    sequence_length: int,
+    rows: str,
+    peer: Path | None,
+    peer_dtype: str,
+) -> None:
+    tokenizer = load_tokenizer(model)
+    corpus = load_corpus("embedded", tokenizer, samples, sequence_length, split="test")
+    profile = parse_profile('description = "d"\ngood_for = "g"\nbase = "F16"\n', "bench", "bench")
+    job = Job(str(model), profile, calibration="embedded", samples=128, sequence_length=calibration_length)
+    shown = [ROWS[int(i)] for i in rows.split(",")] if rows else list(ROWS)
+    with tempfile.TemporaryDirectory() as directory:
+        bench = Bench(model, Path(directory), job, corpus)
+        chat = uses_chat(job, bench.model_map)
+        tokens = load_corpus("embedded", tokenizer, 128, calibration_length, chat=chat).tokens
+        cells = []
+        for row in shown:
+            cells.append([row.label, "ours", *bench.figures(*bench.ours(row))])
+            click.echo("  ".join(cells[-1]), err=True)
+            if peer is not None and row.peer is not None:
+                cells.append(
+                    [row.label, "llm-compressor", *bench.figures(*bench.theirs(row, tokens, peer, peer_dtype))]
+                )
+                click.echo("  ".join(cells[-1]), err=True)
+        source = np.exp(bench.baseline.scores(bench.checkpoint)[0].mean())
+    n_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    cells.insert(0, ["16 bit", "source", f"{source:.3f}", "0", "100.0%", f"{n_bytes / 2**20:.1f} MiB"])
+    click.echo(table(["scheme", "written by", "perplexity", "mean KLD", "same top token", "size"], cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Convert a model into schemes that vLLM computes on a CPU, run each in a real engine, and hold its perplexity beside
+our own evaluation of the same directory on the same tokens.
+
+    make .venv-vllm/.ready && .venv/bin/python -m scripts.check_vllm --model .cache/smollm2
+
+On a CPU without VNNI instructions the engine's INT8 products saturate pairs at 16 bits: its perplexity is then above
+ours, which is computed by exact integers. Exits with 1 where a directory does not load, writes nothing, or is further
+off than that explains.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+import converter
+from calibration.corpus import load_corpus
+from converter.calibrate import load_tokenizer
+from converter.model_map import describe
+from converter.quality import open_candidate
+from converter.report import table
+from converter.source import open_checkpoint
+
+SCHEMES = ("W8A8", "W8A8_STATIC", "FP8")
+PROMPT = "The capital of France is"
+# How much further from ours than the source's an engine's perplexity may be, as a share of it.
+TOLERANCE = 0.05
+
+
+def run_engine(python: Path, directory: Path, tokens: list[list[int]]) -> dict:
+    """What the engine makes of the directory; its own messages where it fails."""
+    read, write = os.pipe()
+    job = json.dumps({"model": str(directory.absolute()), "tokens": tokens, "prompt": PROMPT})
+    with os.fdopen(read) as answers:
+        done = subprocess.run(
+            [str(python), str(Path(__file__).with_name("vllm_peer.py")), str(write)],
+            input=job,
+            capture_output=True,
+            text=True,
+            pass_fds=[write],
+            check=False,
+            timeout=1200,
+        )
+        os.close(write)
+        answer = answers.readline()
+    if not answer:
+        raise SystemExit(f"vLLM does not run {directory}:\n{done.stderr[-4000:]}")
+    return json.loads(answer)
+
+
+def write_profile(path: Path, scheme: str, smooth: bool) -> str:
+    head = 'description = "d"\ngood_for = "g"\ntarget = "safetensors"\n'
+    path.write_text(f'{head}base = "{scheme}"\n[activations]\nsmooth = {str(smooth).lower()}\n')
+    return str(path)
+
+
+@click.command()
+@click.option("--model", type=click.Path(path_type=Path), default=Path(".cache/smollm2"), show_default=True)
+@click.option("--python", type=click.Path(path_type=Path), default=Path(".venv-vllm/bin/python"), show_default=True)
+@click.option("--samples", default=8, show_default=True, help="Sequences to score.")
+@click.option("--sequence-length", default=128, show_default=True)
+@click.option("--calibration-length", default=48, show_default=True, help="Tokens in a calibration sequence.")
+@click.option("--schemes", default=",".join(SCHEMES), show_default=True)
+def main(model: Path, python: Path, samples: int, sequence_length: int, calibration_length: int, schemes: str) -> None:
+    from calibration.quality import compare
+
+    checkpoint = open_checkpoint(str(model))
+    model_map = describe(checkpoint)
+    corpus = load_corpus("embedded", load_tokenizer(model), samples, sequence_length, split="test")
+    tokens = corpus.tokens.tolist()
+    rows, failed = [], False
+    with tempfile.TemporaryDirectory() as scratch:
+        base = run_engine(python, model, tokens)
+        for scheme in schemes.split(","):
+            directory = Path(scratch) / scheme
+            converter.convert(
+                str(model),
+                profile=write_profile(Path(scratch) / f"{scheme}.toml", scheme, smooth=scheme.startswith("W8A8")),
+                output=directory,
+                calibration="embedded",
+                sequence_length=calibration_length,
+                samples=128,
+                quality=False,
+            )
+            candidate = open_candidate(directory, model_map)
+            report = compare(
+                checkpoint,
+                candidate.weights,
+                model,
+                corpus,
+                work_dir=Path(scratch) / f"{scheme}.quality",
+                arithmetic=candidate.arithmetic,
+            )
+            engine = run_engine(python, directory, tokens)
+            ratios = report.perplexity / report.source_perplexity, engine["perplexity"] / base["perplexity"]
+            failed |= abs(ratios[1] - ratios[0]) > TOLERANCE or not engine["text"].strip()
+            figures = (report.source_perplexity, report.perplexity, base["perplexity"], engine["perplexity"])
+            rows.append([scheme, *(f"{figure:.3f}" for figure in figures), repr(engine["text"][:40])])
+            click.echo(f"{rows[-1]}", err=True)
+    header = ["scheme", "source (ours)", "directory (ours)", "source (vLLM)", "directory (vLLM)", "it writes"]
+    click.echo(table(header, rows))
+    sys.exit(int(failed))
+
+
+if __name__ == "__main__":
+    main()
