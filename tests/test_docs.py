@@ -47,7 +47,7 @@ def test_the_guides_python(in_a_directory_with_a_model, capsys):
     )
 
 
-@pytest.mark.parametrize("page", ["profiles.md", "add-a-profile.md"])
+@pytest.mark.parametrize("page", ["profiles.md", "add-a-profile.md", "safetensors.md"])
 def test_profiles_in_the_documentation_are_valid(page):
     texts = blocks("toml", GUIDE.with_name(page))
     assert texts
