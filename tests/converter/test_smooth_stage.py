@@ -174,7 +174,7 @@ def test_inspect_shows_smoothing(planted, text, tmp_path):
     ("arguments", "problem"),
     [
         (["imatrix", "--activations", "--output", "a.gguf", "m"], ".safetensors"),
-        (["imatrix", "--activations", "--super-weights", "--output", "a.safetensors", "m"], "--super-weights"),
+        (["imatrix", "--activations", "--super-weights", "--output", "a.safetensors", "m"], "super weights"),
         (["plan", "--alpha", "1.5", "m"], "from 0 to 1"),
         (["plan", "--alpha", "half", "m"], "from 0 to 1"),
     ],
