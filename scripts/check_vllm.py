@@ -27,7 +27,7 @@ from converter.source import open_checkpoint
 
 SCHEMES = ("W8A8", "W8A8_STATIC", "FP8")
 PROMPT = "The capital of France is"
-# How much further from ours than the source's an engine's perplexity may be, as a share of it.
+# How far from ours an engine's perplexity may be, as a share of the source's.
 TOLERANCE = 0.05
 
 
@@ -58,51 +58,64 @@ def write_profile(path: Path, scheme: str, smooth: bool) -> str:
     return str(path)
 
 
+def write_directory(model: Path, scratch: Path, scheme: str, calibration_length: int) -> Path:
+    """A directory of the model in this scheme; integers with SmoothQuant."""
+    converter.convert(
+        str(model),
+        profile=write_profile(scratch / f"{scheme}.toml", scheme, smooth=scheme.startswith("W8A8")),
+        output=scratch / scheme,
+        calibration="embedded",
+        sequence_length=calibration_length,
+        samples=128,
+        quality=False,
+    )
+    return scratch / scheme
+
+
 @click.command()
+@click.argument("directories", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--model", type=click.Path(path_type=Path), default=Path(".cache/smollm2"), show_default=True)
 @click.option("--python", type=click.Path(path_type=Path), default=Path(".venv-vllm/bin/python"), show_default=True)
 @click.option("--samples", default=8, show_default=True, help="Sequences to score.")
 @click.option("--sequence-length", default=128, show_default=True)
 @click.option("--calibration-length", default=48, show_default=True, help="Tokens in a calibration sequence.")
 @click.option("--schemes", default=",".join(SCHEMES), show_default=True)
-def main(model: Path, python: Path, samples: int, sequence_length: int, calibration_length: int, schemes: str) -> None:
+def main(
+    directories: tuple[Path, ...],
+    model: Path,
+    python: Path,
+    samples: int,
+    sequence_length: int,
+    calibration_length: int,
+    schemes: str,
+) -> None:
+    """Check these DIRECTORIES of the model, or without any what is written of it in the schemes."""
     from calibration.quality import compare
 
     checkpoint = open_checkpoint(str(model))
     model_map = describe(checkpoint)
     corpus = load_corpus("embedded", load_tokenizer(model), samples, sequence_length, split="test")
-    tokens = corpus.tokens.tolist()
     rows, failed = [], False
-    with tempfile.TemporaryDirectory() as scratch:
-        base = run_engine(python, model, tokens)
-        for scheme in schemes.split(","):
-            directory = Path(scratch) / scheme
-            converter.convert(
-                str(model),
-                profile=write_profile(Path(scratch) / f"{scheme}.toml", scheme, smooth=scheme.startswith("W8A8")),
-                output=directory,
-                calibration="embedded",
-                sequence_length=calibration_length,
-                samples=128,
-                quality=False,
-            )
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        written = (write_directory(model, scratch, scheme, calibration_length) for scheme in schemes.split(","))
+        for directory in directories or written:
             candidate = open_candidate(directory, model_map)
             report = compare(
                 checkpoint,
                 candidate.weights,
                 model,
                 corpus,
-                work_dir=Path(scratch) / f"{scheme}.quality",
+                work_dir=scratch / "quality",
                 arithmetic=candidate.arithmetic,
             )
-            engine = run_engine(python, directory, tokens)
-            ratios = report.perplexity / report.source_perplexity, engine["perplexity"] / base["perplexity"]
-            failed |= abs(ratios[1] - ratios[0]) > TOLERANCE or not engine["text"].strip()
-            figures = (report.source_perplexity, report.perplexity, base["perplexity"], engine["perplexity"])
-            rows.append([scheme, *(f"{figure:.3f}" for figure in figures), repr(engine["text"][:40])])
-            click.echo(f"{rows[-1]}", err=True)
-    header = ["scheme", "source (ours)", "directory (ours)", "source (vLLM)", "directory (vLLM)", "it writes"]
-    click.echo(table(header, rows))
+            engine = run_engine(python, directory, corpus.tokens.tolist())
+            off = abs(engine["perplexity"] - report.perplexity) / report.source_perplexity
+            failed |= off > TOLERANCE or not engine["text"].strip()
+            figures = (report.source_perplexity, report.perplexity, engine["perplexity"])
+            rows.append([directory.name, *(f"{figure:.3f}" for figure in figures), repr(engine["text"][:40])])
+            click.echo("  ".join(rows[-1]), err=True)
+    click.echo(table(["directory", "source", "directory, by us", "by vLLM", "it writes"], rows))
     sys.exit(int(failed))
 
 
