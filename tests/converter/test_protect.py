@@ -13,6 +13,7 @@ from converter.protect import Decision, Trial, load_decisions, save_decisions
 from formats.errors import ConvertError
 from formats.gguf_file import read_gguf
 from tests.converter import planted_model
+from tests.converter.test_target import some_sensitivity
 
 DOWN = "blk.2.ffn_down.weight"
 # Two in the same neuron, one elsewhere in the tensor.
@@ -218,3 +219,15 @@ def test_decisions_come_back_as_they_were(tmp_path):
         (tmp_path / "d.json").write_bytes(damaged)
         with pytest.raises(ConvertError, match="record of protection is damaged"):
             load_decisions(tmp_path / "d.json")
+
+
+def test_a_size_holds_with_what_is_recorded_of_pins(planted, tmp_path):
+    model, text, importance = planted
+    sensitivity = some_sensitivity(model, tmp_path / "sensitivity.safetensors")
+    options = ["--target-size", "700K", "--imatrix", importance, "--sensitivity", sensitivity, "--calibration", text]
+    options += ["--effort", "fast", "--no-quality", "--output", tmp_path / "m.gguf", model]
+    report = json.loads(convert("--json", "--protect-super-weights", "pin", *options))
+    assert len(tensor_row(report, DOWN)["pins"]) == 3
+    assert 690_000 < (tmp_path / "m.gguf").stat().st_size == report["artifact"]["bytes"] <= 700_000
+    refused = CliRunner().invoke(main, [str(o) for o in ("plan", "--protect-super-weights", "raise", *options)])
+    assert refused.exit_code == 1 and "than the budget has given them" in refused.stderr

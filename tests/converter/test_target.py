@@ -85,7 +85,8 @@ def measured(tiny, tmp_path) -> list:
     model = tiny("llama-256")
     importance = some_importance(model, tmp_path / "importance.gguf")
     sensitivity = some_sensitivity(model, tmp_path / "sensitivity.safetensors")
-    return ["--imatrix", importance, "--sensitivity", sensitivity, "--effort", "fast", "--no-quality", model]
+    options = ["--imatrix", importance, "--sensitivity", sensitivity, "--protect-super-weights", "off"]
+    return [*options, "--effort", "fast", "--no-quality", model]
 
 
 @pytest.mark.parametrize("size", ["600K", "900000", "1.5MiB"])
@@ -132,7 +133,7 @@ def test_bits_per_weight_and_divergence(measured, tmp_path):
 
 
 def test_python_takes_the_same_targets(measured, tmp_path):
-    options = {key[2:].replace("-", "_"): value for key, value in zip(measured[:6:2], measured[1:6:2], strict=True)}
+    options = {key[2:].replace("-", "_"): value for key, value in zip(measured[:8:2], measured[1:8:2], strict=True)}
     output = tmp_path / "m.gguf"
     report = convert_from_python(
         str(measured[-1]), output=output, target_size="700K", quality=False, quiet=True, **options
@@ -212,6 +213,7 @@ def test_every_preset_writes_what_it_plans(tiny, tmp_path, model, preset):
     directory = tiny(model)
     options = ["--imatrix", some_importance(directory, tmp_path / "importance.gguf"), "--effort", "fast"]
     options += ["--sensitivity", some_sensitivity(directory, tmp_path / "sensitivity.safetensors"), "--no-quality"]
+    options += ["--protect-super-weights", "off"]
     target = ["--target-bpw", "5.5"] if preset == "budget" else []
     arguments = ["--profile", preset, *target, "--output", tmp_path / "m.gguf", *options, directory]
     planned = output_of("plan", *arguments)
