@@ -13,7 +13,7 @@ predictions of the beginning of philosophy.txt.
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -38,7 +38,7 @@ from converter.write import ArtifactWriter
 from formats.block_format import Effort
 from formats.registry import FORMATS, get_format
 from profiles.assign import assign
-from profiles.schema import parse_profile
+from profiles.schema import QuantizationProfile, parse_profile
 from scripts import ggml
 from scripts.smollm2 import build
 
@@ -96,39 +96,48 @@ def packaged_text(parts: dict[str, int]) -> str:
     return "".join((data / name).read_bytes()[:n_bytes].decode(errors="ignore") for name, n_bytes in parts.items())
 
 
-def default_importance(model: Path) -> Path:
-    """The importance matrix of the model over the calibration texts; computed once for a model's files."""
+def default_importance(model: Path, sensitivity: bool = False) -> Path:
+    """The importance matrix of the model over the calibration texts, and its sensitivity table if that is asked for:
+    beside it, with the suffix .sensitivity.safetensors; computed once for a model's files."""
     files = open_checkpoint(str(model), metadata_only=True).files()
     path = CACHE / f"importance-{hashlib.sha256(repr(files).encode()).hexdigest()[:12]}.gguf"
-    if not path.exists():
+    if not path.exists() or (sensitivity and not path.with_suffix(".sensitivity.safetensors").exists()):
         with tempfile.TemporaryDirectory(dir=CACHE) as directory:
-            text = Path(directory) / "calibration.txt"
-            text.write_text(packaged_text(CALIBRATION_TEXTS), encoding="utf-8")
             write_importance(
                 str(model),
                 path,
                 Progress(),
                 never,
+                sensitivity=sensitivity,
                 work_dir=Path(directory) / "work",
-                calibration=str(text),
+                calibration=str(write_text(Path(directory) / "calibration.txt", CALIBRATION_TEXTS)),
                 samples=CALIBRATION_SAMPLES,
             )
     return path
 
 
+def write_text(path: Path, parts: dict[str, int]) -> Path:
+    path.write_text(packaged_text(parts), encoding="utf-8")
+    return path
+
+
 @contextmanager
-def ggmls_codes(name: str) -> Iterator[None]:
-    """Within it, the format's encoder is ggml's, which knows of no second-level scale."""
-    ours = FORMATS[name]
+def ggmls_codes(*names: str) -> Iterator[None]:
+    """Within it, the encoders of these formats are ggml's, which know of no second-level scale."""
+    ours = {name: FORMATS[name] for name in names}
 
-    def encode(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-        return ggml.quantize(rows, name, importance)
+    def encoder_of(name: str) -> Callable[..., np.ndarray]:
+        def encode(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
+            return ggml.quantize(rows, name, importance)
 
-    FORMATS[name] = replace(ours, encode=encode, tensor_scale=None)
+        return encode
+
+    for name, block_format in ours.items():
+        FORMATS[name] = replace(block_format, encode=encoder_of(name), tensor_scale=None)
     try:
         yield
     finally:
-        FORMATS[name] = ours
+        FORMATS.update(ours)
 
 
 def write_model(
@@ -137,8 +146,15 @@ def write_model(
     """The model with the matrices of its layers in one format, embedding and head in another."""
     text = f'description = ""\ngood_for = ""\nbase = "{format_name}"\n'
     text += f'[[rule]]\nroles = ["embedding", "output"]\nformat = "{head}"\n'
-    output = directory / f"{format_name}.gguf"
-    job = Job(str(model), parse_profile(text, f"pure-{format_name}", "bench_kld"), output=output, effort=effort)
+    profile = parse_profile(text, f"pure-{format_name}", "bench_kld")
+    return write_profile(model, profile, effort, importance, directory / f"{format_name}.gguf")
+
+
+def write_profile(
+    model: Path, profile: QuantizationProfile, effort: Effort, importance: ImportanceMatrix | None, output: Path
+) -> Path:
+    """The model as a profile of rules decides, with its encoders alone: nothing is protected or fed back."""
+    job = Job(str(model), profile, output=output, effort=effort)
     checkpoint = open_checkpoint(str(model))
     model_map = describe(checkpoint)
     plan = assign(job.profile, model_map, effort=effort)
@@ -146,9 +162,10 @@ def write_model(
         check_importance(importance, model_map, plan, "--imatrix")
     metadata = artifact_metadata(job, checkpoint, model_map, plan, importance)
     layouts = artifact_layout(output.name, metadata, plan, None)
+    journal = output.with_suffix(".jsonl")
     with Encoder(checkpoint, plan, importance, job.n_threads) as encoder:
-        (path,) = ArtifactWriter(encoder, layouts, directory, directory / "journal.jsonl").write(silent, never)
-    (directory / "journal.jsonl").unlink()
+        (path,) = ArtifactWriter(encoder, layouts, output.parent, journal).write(silent, never)
+    journal.unlink()
     return path
 
 
