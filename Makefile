@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PROFILE ?= balanced-4bit
 # make batch JOBS=jobs.txt [-j 2]    one conversion a line; goes on past failures and lists them
 
-.PHONY: setup demo test browser lint bench bench-encoders bench-schemes bench-calibration bench-memory bench-kld convert batch clean
+.PHONY: setup demo test browser lint bench bench-encoders bench-schemes bench-calibration bench-memory bench-kld bench-quality convert batch clean
 
 setup: $(VENV)/.ready
 
@@ -85,6 +85,9 @@ bench-memory: setup
 
 bench-kld: setup .cache/smollm2-wide
 	$(BIN)/python -m scripts.bench_kld --model .cache/smollm2-wide
+
+bench-quality: setup .cache/smollm2-wide
+	$(BIN)/python -m scripts.bench_quality --model .cache/smollm2-wide
 
 .cache/smollm2-wide: | setup
 	$(BIN)/python -m scripts.smollm2 $@ --wide

@@ -13,6 +13,7 @@ from converter.calibrate import load_tokenizer, runnable, uses_chat
 from converter.checkpoint import Checkpoint
 from converter.job import Job
 from converter.progress import Progress
+from converter.refine import corrected
 from converter.sensitivity import CANDIDATE_FORMATS, build_sensitivity, check_sensitivity
 from formats.errors import ConvertError
 from formats.registry import get_format
@@ -114,13 +115,24 @@ def formats_to_measure(profile: QuantizationProfile, overriding: list[str]) -> l
 
 def found_evidence(job: Job, checkpoint: Checkpoint, model_map: ModelMap, in_work_dir: bool = True) -> Evidence | None:
     """From the file that the job names, or from what an earlier run has left in the work directory; None when there is
-    neither. Raises ConvertError for a file of another model."""
-    path = job.sensitivity
-    if path is None and in_work_dir and job.profile.needs_sensitivity:
-        assert job.work_dir is not None
-        path = job.work_dir / SENSITIVITY_FILE
-        path = path if path.exists() else None
-    return None if path is None else evidence_of(load_sensitivity(path), checkpoint, model_map)
+    neither, or when it is still to be refined. Raises ConvertError for a file of another model."""
+    evidence = given_evidence(job, checkpoint, model_map)
+    if not job.profile.needs_sensitivity or not in_work_dir:
+        return None if job.refine else evidence
+    assert job.work_dir is not None
+    path = job.work_dir / SENSITIVITY_FILE
+    if evidence is None and path.exists():
+        evidence = evidence_of(load_sensitivity(path), checkpoint, model_map)
+    if evidence is not None and job.refine:
+        return corrected(evidence, job.work_dir)
+    return evidence
+
+
+def given_evidence(job: Job, checkpoint: Checkpoint, model_map: ModelMap) -> Evidence | None:
+    """From the file that the job names. Raises ConvertError for a file of another model."""
+    if job.sensitivity is None:
+        return None
+    return evidence_of(load_sensitivity(job.sensitivity), checkpoint, model_map)
 
 
 def evidence_of(table: SensitivityTable, checkpoint: Checkpoint, model_map: ModelMap) -> Evidence:
@@ -146,6 +158,12 @@ def evidence_of(table: SensitivityTable, checkpoint: Checkpoint, model_map: Mode
 
 def analysis_is_needed(job: Job) -> ConvertError:
     """What a dry run says of a plan that rests on measurements which are still to be made."""
+    if job.refine and job.sensitivity is not None:
+        return ConvertError(
+            "a plan that is to be refined is measured first, and there is none before that",
+            f"--refine {job.refine}",
+            "convert without --dry-run; or plan without --refine to see where it starts",
+        )
     return ConvertError(
         f"the profile {job.profile.name!r} decides by measured sensitivity, which has not been measured yet:"
         " there is no plan before the analysis",

@@ -71,6 +71,13 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--target-size", metavar="SIZE", help="Choose formats for the best file of 1.2GiB, for instance."),
         click.option("--target-bpw", type=float, metavar="BITS", help="The same by bits per weight."),
         click.option("--target-kld", type=float, metavar="NATS", help="The smallest file below this predicted KLD."),
+        click.option(
+            "--refine",
+            type=click.IntRange(0),
+            default=0,
+            metavar="ROUNDS",
+            help="Measure the target's plan as a whole so often, and correct it. [default: 0]",
+        ),
         click.option("--output", type=PATH, help="The artifact's file or directory. [default: by GGUF naming]"),
         click.option("--set", "overrides", multiple=True, metavar="PATTERN=FORMAT", help="Override a role or tensor."),
         click.option(

@@ -40,7 +40,8 @@ class Job:
     samples, sequence_length: of the calibration, in sequences and tokens. shard_bytes: split the artifact in files of
     at most that many bytes. threads: 0 for every core; changes no byte. seed: of what is drawn.
     sensitivity: a table of what every format costs every tensor; None for measuring it where the profile needs it.
-    target_size, target_bpw, target_kld: what the profile's budget is to meet, see profiles.budget.Budget.
+    target_size, target_bpw, target_kld: what the profile's budget is to meet, see profiles.budget.Budget. refine: how
+    often a budget's plan is measured as a whole and corrected.
     chat: calibrate on conversations by the tokenizer's chat template; None stands for True where it has one.
     protect_super_weights: another way than the profile's.
     alpha, activation_scales: of a directory's activations: how SmoothQuant shares the difficulty, and how static scales
@@ -59,6 +60,7 @@ class Job:
     target_size: int | None = None
     target_bpw: float | None = None
     target_kld: float | None = None
+    refine: int = 0
     calibration: str | None = None
     chat: bool | None = None
     samples: int = DEFAULT_SAMPLES
@@ -82,6 +84,12 @@ class Job:
         targets = {"--target-size": self.target_size, "--target-bpw": self.target_bpw, "--target-kld": self.target_kld}
         where = ", ".join(option for option, target in targets.items() if target is not None)
         profile = self.profile.aiming_at(self.target_size, self.target_bpw, self.target_kld, where)
+        if self.refine and (profile.budget is None or not profile.budget.has_goal):
+            raise ConvertError(
+                "what is refined is the plan of a budget, and nothing asks for one",
+                "--refine",
+                "add --target-size SIZE, --target-bpw BITS or --target-kld NATS",
+            )
         return replace(self, profile=profile)
 
     def with_output(self, file_name: str) -> "Job":

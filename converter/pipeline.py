@@ -15,12 +15,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from calibration.control import ShouldStop, never
 from calibration.corpus import resolve_corpus
-from converter.analyse import analyse, analysis_is_needed, found_evidence
+from converter.analyse import analyse, analysis_is_needed, found_evidence, given_evidence
 from converter.breakdown import layer_rows
 from converter.calibrate import check_importance, planned_importance
 from converter.job import UNDECIDED, Job, WorkDirectory, file_sha256, stops_cleanly, tool_identity
@@ -124,6 +125,7 @@ def fingerprint(known: Surveyed) -> dict[str, Any]:
         "protection": job.protection.super_weights,
         "activations": [job.alpha, job.activation_scales],
         "target": [job.target_size, job.target_bpw, job.target_kld],
+        "refine": job.refine,
         "plan": plan,
         "imatrix": file_sha256(job.imatrix) if job.imatrix else None,
         "sensitivity": file_sha256(job.sensitivity) if job.sensitivity else None,
@@ -206,7 +208,16 @@ def _analyse(
         with clock("calibrate"):
             importance = surveyed.target.calibrate(surveyed, work.path, progress, should_stop)
     with clock("analyse"):
-        evidence = analyse(job, checkpoint, model_map, importance, work.path, progress, should_stop)
+        evidence = given_evidence(job, checkpoint, model_map) or analyse(
+            job, checkpoint, model_map, importance, work.path, progress, should_stop
+        )
+    if job.refine:
+        from converter.refine import refine
+
+        with clock("refine"):
+            evidence = refine(
+                partial(decide, surveyed), evidence, importance, job.refine, work.path, progress, should_stop
+            )
     with clock("plan"):
         prepared = decide(surveyed, evidence)
         layouts = prepared.layouts(prepared.importance)
@@ -226,6 +237,7 @@ def _run_stages(
     reads_text = (
         (importance is not None and job.imatrix is None)
         or (job.profile.needs_sensitivity and job.sensitivity is None)
+        or job.refine > 0
         or target.reads_text_later(job, prepared.plan)
     )
     if importance is not None and job.imatrix is None:

@@ -1,7 +1,7 @@
 """What was measured of a model and decisions rest on, as plain data."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -14,3 +14,11 @@ class Evidence:
     layer_scores: Mapping[int, float]
     where: str
     identity: Mapping[str, str | int] = field(default_factory=dict)
+
+    def corrected(self, factors: Mapping[str, float]) -> "Evidence":
+        """The same with the losses of these tensors multiplied."""
+        losses = {
+            name: {f: loss * factors.get(name, 1.0) for f, loss in of_tensor.items()}
+            for name, of_tensor in self.losses.items()
+        }
+        return replace(self, losses=losses)

@@ -1,0 +1,145 @@
+"""Refinement: the arithmetic of the corrections, and a plan that is measured as a whole."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from calibration.control import Interrupted
+from calibration.imatrix_file import load_imatrix
+from calibration.sensitivity import load_sensitivity
+from converter.analyse import evidence_of
+from converter.cli import main
+from converter.job import Job
+from converter.model_map import describe
+from converter.pipeline import decide, survey
+from converter.progress import Progress
+from converter.refine import corrections, parts_of, refine
+from converter.source import open_checkpoint
+from profiles.schema import load_profile
+from tests.converter.test_target import some_importance, some_sensitivity
+
+
+def test_corrections_share_out_what_was_measured():
+    predicted = {"a": 0.1, "b": 0.1, "c": 0.2, "small": 0.001}
+    factors = corrections(predicted, 0.8, {"a": 0.6, "b": 0.7, "c": 0.3})
+    cost = {part: factors[part] * predicted[part] for part in predicted}
+    assert sum(cost.values()) == pytest.approx(0.8)
+    assert cost["a"] / cost["b"] == pytest.approx(2) and cost["c"] / cost["a"] == pytest.approx(2.5)
+    assert factors["small"] == pytest.approx(0.8 / (0.4 + 0.001))
+
+
+def test_corrections_stay_within_bounds():
+    predicted = {"a": 0.1, "b": 0.1}
+    harmless = corrections(predicted, 0.5, {"a": 0.6, "b": 0.1})  # better without its damage than with it, by chance
+    assert harmless["a"] / harmless["b"] == pytest.approx(0.25 / 2)
+    nothing = corrections(predicted, 0.4, {"a": 0.5, "b": 0.5})
+    assert nothing == {"a": pytest.approx(2), "b": pytest.approx(2)}
+
+
+def test_every_matrix_is_in_one_part(tiny):
+    model_map = describe(open_checkpoint(str(tiny("qwen3_moe"))))
+    parts = parts_of(model_map)
+    names = [name for part in parts.values() for name in part]
+    assert sorted(names) == sorted(t.name for t in model_map.tensors if t.quantizable)
+    assert "embedding" in parts and "expert_down, third 1 of 3" in parts
+
+
+@pytest.fixture
+def measured(tiny, tmp_path):
+    """A job with a tight target, and what it rests on; the losses of the table are far from true."""
+    model = tiny("llama-256")
+    job = Job(
+        str(model),
+        load_profile("budget"),
+        output=tmp_path / "m.gguf",
+        work_dir=tmp_path / "work",
+        imatrix=some_importance(model, tmp_path / "importance.gguf"),
+        sensitivity=some_sensitivity(model, tmp_path / "sensitivity.safetensors"),
+        target_size=600_000,
+        refine=2,
+        effort="fast",
+        sequence_length=32,
+        protect_super_weights="off",
+        quality=False,
+        calibration="embedded",
+    )
+    surveyed = survey(job)
+    surveyed = replace(surveyed, checkpoint=surveyed.checkpoint.with_weights())
+    evidence = evidence_of(load_sensitivity(job.sensitivity), surveyed.checkpoint, surveyed.model_map)
+    return surveyed, evidence, load_imatrix(job.imatrix)
+
+
+def measured_divergences(work_dir) -> list[float]:
+    return [json.loads(line)[1] for line in (work_dir / "refinement" / "measured.jsonl").read_text().splitlines()]
+
+
+def test_the_best_plan_that_was_measured_stays(measured, tmp_path, monkeypatch):
+    surveyed, evidence, importance = measured
+    monkeypatch.setattr("converter.refine.shutil.rmtree", lambda *args, **kwargs: None)
+    (tmp_path / "work").mkdir()
+    plans = []
+
+    def deciding(evidence):
+        plans.append(decide(surveyed, evidence).plan)
+        return decide(surveyed, evidence)
+
+    refined = refine(deciding, evidence, importance, 2, tmp_path / "work", Progress(quiet=True), lambda: False)
+    record = json.loads((tmp_path / "work" / "corrections.json").read_text())
+    assert record["divergence"] == min(measured_divergences(tmp_path / "work")[0], record["divergence"])
+    assert len({plan.digest() for plan in plans}) > 1  # the corrections changed the plan
+    assert decide(surveyed, refined).plan.digest() in {plan.digest() for plan in plans}
+    total = sum(p.predicted_loss or 0.0 for p in decide(surveyed, refined).plan.tensors)
+    assert np.isfinite(total) and total > 0
+
+
+def test_stopped_anywhere_it_ends_the_same(measured, tmp_path):
+    surveyed, evidence, importance = measured
+    results = []
+    for name, patience in (("whole", None), ("parts", 3)):
+        work_dir = tmp_path / name
+        work_dir.mkdir()
+        stops = 0
+        while True:
+            polls = iter(range(1 << 30 if patience is None else patience * 2**stops))
+            try:
+                refine(
+                    lambda e: decide(surveyed, e),
+                    evidence,
+                    importance,
+                    1,
+                    work_dir,
+                    Progress(quiet=True),
+                    lambda polls=polls: next(polls, None) is None,
+                )
+                break
+            except Interrupted:
+                stops += 1
+        assert (stops > 1) == (patience is not None)
+        results.append((work_dir / "corrections.json").read_bytes())
+    assert results[0] == results[1]
+
+
+def test_the_command_refines_and_says_so(measured, tmp_path):
+    surveyed, _, _ = measured
+    job = surveyed.job
+    options = ["--target-size", "600K", "--imatrix", job.imatrix, "--sensitivity", job.sensitivity, "--effort", "fast"]
+    options += ["--refine", 1, "--sequence-length", 32, "--no-quality", "--protect-super-weights", "off"]
+    options += ["--calibration", "embedded", "--output", job.output, job.model]
+
+    def invoke(*arguments):
+        return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+    dry = invoke("plan", *options)
+    assert dry.exit_code == 1 and "is measured first" in dry.stderr
+    done = invoke("--json", *options)
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert "--refine=1" in report["arguments"] and "refine" in report["seconds"]
+    assert job.output.stat().st_size <= 600_000
+    assert json.loads(invoke("plan", "--json", *options).stdout)["plan_sha256"] == report["plan_sha256"]
+    for wrong in (["--profile", "balanced-4bit", job.model], ["--profile", "budget", job.model]):
+        refused = invoke("--refine", 1, *wrong)
+        assert refused.exit_code == 1 and "--refine" in refused.stderr
