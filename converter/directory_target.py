@@ -31,7 +31,7 @@ from converter.write import partial_path
 from formats.errors import ConvertError
 from formats.schemes import SCHEMES
 from profiles.evidence import Evidence
-from profiles.modules import PlannedModule, plan_modules, repair_lines
+from profiles.modules import EXPERT_ROLES, PlannedModule, plan_modules, repair_lines
 from profiles.plan import Plan
 from profiles.schema import QuantizationProfile
 from profiles.vocabulary import ModelMap
@@ -62,7 +62,7 @@ class DirectoryTarget:
         return plan_modules(profile, modules, stored_dtypes(surveyed.checkpoint))
 
     def notes(self, job: Job, plan: Plan) -> list[str]:
-        return repair_lines(plan)
+        return [*repair_lines(plan), *_runtime_notes(plan)]
 
     def needs_statistics(self, job: Job, plan: Plan) -> bool:
         return plan.uses_importance or uses_activations(job, plan)
@@ -170,6 +170,14 @@ class DirectoryTarget:
 
     def weight_files(self, paths: list[Path]) -> list[Path]:
         return [path for path in paths if path.suffix == ".safetensors"]
+
+
+def _runtime_notes(plan: Plan) -> list[str]:
+    """What a runtime does not read."""
+    rows = [row for row in plan.tensors if isinstance(row, PlannedModule) and row.scheme is not None]
+    if any(row.scheme and row.scheme.format == "int-quantized" for row in rows if row.tensor.role in EXPERT_ROLES):
+        return ["transformers reads no INT8 experts with rounded inputs, vLLM does; FP8 and W4A16 load in both"]
+    return []
 
 
 def _refuse_options(job: Job) -> None:

@@ -14,15 +14,14 @@ from profiles.modules import PlannedModule
 from profiles.plan import Plan
 from profiles.vocabulary import Role
 
-KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert, in a module's name
 # The names that a text model's modules have in every runtime.
 _PLAIN = re.compile(r"(model\.layers\..*|lm_head)")
 _MIXED = "mixed-precision"
 
 
-def quantization_config(plan: Plan, kv_cache: bool = False) -> dict[str, Any]:
-    """The configuration of a plan of modules. kv_cache: keys and values are cached in FP8, see the scales beside them.
+def quantization_config(plan: Plan) -> dict[str, Any]:
+    """The configuration of a plan of modules.
 
     Raises ValueError for a plan that quantizes nothing.
     """
@@ -49,7 +48,7 @@ def quantization_config(plan: Plan, kv_cache: bool = False) -> dict[str, Any]:
             f"group_{i}": _group(scheme, names) for i, (scheme, names) in enumerate(zip(schemes, targets, strict=True))
         },
         "ignore": ignore,
-        "kv_cache_scheme": KV_CACHE if kv_cache else None,
+        "kv_cache_scheme": None,
     }
 
 

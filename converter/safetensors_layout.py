@@ -4,14 +4,11 @@ All tensors of a module follow each other, so that a module is written in one go
 """
 
 import json
-import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
-from converter.checkpoint import INDEX_NAME
 from converter.safetensors_source import SINGLE_NAME
-from formats.safetensors_file import NUMPY_DTYPES
+from formats.safetensors_file import lay_out
 from profiles.modules import PlannedModule
 from profiles.plan import Plan
 
@@ -68,25 +65,9 @@ def index_json(layouts: Sequence[SafetensorsLayout]) -> bytes | None:
     return (json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n").encode()
 
 
-def weight_file_names(layouts: Iterable[SafetensorsLayout]) -> list[str]:
-    names = [layout.file_name for layout in layouts]
-    return names if len(names) == 1 else [*names, INDEX_NAME]
-
-
 def _lay_out(file_name: str, rows: Sequence[PlannedModule]) -> SafetensorsLayout:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for row in rows:
-        for name, (dtype, shape) in row.stored.items():
-            n_bytes = prod(shape) * NUMPY_DTYPES[dtype].itemsize
-            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + n_bytes]}
-            position += n_bytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = struct.pack("<Q", len(text)) + text
-    offsets, position = [], len(header)
-    for row in rows:
-        offsets.append(position)
-        position += row.n_bytes
-    units = tuple(ModuleEntry(row.tensor.name, row.n_bytes) for row in rows)
-    return SafetensorsLayout(file_name, header, units, tuple(offsets), tuple(entries)[1:])
+    stored = {name: entry for row in rows for name, entry in row.stored.items()}
+    layout = lay_out(stored, sort=False)
+    offsets = tuple(layout.tensors[next(iter(row.stored))].offset for row in rows)
+    entries = tuple(ModuleEntry(row.tensor.name, row.n_bytes) for row in rows)
+    return SafetensorsLayout(file_name, layout.header, entries, offsets, tuple(stored))

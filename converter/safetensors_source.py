@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from formats.errors import ConvertError
 SINGLE_NAME = "model.safetensors"
 # The reference implementation's own limit on the header's length.
 MAX_HEADER_BYTES = 100_000_000
+# Last part of the name -> the matrices whose rows follow each other in every expert.
+_FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -31,7 +34,27 @@ def open_directory(directory: Path, model_id: str, revision: str | None = None) 
                 str(directory / INDEX_NAME),
                 "fetch the index and this shard again, from the same revision",
             )
-    return Checkpoint(directory, model_id, revision, config, tensors)
+    return Checkpoint(directory, model_id, revision, config, split_experts(tensors))
+
+
+def split_experts(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The experts of a layer one by one where they are stored as one 3-D tensor, as transformers 5 holds them: of
+    gate_up_proj [n_experts, gate's and up's rows, n_columns] every matrix's rows follow each other."""
+    split: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        prefix, _, last = name.rpartition(".")
+        parts = _FUSED_EXPERTS.get(last) if prefix.endswith(".experts") and len(tensor.shape) == 3 else None
+        if parts is None or tensor.shape[1] % len(parts):
+            split[name] = tensor
+            continue
+        n_experts, n_rows, n_columns = tensor.shape
+        shape = n_rows // len(parts), n_columns
+        step = tensor.n_bytes // (n_experts * len(parts))
+        for i in range(n_experts * len(parts)):
+            expert, part = divmod(i, len(parts))
+            place = replace(tensor, shape=shape, offset=tensor.offset + i * step)
+            split[f"{prefix}.{expert}.{parts[part]}.weight"] = place
+    return split
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -62,10 +62,14 @@ class SafetensorsLayout:
 
 
 def lay_out(
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    sort: bool = True,
 ) -> SafetensorsLayout:
     """The layout of a file with these tensors, by name: dtype and shape.
 
+    sort: in the library's order; otherwise as they come.
     Raises ConvertError for a dtype that cannot be written.
     """
     widths = {name: position for position, name in enumerate(NUMPY_DTYPES)}
@@ -74,7 +78,9 @@ def lay_out(
             raise ConvertError(
                 f"tensors of dtype {dtype} cannot be written", f"tensor {name}", f"use one of {', '.join(widths)}"
             )
-    ordered = sorted(tensors.items(), key=lambda item: (-widths[item[1][0]], item[0].encode()))
+    ordered = [*tensors.items()]
+    if sort:
+        ordered.sort(key=lambda item: (-widths[item[1][0]], item[0].encode()))
     header: dict[str, object] = {"__metadata__": dict(metadata or {"format": "pt"})}
     ends, position = {}, 0
     for name, (dtype, shape) in ordered:

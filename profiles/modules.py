@@ -45,7 +45,7 @@ _OF_EXPERTS: Mapping[str, str] = {
 
 # Last parts of the names of modules that runtimes multiply as one.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
-_EXPERTS = frozenset({Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN})
+EXPERT_ROLES = frozenset({Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN})
 # A scheme has fewer bits than the weights that are kept in 16.
 _UNQUANTIZED_BITS = 16
 
@@ -157,7 +157,7 @@ def _kept(tensor: TensorSpec, dtype: str, wanted: str, reason: str) -> PlannedMo
 
 def _fitting(tensor: TensorSpec, dtype: str, wanted: str, reason: str) -> PlannedModule:
     """The wanted scheme, or the first of its fallbacks whose shape rules the matrix meets."""
-    if tensor.role in _EXPERTS and wanted in _OF_EXPERTS:
+    if tensor.role in EXPERT_ROLES and wanted in _OF_EXPERTS:
         other = _OF_EXPERTS[wanted]
         row = _fitting(tensor, dtype, other, f"{reason}; vLLM's fused experts take no {wanted}: {other}")
         return replace(row, wanted=wanted)
@@ -238,7 +238,7 @@ def fused_groups(plan: Plan) -> list[tuple[str, ...]]:
 def _expert_groups(plan: Plan) -> list[tuple[str, ...]]:
     layers: dict[int | None, list[str]] = {}
     for row in _modules(plan):
-        if row.tensor.role in _EXPERTS:
+        if row.tensor.role in EXPERT_ROLES:
             layers.setdefault(row.tensor.layer, []).append(row.tensor.name)
     return [tuple(group) for group in layers.values()]
 

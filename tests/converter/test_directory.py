@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -102,6 +103,21 @@ def test_experts_load_where_transformers_reads_them(tiny, tmp_path):
     assert relative(theirs(artifact), theirs(model)) < 0.05
     names = set(DirectoryArtifact.of_recipe(artifact).tensors)
     assert "model.layers.0.mlp.experts.7.gate_proj.weight" in names
+
+
+def test_experts_that_are_stored_as_one_are_split(tiny, tmp_path):
+    model = tmp_path / "fused"
+    shutil.copytree(tiny("qwen3_moe"), model)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model)
+    for path in model.glob("*.safetensors*"):
+        path.unlink()
+    loaded.save_pretrained(model, save_original_format=False)
+    with safe_open(model / "model.safetensors", "pt") as file:
+        assert len(file.get_slice("model.layers.0.mlp.experts.gate_up_proj").get_shape()) == 3
+    whole, _ = convert(tiny("qwen3_moe"), tmp_path, "fp8")
+    (tmp_path / "split").mkdir()
+    split, _ = convert(model, tmp_path / "split", "fp8")
+    assert (split / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 def test_several_schemes_in_one_directory(tiny, tmp_path):
