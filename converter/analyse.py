@@ -1,5 +1,6 @@
 """The stage `analyse`: what every format costs every tensor, measured where the profile decides by it."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from converter.calibrate import load_tokenizer, runnable, uses_chat
 from converter.checkpoint import Checkpoint
 from converter.job import Job
 from converter.progress import Progress
-from converter.refine import corrected
 from converter.sensitivity import CANDIDATE_FORMATS, build_sensitivity, check_sensitivity
 from formats.errors import ConvertError
 from formats.registry import get_format
@@ -22,6 +22,7 @@ from profiles.schema import QuantizationProfile
 from profiles.vocabulary import ModelMap
 
 SENSITIVITY_FILE = "sensitivity.safetensors"
+CORRECTIONS_FILE = "corrections.json"
 # Gradients need far fewer samples than importance: they are summed over rows and columns.
 ANALYSIS_SAMPLES = 32
 ANALYSIS_SEQUENCE_LENGTH = 256
@@ -124,8 +125,16 @@ def found_evidence(job: Job, checkpoint: Checkpoint, model_map: ModelMap, in_wor
     if evidence is None and path.exists():
         evidence = evidence_of(load_sensitivity(path), checkpoint, model_map)
     if evidence is not None and job.refine:
-        return corrected(evidence, job.work_dir)
+        return _corrected(evidence, job.work_dir)
     return evidence
+
+
+def _corrected(evidence: Evidence, work_dir: Path) -> Evidence | None:
+    """The evidence with the corrections that a finished refinement has left in the work directory; None without."""
+    path = work_dir / CORRECTIONS_FILE
+    if not path.exists():
+        return None
+    return evidence.corrected(json.loads(path.read_bytes())["factors"])
 
 
 def given_evidence(job: Job, checkpoint: Checkpoint, model_map: ModelMap) -> Evidence | None:

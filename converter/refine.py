@@ -21,6 +21,7 @@ import numpy as np
 from calibration.control import ShouldStop
 from calibration.corpus import load_corpus
 from calibration.quality import Baseline
+from converter.analyse import CORRECTIONS_FILE
 from converter.calibrate import load_tokenizer, runnable, uses_chat
 from converter.encode import Encoder
 from converter.prepared import Prepared
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from calibration.importance import ImportanceMatrix
     from calibration.weights import WeightSource
 
-CORRECTIONS_FILE = "corrections.json"
 SAMPLES, SEQUENCE_LENGTH = 8, 256
 # Beyond that a ratio says more of the text than of the part.
 LARGEST_RATIO = 4.0
@@ -71,14 +71,6 @@ def corrections(predicted: Mapping[str, float], whole: float, without: Mapping[s
             ratios[part] = float(np.clip(cost / predicted[part] / common, 1 / LARGEST_RATIO, LARGEST_RATIO))
     scale = whole / sum(ratio * predicted[part] for part, ratio in ratios.items()) if total > 0 else 1.0
     return {part: scale * ratio for part, ratio in ratios.items()}
-
-
-def corrected(evidence: Evidence, work_dir: Path) -> Evidence | None:
-    """The evidence with the corrections that a finished refinement has left in the work directory; None without."""
-    path = work_dir / CORRECTIONS_FILE
-    if not path.exists():
-        return None
-    return evidence.corrected(json.loads(path.read_bytes())["factors"])
 
 
 def refine(
