@@ -1,5 +1,6 @@
 """A profile in words: what decides about which tensors, in the order in which it is asked."""
 
+from profiles.activations import ActivationRules
 from profiles.budget import Budget
 from profiles.schema import QuantizationProfile
 
@@ -17,8 +18,16 @@ def profile_lines(profile: QuantizationProfile) -> list[str]:
         layers = "" if rule.layers == ("all",) else f" in layers {', '.join(rule.layers)}"
         lines.append(f"{rule.format} for {', '.join(rule.roles + rule.tensors)}{layers} ({rule.text})")
     lines += [] if profile.budget is None else _budget_lines(profile.budget)
+    if profile.target == "safetensors":
+        return [*lines, _activation_line(profile.activations)]
     protection = profile.protection
     return [*lines, f"super weights: {protection.super_weights}, within {protection.tolerance:.4g} of their magnitude"]
+
+
+def _activation_line(rules: ActivationRules) -> str:
+    smoothing = f"smoothed first, alpha {rules.alpha}" if rules.smooth else "as they are"
+    fallback = "replaced" if rules.adapt else "kept"
+    return f"activations: {smoothing}; static scales by {rules.scales}; a scheme that they cannot bear is {fallback}"
 
 
 def _budget_lines(budget: Budget) -> list[str]:
