@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibration.control import Progress, ShouldStop, never, silent
+from calibration.second_moments import write_index
 from calibration.super_weights import SuperWeightReport
 from formats.errors import ConvertError
 
@@ -122,6 +123,7 @@ def compute_importance(
     revision: str | None = None,
     device: str = "auto",
     threads: int | None = None,
+    moments_dir: Path | None = None,
     progress: Progress = silent,
     should_stop: ShouldStop = never,
 ) -> ImportanceMatrix:
@@ -131,12 +133,17 @@ def compute_importance(
     (norms, an embedding that is only looked up) are absent from the result; an embedding that is the output head too
     gets the head's inputs. The result is the same for any number of threads, and after any interruption.
     work_dir: checkpoints, `work_bytes` large; a second call continues there, or returns at once when all is done.
+    moments_dir: where the second moments of the inputs go too, see calibration/second_moments.py.
     Raises Interrupted when should_stop, polled after every layer, says so.
     """
+    from calibration.model import load_config
+    from calibration.moment_observer import InputMoments
     from calibration.observer import SquaredInputs
     from calibration.stream import LayerStream
 
     squared = SquaredInputs()
+    if moments_dir is not None:
+        squared = InputMoments(moments_dir, load_config(config_dir).hidden_size)
     stream = LayerStream(
         source,
         config_dir,
@@ -158,6 +165,8 @@ def compute_importance(
             for tensor, matrix in (names[name] for name in stored_names if name in names):
                 found.setdefault(tensor, {})[matrix] = (sums[rows], squared.counts[parameter][rows])
     in_order = {tensor: [matrices[i] for i in sorted(matrices)] for tensor, matrices in sorted(found.items())}
+    if isinstance(squared, InputMoments) and moments_dir is not None:
+        write_index(moments_dir, squared.shared, squared.counts, names, stream.parameters)
     return ImportanceMatrix(
         sums={tensor: np.concatenate([sums for sums, _ in matrices]) for tensor, matrices in in_order.items()},
         counts={tensor: np.concatenate([counts for _, counts in matrices]) for tensor, matrices in in_order.items()},

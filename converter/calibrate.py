@@ -99,8 +99,10 @@ def calibrate(
     work_dir: Path,
     progress: Progress,
     should_stop: ShouldStop,
+    moments_dir: Path | None = None,
 ) -> ImportanceMatrix:
-    """Compute the importance matrix of the job. It stays in the work directory and is not computed again."""
+    """Compute the importance matrix of the job, and the second moments of its inputs where a place for them is named.
+    What was computed stays in the work directory and is not computed again."""
     result = work_dir / IMPORTANCE_FILE
     if not result.exists():
         running, running_map = runnable(checkpoint, model_map, work_dir)
@@ -125,6 +127,7 @@ def calibrate(
             work_dir=work_dir / "calibration",
             device=job.device,
             threads=job.n_threads,
+            moments_dir=moments_dir,
             progress=progress,
             should_stop=should_stop,
         )

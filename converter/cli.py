@@ -104,6 +104,11 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
             help="How static activation scales are found. [default: mse]",
         ),
         click.option("--effort", type=click.Choice(["best", "fast"]), default="best", show_default=True),
+        click.option(
+            "--error-feedback/--no-error-feedback",
+            default=None,
+            help="Choose codes so that the errors of a row cancel. [default: where no --imatrix is given]",
+        ),
         click.option("--pre-tokenizer", metavar="NAME", help="llama.cpp's name, where it cannot be recognised."),
         click.option("--split-size", metavar="SIZE", help="Split the artifact, for instance 20GB."),
         click.option("--work-dir", type=PATH, help="Where checkpoints are kept. [default: beside the output]"),

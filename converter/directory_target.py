@@ -149,7 +149,7 @@ class DirectoryTarget:
         errors = verify_directory(
             paths[0].parent, artifact, prepared.checkpoint, adapted.importance, gguf_names(prepared.model_map), progress
         )
-        return errors, {"super_weight_coverage": None, "protection": [], **adapted.found.report}
+        return errors, {"super_weight_coverage": None, "protection": [], "feedback": None, **adapted.found.report}
 
     def candidate(self, adapted: Adapted, paths: list[Path], work_dir: Path) -> Candidate:
         artifact = DirectoryArtifact.of_plan(paths[0].parent, adapted.prepared.plan)
@@ -186,6 +186,7 @@ def _refuse_options(job: Job) -> None:
         "--output": job.output is not None and job.output.suffix == ".gguf",
         "--sensitivity": job.sensitivity is not None,
         "--lm-eval": bool(job.lm_eval),
+        "--error-feedback": bool(job.error_feedback),
         "--protect-super-weights": job.protect_super_weights not in (None, "off"),
     }
     for option, given in refused.items():

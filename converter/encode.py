@@ -4,20 +4,22 @@ Row chunks are read and encoded on threads. A chunk's size depends on its row le
 only, so the bytes are the same for any number of threads.
 """
 
-from collections import deque
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from typing import Self
 
 import numpy as np
 
 from calibration.importance import ImportanceMatrix
 from converter.checkpoint import Checkpoint
+from converter.feedback import Candidates, Feedback, Inputs, Outcome, wants_feedback
 from converter.model_map import read_rows
 from converter.rescaling import rescale_importance
 from formats.errors import ConvertError
-from formats.pins import encode_pinned
+from formats.pins import Pin, encode_pinned
 from formats.registry import get_format
 from profiles.plan import Plan, PlannedTensor
 
@@ -42,6 +44,11 @@ class _Chunk:
         return range(self.start, self.stop)
 
     @property
+    def pins(self) -> list[Pin]:
+        """Those of its rows, counted from its first."""
+        return [replace(pin, row=pin.row - self.start) for pin in self.planned.pins if pin.row in self.rows]
+
+    @property
     def where(self) -> str:
         tensor = self.planned.tensor
         return f"tensor {tensor.name} ({', '.join(tensor.sources)}), from row {self.start} on"
@@ -57,10 +64,21 @@ def _chunks(planned: PlannedTensor) -> Iterator[_Chunk]:
 
 
 class Encoder:
-    """Encodes the tensors of a plan on its threads, which live as long as the `with` block."""
+    """Encodes the tensors of a plan on its threads, which live as long as the `with` block.
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, importance: ImportanceMatrix | None, threads: int):
-        self.checkpoint, self.plan, self.threads = checkpoint, plan, threads
+    feedback: what the tensors that take it are encoded with; outcomes: what it did for each of their matrices.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        importance: ImportanceMatrix | None,
+        threads: int,
+        feedback: Feedback | None = None,
+    ):
+        self.checkpoint, self.plan, self.threads, self.feedback = checkpoint, plan, threads, feedback
+        self.outcomes: dict[str, list[Outcome]] = defaultdict(list)
         self.importance = {
             planned.tensor.name: rescale_importance(planned.tensor.rescaled, importance.columns(planned.tensor.name))
             for planned in plan.tensors
@@ -77,7 +95,8 @@ class Encoder:
         self._pool.shutdown(cancel_futures=True)
 
     def encode(self, planned: PlannedTensor) -> Iterator[np.ndarray]:
-        """The tensor's data in order, uint8, a chunk of rows at a time; at most two chunks a thread are in flight.
+        """The tensor's data in order, uint8, a chunk of rows at a time; at most two chunks a thread are in flight, and
+        with feedback one matrix.
 
         Raises ConvertError for weights that cannot be encoded, naming tensor, row and column.
         """
@@ -87,8 +106,20 @@ class Encoder:
             return
         # Scales are found before the pool is full of chunks that wait for them.
         scales = self._scales(planned) if self._has_scales(planned) else None
+        self.outcomes.pop(planned.tensor.name, None)
+        if self.feedback is None or not wants_feedback(planned):
+            yield from self._encode_chunks(_chunks(planned), scales)
+            return
+        for matrix, chunks in groupby(_chunks(planned), lambda chunk: chunk.matrix):
+            yield from self._feed_back(planned, matrix, list(chunks), scales, self.feedback)
+
+    def remarks(self, name: str) -> dict[str, object]:
+        """What the journal of a written artifact keeps of a tensor: what feedback did for its matrices."""
+        return {"feedback": [asdict(outcome) for outcome in self.outcomes[name]]} if name in self.outcomes else {}
+
+    def _encode_chunks(self, chunks: Iterable[_Chunk], scales: list[float] | None) -> Iterator[np.ndarray]:
         waiting: deque[Future[np.ndarray]] = deque()
-        for chunk in _chunks(planned):
+        for chunk in chunks:
             waiting.append(self._pool.submit(self._encode_chunk, chunk, scales))
             if len(waiting) >= 2 * self.threads:
                 yield waiting.popleft().result()
@@ -105,14 +136,38 @@ class Encoder:
             matrices *= np.array(self._scales(planned), np.float32)[:, None]
         return rows
 
-    def _encode_chunk(self, chunk: _Chunk, scales: list[float] | None) -> np.ndarray:
-        of_tensor = self.importance.get(chunk.planned.tensor.name)
-        importance = None if of_tensor is None else of_tensor[chunk.matrix]
+    def _feed_back(
+        self, planned: PlannedTensor, matrix: int, chunks: list[_Chunk], scales: list[float] | None, feedback: Feedback
+    ) -> Iterator[np.ndarray]:
+        """The chunks of a matrix with feedback, or without where that is better."""
+        inputs = feedback.inputs(planned, matrix, self._pool.map)
+        if isinstance(inputs, Outcome):
+            self.outcomes[planned.tensor.name].append(inputs)
+            yield from self._encode_chunks(chunks, scales)
+            return
+        both = [self._pool.submit(self._encode_both, chunk, scales, inputs, feedback) for chunk in chunks]
+        outcome, data = feedback.choose(planned, matrix, [future.result() for future in both])
+        self.outcomes[planned.tensor.name].append(outcome)
+        yield from data
+
+    def _encode_both(self, chunk: _Chunk, scales: list[float] | None, inputs: Inputs, feedback: Feedback) -> Candidates:
+        plain = self._encode_chunk(chunk, scales)
+        start = self._encode_chunk(chunk, scales, inputs.factor.importance)
+        rows = read_rows(self.checkpoint, chunk.planned.tensor, chunk.start, chunk.stop)
+        if scales is not None:
+            rows = rows / np.float32(scales[chunk.matrix])
+        return feedback.candidates(get_format(chunk.planned.format), rows, plain, start, inputs, chunk.pins)
+
+    def _encode_chunk(
+        self, chunk: _Chunk, scales: list[float] | None, importance: np.ndarray | None = None
+    ) -> np.ndarray:
+        """importance: instead of the tensor's own, float32 [n_columns]."""
+        if importance is None and chunk.planned.tensor.name in self.importance:
+            importance = self.importance[chunk.planned.tensor.name][chunk.matrix]
         rows = read_rows(self.checkpoint, chunk.planned.tensor, chunk.start, chunk.stop)
         block_format, scale = get_format(chunk.planned.format), None if scales is None else scales[chunk.matrix]
-        pins = [replace(pin, row=pin.row - chunk.start) for pin in chunk.planned.pins if pin.row in chunk.rows]
         try:
-            if pins:
+            if pins := chunk.pins:
                 # Pins know of no second-level scale; rows divided by it are encoded as with it.
                 return encode_pinned(block_format, rows / np.float32(scale or 1), importance, self.plan.effort, pins)[0]
             options = {} if scale is None else {"tensor_scale": scale}

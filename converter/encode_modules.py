@@ -67,6 +67,9 @@ class ModuleEncoder:
                 raise ValueError(f"{planned.module}.{suffix} is {values.shape} of {dtype}, not {shape}")
             yield np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
+    def remarks(self, name: str) -> dict[str, object]:
+        return {}
+
     def tensors(self, planned: PlannedModule, scheme: Scheme) -> Tensors:
         """By suffix what is stored of the matrix, with the scale of its input."""
         name = planned.tensor.name

@@ -1,5 +1,6 @@
 """A GGUF as the artifact of a conversion, for llama.cpp."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from converter.breakdown import uniform_sizes
 from converter.calibrate import calibrate, runnable
 from converter.checkpoint import Checkpoint
 from converter.encode import Encoder
+from converter.feedback import Feedback, feedback_notes, feedback_report, wants_feedback
 from converter.job import Job
 from converter.preflight import refuse_activation_options
 from converter.prepared import Prepared, Surveyed
@@ -30,6 +32,8 @@ from profiles.plan import Plan
 from profiles.schema import QuantizationProfile
 from profiles.vocabulary import ModelMap
 
+MOMENTS = "moments"
+
 
 class GgufTarget:
     def located(self, job: Job, checkpoint: Checkpoint, model_map: ModelMap) -> Job:
@@ -40,6 +44,11 @@ class GgufTarget:
     def plan(self, surveyed: Surveyed, evidence: Evidence | None, importance: ImportanceMatrix | None) -> Plan:
         job = surveyed.job
         reserve = 0 if job.protection.super_weights == "off" else PROTECTION_RESERVE
+
+        def file_bytes(plan: Plan) -> int:
+            fed = replace(plan, error_feedback=job.wants_feedback)
+            return sum(layout.n_bytes for layout in self.layouts(surveyed, fed, importance)) + reserve
+
         plan = assign(
             job.profile,
             surveyed.model_map,
@@ -47,22 +56,22 @@ class GgufTarget:
             job.effort,
             evidence,
             importance.sums.keys() if importance is not None else (),
-            lambda plan: sum(layout.n_bytes for layout in self.layouts(surveyed, plan, importance)) + reserve,
+            file_bytes,
         )
         refuse_protection(job.protection, plan)
-        return plan
+        return replace(plan, error_feedback=job.wants_feedback and any(map(wants_feedback, plan.tensors)))
 
     def plan_of(self, profile: QuantizationProfile, surveyed: Surveyed) -> Plan:
         return assign(profile, surveyed.model_map)
 
     def notes(self, job: Job, plan: Plan) -> list[str]:
-        return [*fallback_lines(plan), *protection_notes(job.protection, plan)]
+        return [*fallback_lines(plan), *protection_notes(job.protection, plan), *feedback_notes(job, plan)]
 
     def needs_statistics(self, job: Job, plan: Plan) -> bool:
         return plan.uses_importance
 
     def reads_text_later(self, job: Job, plan: Plan) -> bool:
-        return job.protection.looks(plan)
+        return job.protection.looks(plan) or plan.error_feedback
 
     def layouts(self, surveyed: Surveyed, plan: Plan, importance: ImportanceMatrix | None) -> list[Layout]:
         job = surveyed.job
@@ -85,7 +94,10 @@ class GgufTarget:
     def calibrate(
         self, prepared: Surveyed, work_dir: Path, progress: Progress, should_stop: ShouldStop
     ) -> ImportanceMatrix:
-        return calibrate(prepared.job, prepared.checkpoint, prepared.model_map, work_dir, progress, should_stop)
+        """The importance matrix, and the second moments of the same inputs where feedback is wanted."""
+        moments_dir = work_dir / MOMENTS if prepared.feeds_back else None
+        job, checkpoint, model_map = prepared.job, prepared.checkpoint, prepared.model_map
+        return calibrate(job, checkpoint, model_map, work_dir, progress, should_stop, moments_dir)
 
     def adapt(
         self,
@@ -95,8 +107,11 @@ class GgufTarget:
         progress: Progress,
         should_stop: ShouldStop,
     ) -> Adapted:
-        """Super weights are looked for and protected."""
+        """Super weights are looked for and protected; where an importance matrix is given, and feedback is wanted all
+        the same, the second moments are computed."""
         job, checkpoint, model_map = prepared.job, prepared.checkpoint, prepared.model_map
+        if prepared.feeds_back and job.imatrix is not None:
+            self.calibrate(prepared, work_dir, progress, should_stop)
         protected = protect(job, checkpoint, model_map, prepared.plan, importance, work_dir, progress, should_stop)
         notes = tuple(f"{decision.tensor}: {decision.why}" for decision in protected.decisions)
         return Adapted(
@@ -118,9 +133,12 @@ class GgufTarget:
         assert job.output is not None
         layouts = prepared.layouts(importance)
         _check_size(prepared.plan, layouts)
-        with Encoder(prepared.checkpoint, prepared.plan, importance, job.n_threads) as encoder:
+        feedback = Feedback(work_dir / MOMENTS, job.effort) if prepared.feeds_back else None
+        with Encoder(prepared.checkpoint, prepared.plan, importance, job.n_threads, feedback) as encoder:
             writer = ArtifactWriter(encoder, layouts, job.output.parent, work_dir / JOURNAL)
-            return writer.write(progress, should_stop)
+            paths = writer.write(progress, should_stop)
+        shutil.rmtree(work_dir / MOMENTS, ignore_errors=True)
+        return paths
 
     def verify(
         self, adapted: Adapted, paths: list[Path], progress: Progress
@@ -130,7 +148,11 @@ class GgufTarget:
         tolerance = prepared.job.protection.tolerance
         coverage = super_weight_coverage(protected.report, paths, prepared.model_map, tolerance)
         decisions = [asdict(decision) for decision in protected.decisions]
-        return errors, {"super_weight_coverage": coverage, "protection": decisions}
+        feedback = None
+        if prepared.feeds_back:
+            assert prepared.job.work_dir is not None
+            feedback = feedback_report(prepared.job.work_dir / JOURNAL)
+        return errors, {"super_weight_coverage": coverage, "protection": decisions, "feedback": feedback}
 
     def candidate(self, adapted: Adapted, paths: list[Path], work_dir: Path) -> Candidate:
         prepared = adapted.prepared

@@ -256,8 +256,8 @@ def _reproduction(repository: str, report: Report) -> str:
     arguments, directory = list(map(str, report["arguments"])), report["recipe_directory"]
     from_here = arguments
     if report["calibration"]:
-        looked = report.get("super_weight_coverage") is not None
-        from_here = with_importance(arguments, directory, report["calibration"]["file"], looked)
+        reads_text = any(report.get(key) is not None for key in ("super_weight_coverage", "feedback"))
+        from_here = with_importance(arguments, directory, report["calibration"]["file"], reads_text)
     text = f"The same bytes again:\n\n```sh\n{command_text(arguments)}\n```"
     if from_here != arguments:
         text += (

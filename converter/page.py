@@ -8,6 +8,7 @@ from typing import Any
 from converter.pictures import Cell, by_layer_and_role, cell_of, layer_totals
 from converter.progress import size_text
 from converter.recipe import command_text
+from converter.report import feedback_text
 from converter.svg import Figure, bars, columns_chart, short, style_sheet
 from converter.verdict import COHERENT, FAILED, NOTICEABLE, SEVERE, findings
 from profiles.vocabulary import Role
@@ -316,10 +317,31 @@ def _measured(report: dict[str, Any]) -> str:
     parts = [
         _quality_table(report["quality"], report["coherence"]) if report["quality"] else "",
         _task_table(report["tasks"]) if report["tasks"] else "",
+        _feedback_table(report["feedback"]) if report["feedback"] else "",
         _table(["largest errors", "format", "error", "weighted error"], worst_rows, "Largest errors"),
         _terms(report["quality"]),
     ]
     return "".join(parts)
+
+
+def _feedback_table(feedback: dict[str, Any]) -> str:
+    """What error feedback did, and where it was left out; the best and the worst of the matrices that were measured."""
+    intro = f"<p>Error feedback {escape(feedback_text(feedback))}.</p>"
+    measured = [o for o in feedback["outcomes"] if o["plain_error"]]
+    measured.sort(key=lambda o: o["feedback_error"] / o["plain_error"])
+    shown = measured if len(measured) <= 10 else measured[:5] + measured[-5:]
+    rows = [
+        [
+            o["tensor"] + (f", matrix {o['matrix']}" if o["matrix"] else ""),
+            f"{o['plain_error']:.2e}",
+            f"{o['feedback_error']:.2e}",
+            f"{o['feedback_error'] / o['plain_error']:.2f}",
+            "yes" if o["kept"] else "no",
+        ]
+        for o in shown
+    ]
+    header = ["output error", "without", "with feedback", "ratio", "kept"]
+    return intro + _table(header, rows, "Error feedback")
 
 
 def _quality_table(quality: dict[str, Any], coherence: dict[str, Any] | None) -> str:

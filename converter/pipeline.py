@@ -54,12 +54,13 @@ def survey(job: Job) -> Surveyed:
     return _with_corpus(surveyed) if job.profile.needs_sensitivity else surveyed
 
 
-def _with_corpus(surveyed: Surveyed, also_for_super_weights: bool = False) -> Surveyed:
+def _with_corpus(surveyed: Surveyed, even_with_imatrix: bool = False) -> Surveyed:
     """The same with the text of its calibration: decided once, as the network may come and go while the job runs.
 
-    also_for_super_weights: which are looked for on that text even where the importance is given."""
+    even_with_imatrix: super weights are looked for on that text, and error feedback takes the moments of its inputs,
+    even where the importance is given."""
     job = surveyed.job
-    if (job.imatrix is not None and not also_for_super_weights) or job.calibration is not None:
+    if (job.imatrix is not None and not even_with_imatrix) or job.calibration is not None:
         return surveyed
     corpus, reason = resolve_corpus(None)
     note = f"calibration on {corpus}: {reason}"
@@ -79,10 +80,12 @@ def decide(surveyed: Surveyed, evidence: Evidence | None) -> Prepared:
         surveyed = _with_corpus(surveyed)
         importance = planned_importance(surveyed.job, checkpoint, model_map)
     elif target.reads_text_later(job, plan):
-        surveyed = _with_corpus(surveyed, also_for_super_weights=True)
+        surveyed = _with_corpus(surveyed, even_with_imatrix=True)
     if job.imatrix is not None and importance is not None:
         check_importance(importance, model_map, plan, str(job.imatrix))
     notes = (*surveyed.notes, *target.notes(job, plan))
+    if plan.error_feedback:
+        surveyed = replace(surveyed, job=replace(surveyed.job, error_feedback=True))
     prepared = Prepared(surveyed.job, checkpoint, model_map, target, notes, plan, importance)
     if (
         job.shard_bytes is not None
@@ -112,8 +115,10 @@ def fingerprint(known: Surveyed) -> dict[str, Any]:
     job, checkpoint = known.job, known.checkpoint
     if isinstance(known, Prepared):
         plan, importance = known.plan.digest(), known.importance
+        moments_of = job.calibration if known.plan.error_feedback else None
     else:
         plan, importance = UNDECIDED, planned_importance(job, checkpoint, known.model_map)
+        moments_of = UNDECIDED
     profile = "".join((*job.profile.inherited, job.profile.text))
     return {
         "tool": tool_identity(),
@@ -130,6 +135,8 @@ def fingerprint(known: Surveyed) -> dict[str, Any]:
         "imatrix": file_sha256(job.imatrix) if job.imatrix else None,
         "sensitivity": file_sha256(job.sensitivity) if job.sensitivity else None,
         "calibration": importance.corpus if importance else None,
+        "error_feedback": job.wants_feedback,
+        "moments": moments_of,
         "calibration_file": file_sha256(Path(job.calibration))
         if job.calibration and Path(job.calibration).is_file()
         else None,
@@ -163,7 +170,8 @@ def run(
         job = known.job
         assert job.work_dir is not None
         layouts = known.layouts(known.importance) if isinstance(known, Prepared) else []
-        preflight(job, known.checkpoint, known.model_map, layouts, known.target.partial_files(job, layouts))
+        partial_files = known.target.partial_files(job, layouts)
+        preflight(job, known.checkpoint, known.model_map, layouts, partial_files, known.feeds_back)
     for note in known.notes:
         progress.say(note)
     work = WorkDirectory(job.work_dir)
@@ -221,7 +229,8 @@ def _analyse(
     with clock("plan"):
         prepared = decide(surveyed, evidence)
         layouts = prepared.layouts(prepared.importance)
-        preflight(job, checkpoint, model_map, layouts, prepared.target.partial_files(job, layouts))
+        partial_files = prepared.target.partial_files(job, layouts)
+        preflight(job, checkpoint, model_map, layouts, partial_files, prepared.feeds_back)
         if not (work.path / JOURNAL).exists():
             check_output_is_free(prepared.target.outputs(job, layouts))
         work.claim(fingerprint(prepared))

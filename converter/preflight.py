@@ -10,8 +10,10 @@ import psutil
 
 from calibration.fisher import gradient_work_bytes
 from calibration.importance import work_bytes
+from calibration.second_moments import moment_bytes
 from converter.analyse import ANALYSIS_SAMPLES, ANALYSIS_SEQUENCE_LENGTH
 from converter.checkpoint import Checkpoint
+from converter.feedback import moment_widths
 from converter.job import SAMPLES_RANGE, Job
 from converter.model_map import read_rows
 from converter.progress import size_text
@@ -61,14 +63,16 @@ def preflight(
     model_map: ModelMap,
     layouts: list[Layout],
     partial_files: list[Path],
+    feeds_back: bool,
 ) -> None:
     """Raises ConvertError for the first thing that would stop the job. Architecture, tokenizer and profile have been
-    checked by then: there would be no model map and no plan otherwise."""
+    checked by then: there would be no model map and no plan otherwise. feeds_back: second moments are collected."""
     assert job.output is not None and job.work_dir is not None
     _check_writable(job.output.parent, "--output")
     _check_writable(job.work_dir, "--work-dir")
-    _check_space(job, checkpoint, model_map, layouts, partial_files)
-    _check_memory(job, checkpoint, model_map)
+    widths = [*moment_widths(model_map).values()] if feeds_back else []
+    _check_space(job, checkpoint, model_map, layouts, partial_files, widths)
+    _check_memory(job, checkpoint, model_map, widths)
 
 
 def ternary_warning(checkpoint: Checkpoint, plan: Plan) -> str | None:
@@ -116,27 +120,35 @@ def _check_writable(directory: Path, option: str) -> None:
         raise ConvertError(f"the directory cannot be made: {error}", str(directory), f"use {option}") from None
 
 
-def _check_memory(job: Job, checkpoint: Checkpoint, model_map: ModelMap) -> None:
+def _check_memory(job: Job, checkpoint: Checkpoint, model_map: ModelMap, widths: list[list[int]]) -> None:
     """Memory of the layer stream, by far the largest: one layer computes in float32 while the next one loads. A GGUF is
-    read by transformers as a whole."""
+    read by transformers as a whole. widths: of a layer's inputs whose second moments are kept."""
     weights: Counter[int | None] = Counter()
     for tensor in model_map.tensors:
         weights[tensor.layer] += tensor.n_weights
     streamed = 2 * max((n for layer, n in weights.items() if layer is not None), default=0)
     measures = job.profile.needs_sensitivity and job.sensitivity is None
-    runs = job.quality or job.imatrix is None or measures
+    runs = job.quality or job.imatrix is None or measures or bool(widths)
     resident = 0 if not runs else streamed if checkpoint.location.is_dir() else sum(weights.values())
-    needed, available = 4 * resident, psutil.virtual_memory().available
+    # Square matrices of a layer's inputs: the sums, and what each thread has just added up.
+    squares = max((sum(n * n for n in layer) for layer in widths), default=0) * (1 + job.n_threads)
+    needed, available = 4 * (resident + squares), psutil.virtual_memory().available
     if needed > available:
         raise ConvertError(
             f"{size_text(available)} of memory are available, and running this model takes {size_text(needed)}",
             "the calibration and the quality report",
-            "use a machine with more, or run no model here: --imatrix FILE --no-quality",
+            "use a machine with more, or run no model here: --imatrix FILE --no-quality"
+            + (", or less of it: --no-error-feedback" if widths else ""),
         )
 
 
 def _check_space(
-    job: Job, checkpoint: Checkpoint, model_map: ModelMap, layouts: list[Layout], partial_files: list[Path]
+    job: Job,
+    checkpoint: Checkpoint,
+    model_map: ModelMap,
+    layouts: list[Layout],
+    partial_files: list[Path],
+    widths: list[list[int]],
 ) -> None:
     """Disk space by stage; what an earlier run has written of the artifact already counts as there."""
     assert job.output is not None and job.work_dir is not None
@@ -146,11 +158,13 @@ def _check_space(
     expected = sum(layout.n_bytes for layout in layouts) or (budget.size if budget is not None else None) or 0
     needs = [("the artifact", job.output.parent, expected - written)]
     width = int(checkpoint.config.get("hidden_size", 0))
-    states = work_bytes(job.samples, job.sequence_length, width) if job.imatrix is None else 0
+    calibrates = job.imatrix is None or bool(widths)
+    states = work_bytes(job.samples, job.sequence_length, width) if calibrates else 0
     if job.profile.needs_sensitivity and job.sensitivity is None:
         states += gradient_work_bytes(ANALYSIS_SAMPLES, ANALYSIS_SEQUENCE_LENGTH, width, model_map.n_layers)
     restored = 0 if checkpoint.location.is_dir() else 4 * sum(t.n_weights for t in model_map.tensors)
-    needs.append(("the work directory", job.work_dir, states + restored + _SMALL_FILES))
+    moments = sum(map(moment_bytes, widths))
+    needs.append(("the work directory", job.work_dir, states + restored + moments + _SMALL_FILES))
     by_device: dict[int, list[tuple[str, Path, int]]] = {}
     for need in needs:
         by_device.setdefault(os.stat(need[1]).st_dev, []).append(need)

@@ -25,6 +25,11 @@ class Surveyed:
     target: "Target"
     notes: tuple[str, ...]
 
+    @property
+    def feeds_back(self) -> bool:
+        """Whether the second moments of the inputs have to be collected, as far as it is known."""
+        return self.job.wants_feedback
+
 
 @dataclass(frozen=True)
 class Prepared(Surveyed):
@@ -33,6 +38,10 @@ class Prepared(Surveyed):
 
     plan: Plan
     importance: ImportanceMatrix | None
+
+    @property
+    def feeds_back(self) -> bool:
+        return self.plan.error_feedback
 
     def layouts(self, importance: ImportanceMatrix | None) -> "list[Layout]":
         """The artifact's files; equally long for the planned identity of the importance and for the final one."""

@@ -162,12 +162,24 @@ def report_text(report: dict, plan: Plan) -> str:
     if (coverage := report["super_weight_coverage"]) is not None:
         within = f", {coverage['within']} of them within {coverage['tolerance']:.0%}" if coverage["confirmed"] else ""
         lines.append(f"super weights {coverage['confirmed'] or 'none'}{within}")
+    if feedback := report["feedback"]:
+        lines.append(f"feedback     {feedback_text(feedback)}")
     lines.append(
         "time         " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report["seconds"].items())
     )
     lines += [f"written      {file['path']}  sha256 {file['sha256']}" for file in report["artifact"]["files"]]
     lines.append(f"report       {report['page']}, {report['path']}")
     return "\n".join(lines)
+
+
+def feedback_text(feedback: dict) -> str:
+    """What error feedback did, for people."""
+    if feedback["plain_error"] is None:
+        return "for no matrix: nothing could be held out to judge by"
+    return (
+        f"kept by {feedback['kept']} of {feedback['matrices']} matrices; output error on held-out inputs"
+        f" {feedback['plain_error']:.5f} -> {feedback['feedback_error']:.5f} on average"
+    )
 
 
 def error_table(errors: list[dict]) -> str:

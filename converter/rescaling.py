@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from calibration.second_moments import Moments
 from profiles.vocabulary import Rescaled, TensorSpec
 
 
@@ -33,3 +34,14 @@ def rescale_importance(rescaled: Sequence[Rescaled], columns: np.ndarray) -> np.
         if part.axis == "column":
             columns[part.matrix, part.index] /= part.factor**2
     return columns.astype(np.float32)
+
+
+def rescale_moments(rescaled: Sequence[Rescaled], moments: Moments) -> Moments:
+    """The same of the inputs of one matrix, whose rescaled columns these are."""
+    if not rescaled:
+        return moments
+    factors = np.ones(len(moments.matrix))
+    for part in rescaled:
+        factors[part.index] /= part.factor
+    matrix = moments.matrix * factors * factors[:, None]
+    return Moments(matrix.astype(np.float32), (moments.held_out * factors).astype(np.float32))

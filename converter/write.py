@@ -36,11 +36,15 @@ class PlanEncoder(Protocol):
     def encode(self, planned: PlannedTensor) -> Iterator[np.ndarray]:
         """The data that stand for it in the file, in order, uint8."""
 
+    def remarks(self, name: str) -> dict[str, object]:
+        """What the journal should keep of an entry that has been encoded, besides its hash: plain data."""
+
 
 class ArtifactWriter:
     """Writes the files of an artifact, a checkpoint after every tensor.
 
-    journal: JSON lines, one {"tensor", "sha256"} for each tensor whose data is safely on the disk.
+    journal: JSON lines, one {"tensor", "sha256"} for each tensor whose data is safely on the disk, and what the
+    encoder remarks of it.
     """
 
     def __init__(self, encoder: PlanEncoder, layouts: Sequence[Layout], directory: Path, journal: Path):
@@ -90,7 +94,8 @@ class ArtifactWriter:
                             file.write(bytes(end - file.tell()))
                             file.flush()
                             os.fsync(file.fileno())
-                            journal.write(json.dumps({"tensor": entry.name, "sha256": digest}) + "\n")
+                            record = {"tensor": entry.name, "sha256": digest, **self.encoder.remarks(entry.name)}
+                            journal.write(json.dumps(record) + "\n")
                             journal.flush()
                             os.fsync(journal.fileno())
                         layer = planned.tensor.layer

@@ -7,6 +7,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from formats.parts import PointBlocks, ScalarBlocks
+
 Effort = Literal["best", "fast"]
 
 
@@ -37,6 +39,8 @@ class BlockFormat:
     needs_importance: the format is so coarse that encoding without an importance matrix is refused.
     tensor_scale: for a format with a second-level scale a matrix, the scale that suits the largest magnitude of its
         weights; `encode` takes it as the keyword tensor_scale, and `decode` leaves it out.
+    blocks: how its blocks come apart, for what re-chooses codes under the scales that an encoder found; None for plain
+        numbers.
     """
 
     ggml_type: IntEnum
@@ -46,6 +50,7 @@ class BlockFormat:
     decode: Callable[[np.ndarray], np.ndarray]
     needs_importance: bool = False
     tensor_scale: Callable[[float], float] | None = None
+    blocks: ScalarBlocks | PointBlocks | None = None
 
     @property
     def name(self) -> str:

@@ -23,6 +23,7 @@ from formats.grids import points
 from formats.iq_kernels import SIGNED
 from formats.iq_packing import pack_half, pack_nibbles, unpack_half, unpack_nibbles
 from formats.iq_search import Layout, search_efforts, search_rows
+from formats.parts import PointBlocks, PointParts
 
 BLOCK_SIZE = 256
 IQ1_S_TYPE_SIZE, IQ1_M_TYPE_SIZE = 50, 56
@@ -38,40 +39,66 @@ _IQ1_M_EFFORTS = search_efforts(IQ1_M_LAYOUT, 8, 6, n_candidates=(96, 16), n_rou
 
 
 def encode_iq1_s(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    d, scales, indices, negative = search_rows(rows, importance, "IQ1_S", IQ1_S_LAYOUT, _IQ1_S_EFFORTS[effort])
-    high = np.bitwise_or.reduce((indices >> 8).reshape(-1, 8, 4) << FIELD_SHIFTS, axis=2)
-    qh = high | scales.astype(np.uint16) << 12 | negative[:, ::4].astype(np.uint16) << 15
-    parts = [pack_half(d), indices.astype(np.uint8), qh.astype("<u2").view(np.uint8)]
-    return np.concatenate(parts, axis=1).reshape(len(rows), -1)
+    parts = PointParts(*search_rows(rows, importance, "IQ1_S", IQ1_S_LAYOUT, _IQ1_S_EFFORTS[effort]))
+    return _close_iq1_s(parts).reshape(len(rows), -1)
 
 
 def encode_iq1_m(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    d, scales, indices, _ = search_rows(rows, importance, "IQ1_M", IQ1_M_LAYOUT, _IQ1_M_EFFORTS[effort])
+    parts = PointParts(*search_rows(rows, importance, "IQ1_M", IQ1_M_LAYOUT, _IQ1_M_EFFORTS[effort]))
+    return _close_iq1_m(parts).reshape(len(rows), -1)
+
+
+def _close_iq1_s(parts: PointParts) -> np.ndarray:
+    d, scales, indices, negative = parts
+    high = np.bitwise_or.reduce((indices >> 8).reshape(-1, 8, 4) << FIELD_SHIFTS, axis=2)
+    qh = high | scales.astype(np.uint16) << 12 | negative[:, ::4].astype(np.uint16) << 15
+    return np.concatenate([pack_half(d), indices.astype(np.uint8), qh.astype("<u2").view(np.uint8)], axis=1)
+
+
+def _close_iq1_m(parts: PointParts) -> np.ndarray:
+    d, scales, indices, _ = parts
     qh = pack_nibbles((indices >> 8).astype(np.uint8))  # bit 11 of IQ1_M's index is the shift's sign
     fields = np.bitwise_or.reduce(scales.reshape(-1, 4, 4).astype(np.uint16) << FIELD_SHIFTS, axis=2)
     quarters = pack_half(d).view("<u2") >> D_SHIFTS & 15
-    parts = [indices.astype(np.uint8), qh, (fields | quarters << 12).astype("<u2").view(np.uint8)]
-    return np.concatenate(parts, axis=1).reshape(len(rows), -1)
+    header = (fields | quarters << 12).astype("<u2").view(np.uint8)
+    return np.concatenate([indices.astype(np.uint8), qh, header], axis=1)
 
 
 def decode_iq1_s(data: np.ndarray) -> np.ndarray:
-    blocks = data.reshape(-1, IQ1_S_TYPE_SIZE)
-    qh = np.ascontiguousarray(blocks[:, 34:]).view("<u2")
-    high = (qh[:, :, None] >> FIELD_SHIFTS & 7).reshape(-1, 32)
-    scales = unpack_half(blocks[:, :2]) * (2 * (qh >> 12 & 7) + 1)
-    negative = np.repeat(qh >> 15, 4, axis=1)
-    return _decode(scales, blocks[:, 2:34] | high << 8 | negative << 11).reshape(len(data), -1)
+    parts = _open_iq1_s(data)
+    return _decode(parts, parts.indices | parts.signs.astype(np.uint16) << 11).reshape(len(data), -1)
 
 
 def decode_iq1_m(data: np.ndarray) -> np.ndarray:
+    parts = _open_iq1_m(data)
+    return _decode(parts, parts.indices).reshape(len(data), -1)
+
+
+def _open_iq1_s(data: np.ndarray) -> PointParts:
+    blocks = data.reshape(-1, IQ1_S_TYPE_SIZE)
+    qh = np.ascontiguousarray(blocks[:, 34:]).view("<u2")
+    high = (qh[:, :, None] >> FIELD_SHIFTS & 7).reshape(-1, 32)
+    negative = np.repeat((qh >> 15).astype(np.uint8), 4, axis=1)
+    return PointParts(
+        unpack_half(blocks[:, :2])[:, 0], (qh >> 12 & 7).astype(np.uint8), blocks[:, 2:34] | high << 8, negative
+    )
+
+
+def _open_iq1_m(data: np.ndarray) -> PointParts:
     blocks = data.reshape(-1, IQ1_M_TYPE_SIZE)
     qh, fields = unpack_nibbles(blocks[:, 32:48]), np.ascontiguousarray(blocks[:, 48:]).view("<u2")
     d = np.bitwise_or.reduce(fields >> 12 << D_SHIFTS, axis=1).view(np.float16).astype(np.float32)
-    scales = d[:, None] * (2 * (fields[:, :, None] >> FIELD_SHIFTS & 7).reshape(-1, 16) + 1)
-    return _decode(scales, blocks[:, :32] | qh.astype(np.uint16) << 8).reshape(len(data), -1)
+    scales = (fields[:, :, None] >> FIELD_SHIFTS & 7).reshape(-1, 16).astype(np.uint8)
+    indices = blocks[:, :32] | qh.astype(np.uint16) << 8
+    return PointParts(d, scales, indices, np.zeros(indices.shape, np.uint8))
 
 
-def _decode(scales: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """scales float32 [n_blocks, n_sub]; indices [n_blocks, 32] of IQ1_M's points."""
+IQ1_S_BLOCKS = PointBlocks("IQ1_S", IQ1_S_LAYOUT, _open_iq1_s, _close_iq1_s)
+IQ1_M_BLOCKS = PointBlocks("IQ1_M", IQ1_M_LAYOUT, _open_iq1_m, _close_iq1_m)
+
+
+def _decode(parts: PointParts, indices: np.ndarray) -> np.ndarray:
+    """indices [n_blocks, 32] of IQ1_M's points."""
+    scales = parts.d[:, None] * (2 * parts.scales.astype(np.float32) + 1)
     coordinates = points("IQ1_M")[indices].astype(np.float32) / 8
     return (scales[:, :, None] * coordinates.reshape(len(scales), scales.shape[1], -1)).reshape(-1, BLOCK_SIZE)

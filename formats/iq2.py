@@ -37,6 +37,7 @@ from formats.iq_packing import (
     unpack_signs_and_scales,
 )
 from formats.iq_search import Layout, search_efforts, search_rows
+from formats.parts import PointBlocks, PointParts
 
 BLOCK_SIZE = 256
 IQ2_XXS_TYPE_SIZE, IQ2_XS_TYPE_SIZE, IQ2_S_TYPE_SIZE = 66, 74, 82
@@ -53,47 +54,81 @@ _IQ2_S_EFFORTS = search_efforts(IQ2_S_LAYOUT, 43, 6, n_candidates=(64, 16), n_ro
 
 
 def encode_iq2_xxs(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    d, scales, indices, signs = search_rows(rows, importance, "IQ2_XXS", IQ2_XXS_LAYOUT, _IQ2_XXS_EFFORTS[effort])
-    words = pack_signs_and_scales(signs, scales)[:, :, None]
-    qs = np.concatenate([indices.astype(np.uint8).reshape(-1, 8, 4), words.view(np.uint8)], axis=2)
-    return np.concatenate([pack_half(d), qs.reshape(-1, 64)], axis=1).reshape(len(rows), -1)
+    parts = PointParts(*search_rows(rows, importance, "IQ2_XXS", IQ2_XXS_LAYOUT, _IQ2_XXS_EFFORTS[effort]))
+    return _close_iq2_xxs(parts).reshape(len(rows), -1)
 
 
 def encode_iq2_xs(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    d, scales, indices, signs = search_rows(rows, importance, "IQ2_XS", IQ2_XS_LAYOUT, _IQ2_XS_EFFORTS[effort])
-    qs = (indices | (signs & 127).astype(np.uint16) << 9).astype("<u2").view(np.uint8)
-    return np.concatenate([pack_half(d), qs, pack_nibbles(scales)], axis=1).reshape(len(rows), -1)
+    parts = PointParts(*search_rows(rows, importance, "IQ2_XS", IQ2_XS_LAYOUT, _IQ2_XS_EFFORTS[effort]))
+    return _close_iq2_xs(parts).reshape(len(rows), -1)
 
 
 def encode_iq2_s(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    d, scales, indices, signs = search_rows(rows, importance, "IQ2_S", IQ2_S_LAYOUT, _IQ2_S_EFFORTS[effort])
+    parts = PointParts(*search_rows(rows, importance, "IQ2_S", IQ2_S_LAYOUT, _IQ2_S_EFFORTS[effort]))
+    return _close_iq2_s(parts).reshape(len(rows), -1)
+
+
+def _close_iq2_xxs(parts: PointParts) -> np.ndarray:
+    d, scales, indices, signs = parts
+    words = pack_signs_and_scales(signs, scales)[:, :, None]
+    qs = np.concatenate([indices.astype(np.uint8).reshape(-1, 8, 4), words.view(np.uint8)], axis=2)
+    return np.concatenate([pack_half(d), qs.reshape(-1, 64)], axis=1)
+
+
+def _close_iq2_xs(parts: PointParts) -> np.ndarray:
+    d, scales, indices, signs = parts
+    qs = (indices | (signs & 127).astype(np.uint16) << 9).astype("<u2").view(np.uint8)
+    return np.concatenate([pack_half(d), qs, pack_nibbles(scales)], axis=1)
+
+
+def _close_iq2_s(parts: PointParts) -> np.ndarray:
+    d, scales, indices, signs = parts
     qs, high = indices.astype(np.uint8), (indices >> 8).astype(np.uint8).reshape(-1, 8, 4)
     qh = np.bitwise_or.reduce(high << QH_SHIFTS, axis=2)
-    return np.concatenate([pack_half(d), qs, signs, qh, pack_nibbles(scales)], axis=1).reshape(len(rows), -1)
+    return np.concatenate([pack_half(d), qs, signs, qh, pack_nibbles(scales)], axis=1)
 
 
 def decode_iq2_xxs(data: np.ndarray) -> np.ndarray:
-    blocks = data.reshape(-1, IQ2_XXS_TYPE_SIZE)
-    qs = np.ascontiguousarray(blocks[:, 2:]).reshape(-1, 8, 8)
-    signs, scales = unpack_signs_and_scales(np.ascontiguousarray(qs[:, :, 4:]).view("<u4")[:, :, 0])
-    grid = points("IQ2_XXS")[qs[:, :, :4].reshape(-1, 32)]
-    return decode_points(_scales(blocks, scales), grid, signs).reshape(len(data), -1)
+    return _decode(_open_iq2_xxs(data), "IQ2_XXS").reshape(len(data), -1)
 
 
 def decode_iq2_xs(data: np.ndarray) -> np.ndarray:
-    blocks = data.reshape(-1, IQ2_XS_TYPE_SIZE)
-    qs = np.ascontiguousarray(blocks[:, 2:66]).view("<u2")
-    scales = _scales(blocks, unpack_nibbles(blocks[:, 66:]))
-    return decode_points(scales, points("IQ2_XS")[qs & 511], EVEN_BYTES[qs >> 9]).reshape(len(data), -1)
+    return _decode(_open_iq2_xs(data), "IQ2_XS").reshape(len(data), -1)
 
 
 def decode_iq2_s(data: np.ndarray) -> np.ndarray:
+    return _decode(_open_iq2_s(data), "IQ2_S").reshape(len(data), -1)
+
+
+def _open_iq2_xxs(data: np.ndarray) -> PointParts:
+    blocks = data.reshape(-1, IQ2_XXS_TYPE_SIZE)
+    qs = np.ascontiguousarray(blocks[:, 2:]).reshape(-1, 8, 8)
+    signs, scales = unpack_signs_and_scales(np.ascontiguousarray(qs[:, :, 4:]).view("<u4")[:, :, 0])
+    return _parts(blocks, scales, qs[:, :, :4].reshape(-1, 32), signs)
+
+
+def _open_iq2_xs(data: np.ndarray) -> PointParts:
+    blocks = data.reshape(-1, IQ2_XS_TYPE_SIZE)
+    qs = np.ascontiguousarray(blocks[:, 2:66]).view("<u2")
+    return _parts(blocks, unpack_nibbles(blocks[:, 66:]), qs & 511, EVEN_BYTES[qs >> 9])
+
+
+def _open_iq2_s(data: np.ndarray) -> PointParts:
     blocks = data.reshape(-1, IQ2_S_TYPE_SIZE)
     high = (blocks[:, 66:74, None] >> QH_SHIFTS & 3).reshape(-1, 32).astype(np.uint16)
-    scales = _scales(blocks, unpack_nibbles(blocks[:, 74:]))
-    grid = points("IQ2_S")[blocks[:, 2:34] | high << 8]
-    return decode_points(scales, grid, np.ascontiguousarray(blocks[:, 34:66])).reshape(len(data), -1)
+    signs = np.ascontiguousarray(blocks[:, 34:66])
+    return _parts(blocks, unpack_nibbles(blocks[:, 74:]), blocks[:, 2:34] | high << 8, signs)
 
 
-def _scales(blocks: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    return unpack_half(blocks[:, :2]) * (np.float32(0.5) + codes) * np.float32(0.25)
+def _parts(blocks: np.ndarray, scales: np.ndarray, indices: np.ndarray, signs: np.ndarray) -> PointParts:
+    return PointParts(unpack_half(blocks[:, :2])[:, 0], scales, indices.astype(np.uint16), signs)
+
+
+def _decode(parts: PointParts, grid: str) -> np.ndarray:
+    scales = parts.d[:, None] * (np.float32(0.5) + parts.scales) * np.float32(0.25)
+    return decode_points(scales, points(grid)[parts.indices], parts.signs)
+
+
+IQ2_XXS_BLOCKS = PointBlocks("IQ2_XXS", IQ2_XXS_LAYOUT, _open_iq2_xxs, _close_iq2_xxs)
+IQ2_XS_BLOCKS = PointBlocks("IQ2_XS", IQ2_XS_LAYOUT, _open_iq2_xs, _close_iq2_xs)
+IQ2_S_BLOCKS = PointBlocks("IQ2_S", IQ2_S_LAYOUT, _open_iq2_s, _close_iq2_s)

@@ -33,6 +33,7 @@ from formats.iq_packing import (
     unpack_signs_and_scales,
 )
 from formats.iq_search import Layout, search_efforts, search_rows
+from formats.parts import PointBlocks, PointParts
 
 BLOCK_SIZE = 256
 IQ3_XXS_TYPE_SIZE, IQ3_S_TYPE_SIZE = 98, 110
@@ -47,27 +48,52 @@ _IQ3_S_EFFORTS = search_efforts(IQ3_S_LAYOUT, 15, 3, n_candidates=(32, 16), n_ro
 
 
 def encode_iq3_xxs(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    d, scales, indices, signs = search_rows(rows, importance, "IQ3_XXS", IQ3_XXS_LAYOUT, _IQ3_XXS_EFFORTS[effort])
-    words = pack_signs_and_scales(pack_nibbles(signs), scales).view(np.uint8)
-    return np.concatenate([pack_half(d), indices.astype(np.uint8), words], axis=1).reshape(len(rows), -1)
+    parts = PointParts(*search_rows(rows, importance, "IQ3_XXS", IQ3_XXS_LAYOUT, _IQ3_XXS_EFFORTS[effort]))
+    return _close_iq3_xxs(parts).reshape(len(rows), -1)
 
 
 def encode_iq3_s(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    d, scales, indices, signs = search_rows(rows, importance, "IQ3_S", IQ3_S_LAYOUT, _IQ3_S_EFFORTS[effort])
-    qs, qh = indices.astype(np.uint8), np.packbits(indices >> 8, axis=1, bitorder="little")
-    parts = [pack_half(d), qs, qh, pack_nibbles(signs), pack_nibbles(scales)]
-    return np.concatenate(parts, axis=1).reshape(len(rows), -1)
+    parts = PointParts(*search_rows(rows, importance, "IQ3_S", IQ3_S_LAYOUT, _IQ3_S_EFFORTS[effort]))
+    return _close_iq3_s(parts).reshape(len(rows), -1)
 
 
 def decode_iq3_xxs(data: np.ndarray) -> np.ndarray:
-    blocks = data.reshape(-1, IQ3_XXS_TYPE_SIZE)
-    signs, codes = unpack_signs_and_scales(np.ascontiguousarray(blocks[:, 66:]).view("<u4"))
-    scales = unpack_half(blocks[:, :2]) * (np.float32(0.5) + codes) * np.float32(0.5)
-    return decode_points(scales, points("IQ3_XXS")[blocks[:, 2:66]], signs).reshape(len(data), -1)
+    parts = _open_iq3_xxs(data)
+    scales = parts.d[:, None] * (np.float32(0.5) + parts.scales) * np.float32(0.5)
+    return decode_points(scales, points("IQ3_XXS")[parts.indices], pack_nibbles(parts.signs)).reshape(len(data), -1)
 
 
 def decode_iq3_s(data: np.ndarray) -> np.ndarray:
+    parts = _open_iq3_s(data)
+    scales = parts.d[:, None] * (2 * parts.scales + 1)
+    return decode_points(scales, points("IQ3_S")[parts.indices], pack_nibbles(parts.signs)).reshape(len(data), -1)
+
+
+def _open_iq3_xxs(data: np.ndarray) -> PointParts:
+    blocks = data.reshape(-1, IQ3_XXS_TYPE_SIZE)
+    signs, scales = unpack_signs_and_scales(np.ascontiguousarray(blocks[:, 66:]).view("<u4"))
+    return PointParts(
+        unpack_half(blocks[:, :2])[:, 0], scales, blocks[:, 2:66].astype(np.uint16), unpack_nibbles(signs)
+    )
+
+
+def _close_iq3_xxs(parts: PointParts) -> np.ndarray:
+    words = pack_signs_and_scales(pack_nibbles(parts.signs), parts.scales).view(np.uint8)
+    return np.concatenate([pack_half(parts.d), parts.indices.astype(np.uint8), words], axis=1)
+
+
+def _open_iq3_s(data: np.ndarray) -> PointParts:
     blocks = data.reshape(-1, IQ3_S_TYPE_SIZE)
     high = np.unpackbits(blocks[:, 66:74], axis=1, bitorder="little").astype(np.uint16)
-    scales = unpack_half(blocks[:, :2]) * (2 * unpack_nibbles(blocks[:, 106:]) + 1)
-    return decode_points(scales, points("IQ3_S")[blocks[:, 2:66] | high << 8], blocks[:, 74:106]).reshape(len(data), -1)
+    d, scales = unpack_half(blocks[:, :2])[:, 0], unpack_nibbles(blocks[:, 106:])
+    return PointParts(d, scales, blocks[:, 2:66] | high << 8, unpack_nibbles(blocks[:, 74:106]))
+
+
+def _close_iq3_s(parts: PointParts) -> np.ndarray:
+    d, scales, indices, signs = parts
+    qs, qh = indices.astype(np.uint8), np.packbits(indices >> 8, axis=1, bitorder="little")
+    return np.concatenate([pack_half(d), qs, qh, pack_nibbles(signs), pack_nibbles(scales)], axis=1)
+
+
+IQ3_XXS_BLOCKS = PointBlocks("IQ3_XXS", IQ3_XXS_LAYOUT, _open_iq3_xxs, _close_iq3_xxs)
+IQ3_S_BLOCKS = PointBlocks("IQ3_S", IQ3_S_LAYOUT, _open_iq3_s, _close_iq3_s)

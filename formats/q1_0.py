@@ -13,6 +13,8 @@ from numba import njit
 
 from formats.block_format import Effort
 from formats.encoding import to_blocks
+from formats.iq_packing import pack_half, unpack_half
+from formats.parts import NO_MINIMUM, ONE_VALUE, ScalarBlocks, ScalarParts, single_scale
 
 BLOCK_SIZE, TYPE_SIZE = 128, 18
 
@@ -24,15 +26,29 @@ def encode(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effor
     blocks, weights = to_blocks(rows, importance, BLOCK_SIZE)
     means = np.empty(len(blocks), np.float32)
     mean_magnitudes(blocks, weights, means)
-    d = np.minimum(means, F16_MAX).astype("<f2").view(np.uint8).reshape(-1, 2)
-    qs = np.packbits(blocks >= 0, axis=1, bitorder="little")
-    return np.concatenate([d, qs], axis=1).reshape(len(rows), -1)
+    levels = np.where(blocks >= 0, np.int8(1), np.int8(-1))
+    return _close(single_scale(np.minimum(means, F16_MAX)[:, None], levels)).reshape(len(rows), -1)
 
 
 def decode(data: np.ndarray) -> np.ndarray:
     blocks = data.reshape(-1, TYPE_SIZE)
-    d = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float32)
+    d = unpack_half(blocks[:, :2])
     return np.where(np.unpackbits(blocks[:, 2:], axis=1, bitorder="little"), d, -d).reshape(len(data), -1)
+
+
+def _open(data: np.ndarray) -> ScalarParts:
+    blocks = data.reshape(-1, TYPE_SIZE)
+    signs = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").view(np.int8)
+    return single_scale(unpack_half(blocks[:, :2]), 2 * signs - np.int8(1))
+
+
+def _close(parts: ScalarParts) -> np.ndarray:
+    return np.concatenate(
+        [pack_half(parts.units[:, 0]), np.packbits(parts.levels > 0, axis=1, bitorder="little")], axis=1
+    )
+
+
+BLOCKS = ScalarBlocks(np.array([-1, 1], np.int8), 1, ONE_VALUE, NO_MINIMUM, _open, _close)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -12,6 +12,7 @@ import numpy as np
 
 from formats.block_format import Effort
 from formats.encoding import to_blocks
+from formats.parts import ScalarBlocks, ScalarParts, integers
 from formats.scale_min_search import clip_grid, neighbour_grid, search_super_blocks
 
 BLOCK_SIZE, TYPE_SIZE = 256, 84
@@ -34,15 +35,31 @@ def encode(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effor
     scales = np.empty((len(blocks), 2, N_SUB_BLOCKS), np.uint8)
     codes = np.empty(blocks.shape, np.uint8)
     search_super_blocks(blocks, weights, TOP_CODE, TOP_SCALE, *_EFFORTS[effort], (steps, scales, codes))
-    qs = np.bitwise_or.reduce(codes.reshape(-1, 2, 4, 32) << SHIFTS, axis=2).reshape(-1, 64)
-    header = scales[:, 0] | scales[:, 1] << 4
-    return np.concatenate([header, qs, steps.astype("<f2").view(np.uint8)], axis=1).reshape(len(rows), -1)
+    return _close(ScalarParts(steps, scales.astype(np.int16), codes.view(np.int8))).reshape(len(rows), -1)
 
 
 def decode(data: np.ndarray) -> np.ndarray:
-    blocks = data.reshape(-1, TYPE_SIZE)
-    scales, qs = blocks[:, :16], blocks[:, 16:80]
-    d, dmin = np.ascontiguousarray(blocks[:, 80:]).view("<f2").astype(np.float32).T[:, :, None]
-    codes = (qs.reshape(-1, 2, 1, 32) >> SHIFTS & 3).reshape(-1, 16, 16)
-    rows = (d * (scales & 15))[:, :, None] * codes - (dmin * (scales >> 4))[:, :, None]
+    units, scales, levels = _open(data)
+    d, dmin = units.T[:, :, None]
+    codes = levels.reshape(-1, N_SUB_BLOCKS, 16)
+    rows = (d * scales[:, 0])[:, :, None] * codes - (dmin * scales[:, 1])[:, :, None]
     return rows.reshape(len(data), -1)
+
+
+def _open(data: np.ndarray) -> ScalarParts:
+    blocks = data.reshape(-1, TYPE_SIZE)
+    units = np.ascontiguousarray(blocks[:, 80:]).view("<f2").astype(np.float32)
+    scales = np.stack([blocks[:, :16] & 15, blocks[:, :16] >> 4], axis=1).astype(np.int16)
+    codes = (blocks[:, 16:80].reshape(-1, 2, 1, 32) >> SHIFTS & 3).reshape(-1, BLOCK_SIZE)
+    return ScalarParts(units, scales, codes.view(np.int8))
+
+
+def _close(parts: ScalarParts) -> np.ndarray:
+    header = (parts.scales[:, 0] | parts.scales[:, 1] << 4).astype(np.uint8)
+    codes = parts.levels.view(np.uint8).reshape(-1, 2, 4, 32)
+    qs = np.bitwise_or.reduce(codes << SHIFTS, axis=2).reshape(-1, 64)
+    return np.concatenate([header, qs, parts.units.astype("<f2").view(np.uint8)], axis=1)
+
+
+_TABLE = np.arange(TOP_SCALE + 1, dtype=np.float32)
+BLOCKS = ScalarBlocks(integers(0, int(TOP_CODE)), N_SUB_BLOCKS, _TABLE, _TABLE, _open, _close)

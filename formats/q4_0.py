@@ -14,6 +14,8 @@ import numpy as np
 
 from formats.block_format import Effort
 from formats.encoding import to_blocks
+from formats.iq_packing import pack_half, unpack_half
+from formats.parts import NO_MINIMUM, ONE_VALUE, ScalarBlocks, ScalarParts, integers, single_scale
 from formats.scale_search import search_blocks
 
 BLOCK_SIZE = 32
@@ -38,36 +40,50 @@ def _effort(offset: int, effort: Effort) -> tuple[np.ndarray, int]:
 
 
 def encode_q4_0(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    d, codes = _search(rows, importance, effort, offset=8)
-    return np.concatenate([d, _pack_nibbles(codes)], axis=1).reshape(len(rows), -1)
+    return _close_q4_0(_search(rows, importance, effort, offset=8)).reshape(len(rows), -1)
 
 
 def encode_q5_0(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    d, codes = _search(rows, importance, effort, offset=16)
-    qh = np.packbits(codes >> 4, axis=1, bitorder="little")
-    return np.concatenate([d, qh, _pack_nibbles(codes & 15)], axis=1).reshape(len(rows), -1)
+    return _close_q5_0(_search(rows, importance, effort, offset=16)).reshape(len(rows), -1)
 
 
 def decode_q4_0(data: np.ndarray) -> np.ndarray:
-    blocks = data.reshape(-1, Q4_0_TYPE_SIZE)
-    return _decode(blocks[:, :2], _unpack_nibbles(blocks[:, 2:]), 8).reshape(len(data), -1)
+    return _decode(_open_q4_0(data)).reshape(len(data), -1)
 
 
 def decode_q5_0(data: np.ndarray) -> np.ndarray:
-    blocks = data.reshape(-1, Q5_0_TYPE_SIZE)
-    high = np.unpackbits(blocks[:, 2:6], axis=1, bitorder="little")
-    return _decode(blocks[:, :2], _unpack_nibbles(blocks[:, 6:]) | high << 4, 16).reshape(len(data), -1)
+    return _decode(_open_q5_0(data)).reshape(len(data), -1)
 
 
-def _search(
-    rows: np.ndarray, importance: np.ndarray | None, effort: Effort, offset: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """d as bytes, uint8 [n_blocks, 2], and stored codes uint8 [n_blocks, 32]."""
+def _search(rows: np.ndarray, importance: np.ndarray | None, effort: Effort, offset: int) -> ScalarParts:
     blocks, weights = to_blocks(rows, importance, BLOCK_SIZE)
     scales, codes = np.empty(len(blocks), np.float32), np.empty(blocks.shape, np.int8)
     bottom, top = np.float32(-offset), np.float32(offset - 1)
     search_blocks(blocks, weights, bottom, top, *_effort(offset, effort), (scales, codes))
-    return scales.astype("<f2").view(np.uint8).reshape(-1, 2), (codes + np.int8(offset)).view(np.uint8)
+    return single_scale(scales[:, None], codes)
+
+
+def _open_q4_0(data: np.ndarray) -> ScalarParts:
+    blocks = data.reshape(-1, Q4_0_TYPE_SIZE)
+    codes = _unpack_nibbles(blocks[:, 2:])
+    return single_scale(unpack_half(blocks[:, :2]), codes.view(np.int8) - np.int8(8))
+
+
+def _close_q4_0(parts: ScalarParts) -> np.ndarray:
+    codes = (parts.levels + np.int8(8)).view(np.uint8)
+    return np.concatenate([pack_half(parts.units[:, 0]), _pack_nibbles(codes)], axis=1)
+
+
+def _open_q5_0(data: np.ndarray) -> ScalarParts:
+    blocks = data.reshape(-1, Q5_0_TYPE_SIZE)
+    codes = _unpack_nibbles(blocks[:, 6:]) | np.unpackbits(blocks[:, 2:6], axis=1, bitorder="little") << 4
+    return single_scale(unpack_half(blocks[:, :2]), codes.view(np.int8) - np.int8(16))
+
+
+def _close_q5_0(parts: ScalarParts) -> np.ndarray:
+    codes = (parts.levels + np.int8(16)).view(np.uint8)
+    qh = np.packbits(codes >> 4, axis=1, bitorder="little")
+    return np.concatenate([pack_half(parts.units[:, 0]), qh, _pack_nibbles(codes & 15)], axis=1)
 
 
 def _pack_nibbles(codes: np.ndarray) -> np.ndarray:
@@ -78,5 +94,9 @@ def _unpack_nibbles(qs: np.ndarray) -> np.ndarray:
     return np.concatenate([qs & 15, qs >> 4], axis=1)
 
 
-def _decode(d: np.ndarray, codes: np.ndarray, offset: int) -> np.ndarray:
-    return np.ascontiguousarray(d).view("<f2").astype(np.float32) * (codes.view(np.int8) - np.int8(offset))
+def _decode(parts: ScalarParts) -> np.ndarray:
+    return parts.units[:, :1] * parts.levels
+
+
+Q4_0_BLOCKS = ScalarBlocks(integers(-8, 7), 1, ONE_VALUE, NO_MINIMUM, _open_q4_0, _close_q4_0)
+Q5_0_BLOCKS = ScalarBlocks(integers(-16, 15), 1, ONE_VALUE, NO_MINIMUM, _open_q5_0, _close_q5_0)

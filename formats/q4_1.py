@@ -16,6 +16,8 @@ import numpy as np
 
 from formats.block_format import Effort
 from formats.encoding import to_blocks
+from formats.iq_packing import pack_half, unpack_half
+from formats.parts import ONE_VALUE, ScalarBlocks, ScalarParts, integers, single_scale
 from formats.scale_min_search import clip_grid, neighbour_grid, search_blocks
 
 BLOCK_SIZE = 32
@@ -35,35 +37,53 @@ _Q5_1_EFFORTS: dict[Effort, _Effort] = {
 
 
 def encode_q4_1(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    steps, codes = _search(rows, importance, 15, _Q4_1_EFFORTS[effort])
-    return np.concatenate([steps, _pack_nibbles(codes)], axis=1).reshape(len(rows), -1)
+    return _close_q4_1(_search(rows, importance, 15, _Q4_1_EFFORTS[effort])).reshape(len(rows), -1)
 
 
 def encode_q5_1(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    steps, codes = _search(rows, importance, 31, _Q5_1_EFFORTS[effort])
-    qh = np.packbits(codes >> 4, axis=1, bitorder="little")
-    return np.concatenate([steps, qh, _pack_nibbles(codes & 15)], axis=1).reshape(len(rows), -1)
+    return _close_q5_1(_search(rows, importance, 31, _Q5_1_EFFORTS[effort])).reshape(len(rows), -1)
 
 
 def decode_q4_1(data: np.ndarray) -> np.ndarray:
-    blocks = data.reshape(-1, Q4_1_TYPE_SIZE)
-    return _decode(blocks[:, :4], _unpack_nibbles(blocks[:, 4:])).reshape(len(data), -1)
+    return _decode(_open_q4_1(data)).reshape(len(data), -1)
 
 
 def decode_q5_1(data: np.ndarray) -> np.ndarray:
-    blocks = data.reshape(-1, Q5_1_TYPE_SIZE)
-    high = np.unpackbits(blocks[:, 4:8], axis=1, bitorder="little")
-    return _decode(blocks[:, :4], _unpack_nibbles(blocks[:, 8:]) | high << 4).reshape(len(data), -1)
+    return _decode(_open_q5_1(data)).reshape(len(data), -1)
 
 
-def _search(
-    rows: np.ndarray, importance: np.ndarray | None, top_code: int, effort: _Effort
-) -> tuple[np.ndarray, np.ndarray]:
-    """d and m as bytes, uint8 [n_blocks, 4], and codes uint8 [n_blocks, 32]."""
+def _search(rows: np.ndarray, importance: np.ndarray | None, top_code: int, effort: _Effort) -> ScalarParts:
     blocks, weights = to_blocks(rows, importance, BLOCK_SIZE)
     steps, codes = np.empty((len(blocks), 2), np.float32), np.empty(blocks.shape, np.uint8)
     search_blocks(blocks, weights, np.float32(top_code), *effort, (steps, codes))
-    return steps.astype("<f2").view(np.uint8), codes
+    return single_scale(steps[:, :1], codes.view(np.int8), steps[:, 1:])
+
+
+def _open_q4_1(data: np.ndarray) -> ScalarParts:
+    blocks = data.reshape(-1, Q4_1_TYPE_SIZE)
+    codes = _unpack_nibbles(blocks[:, 4:])
+    return single_scale(unpack_half(blocks[:, :2]), codes.view(np.int8), unpack_half(blocks[:, 2:4]))
+
+
+def _close_q4_1(parts: ScalarParts) -> np.ndarray:
+    return np.concatenate([_pack_steps(parts), _pack_nibbles(parts.levels.view(np.uint8))], axis=1)
+
+
+def _open_q5_1(data: np.ndarray) -> ScalarParts:
+    blocks = data.reshape(-1, Q5_1_TYPE_SIZE)
+    codes = _unpack_nibbles(blocks[:, 8:]) | np.unpackbits(blocks[:, 4:8], axis=1, bitorder="little") << 4
+    return single_scale(unpack_half(blocks[:, :2]), codes.view(np.int8), unpack_half(blocks[:, 2:4]))
+
+
+def _close_q5_1(parts: ScalarParts) -> np.ndarray:
+    codes = parts.levels.view(np.uint8)
+    qh = np.packbits(codes >> 4, axis=1, bitorder="little")
+    return np.concatenate([_pack_steps(parts), qh, _pack_nibbles(codes & 15)], axis=1)
+
+
+def _pack_steps(parts: ScalarParts) -> np.ndarray:
+    """d and m, uint8 [n_blocks, 4]."""
+    return pack_half(parts.units * np.array([1, -1], np.float32)).reshape(-1, 4)
 
 
 def _pack_nibbles(codes: np.ndarray) -> np.ndarray:
@@ -74,6 +94,9 @@ def _unpack_nibbles(qs: np.ndarray) -> np.ndarray:
     return np.concatenate([qs & 15, qs >> 4], axis=1)
 
 
-def _decode(steps: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    d, m = np.ascontiguousarray(steps).view("<f2").astype(np.float32).T[:, :, None]
-    return d * codes + m
+def _decode(parts: ScalarParts) -> np.ndarray:
+    return parts.units[:, :1] * parts.levels - parts.units[:, 1:]
+
+
+Q4_1_BLOCKS = ScalarBlocks(integers(0, 15), 1, ONE_VALUE, ONE_VALUE, _open_q4_1, _close_q4_1)
+Q5_1_BLOCKS = ScalarBlocks(integers(0, 31), 1, ONE_VALUE, ONE_VALUE, _open_q5_1, _close_q5_1)

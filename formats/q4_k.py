@@ -18,6 +18,7 @@ import numpy as np
 
 from formats.block_format import Effort
 from formats.encoding import to_blocks
+from formats.parts import ScalarBlocks, ScalarParts, integers
 from formats.scale_min_search import clip_grid, neighbour_grid, search_super_blocks
 
 BLOCK_SIZE = 256
@@ -45,37 +46,62 @@ _Q5_K_EFFORTS: dict[Effort, _Effort] = {
 
 
 def encode_q4_k(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    header, codes = _search(rows, importance, 15, _Q4_K_EFFORTS[effort])
-    return np.concatenate([header, _pack_nibbles(codes)], axis=1).reshape(len(rows), -1)
+    return _close_q4_k(_search(rows, importance, 15, _Q4_K_EFFORTS[effort])).reshape(len(rows), -1)
 
 
 def encode_q5_k(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    header, codes = _search(rows, importance, 31, _Q5_K_EFFORTS[effort])
-    qh = np.packbits(codes.reshape(-1, 8, 32) >> 4, axis=1, bitorder="little").reshape(-1, 32)
-    return np.concatenate([header, qh, _pack_nibbles(codes & 15)], axis=1).reshape(len(rows), -1)
+    return _close_q5_k(_search(rows, importance, 31, _Q5_K_EFFORTS[effort])).reshape(len(rows), -1)
 
 
 def decode_q4_k(data: np.ndarray) -> np.ndarray:
-    blocks = data.reshape(-1, Q4_K_TYPE_SIZE)
-    return _decode(blocks[:, :16], _unpack_nibbles(blocks[:, 16:])).reshape(len(data), -1)
+    return _decode(_open_q4_k(data)).reshape(len(data), -1)
 
 
 def decode_q5_k(data: np.ndarray) -> np.ndarray:
-    blocks = data.reshape(-1, Q5_K_TYPE_SIZE)
-    high = np.unpackbits(blocks[:, 16:48], axis=1, bitorder="little").reshape(-1, 32, 8).transpose(0, 2, 1)
-    return _decode(blocks[:, :16], _unpack_nibbles(blocks[:, 48:]) | high << 4).reshape(len(data), -1)
+    return _decode(_open_q5_k(data)).reshape(len(data), -1)
 
 
-def _search(
-    rows: np.ndarray, importance: np.ndarray | None, top_code: int, effort: _Effort
-) -> tuple[np.ndarray, np.ndarray]:
-    """Header uint8 [n_blocks, 16] (d, dmin, scales) and codes uint8 [n_blocks, 256]."""
+def _search(rows: np.ndarray, importance: np.ndarray | None, top_code: int, effort: _Effort) -> ScalarParts:
     blocks, weights = to_blocks(rows, importance, BLOCK_SIZE)
     steps = np.empty((len(blocks), 2), np.float32)
     scales = np.empty((len(blocks), 2, N_SUB_BLOCKS), np.uint8)
     codes = np.empty(blocks.shape, np.uint8)
     search_super_blocks(blocks, weights, np.float32(top_code), TOP_SCALE, *effort, (steps, scales, codes))
-    return np.concatenate([steps.astype("<f2").view(np.uint8), pack_scales(scales)], axis=1), codes
+    return ScalarParts(steps, scales.astype(np.int16), codes.view(np.int8))
+
+
+def _open_q4_k(data: np.ndarray) -> ScalarParts:
+    blocks = data.reshape(-1, Q4_K_TYPE_SIZE)
+    return ScalarParts(*_unpack_header(blocks), _unpack_nibbles(blocks[:, 16:]).view(np.int8))
+
+
+def _close_q4_k(parts: ScalarParts) -> np.ndarray:
+    return np.concatenate([_pack_header(parts), _pack_nibbles(parts.levels.view(np.uint8))], axis=1)
+
+
+def _open_q5_k(data: np.ndarray) -> ScalarParts:
+    blocks = data.reshape(-1, Q5_K_TYPE_SIZE)
+    high = np.unpackbits(blocks[:, 16:48], axis=1, bitorder="little").reshape(-1, 32, 8).transpose(0, 2, 1)
+    codes = _unpack_nibbles(blocks[:, 48:]) | high.reshape(-1, BLOCK_SIZE) << 4
+    return ScalarParts(*_unpack_header(blocks), codes.view(np.int8))
+
+
+def _close_q5_k(parts: ScalarParts) -> np.ndarray:
+    codes = parts.levels.view(np.uint8)
+    qh = np.packbits(codes.reshape(-1, 8, 32) >> 4, axis=1, bitorder="little").reshape(-1, 32)
+    return np.concatenate([_pack_header(parts), qh, _pack_nibbles(codes & 15)], axis=1)
+
+
+def _pack_header(parts: ScalarParts) -> np.ndarray:
+    """d, dmin and scales, uint8 [n_blocks, 16]."""
+    return np.concatenate(
+        [parts.units.astype("<f2").view(np.uint8), pack_scales(parts.scales.astype(np.uint8))], axis=1
+    )
+
+
+def _unpack_header(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    units = np.ascontiguousarray(blocks[:, :4]).view("<f2").astype(np.float32)
+    return units, unpack_scales(blocks[:, 4:16]).astype(np.int16)
 
 
 def pack_scales(scales: np.ndarray) -> np.ndarray:
@@ -103,10 +129,15 @@ def _pack_nibbles(codes: np.ndarray) -> np.ndarray:
 
 def _unpack_nibbles(packed: np.ndarray) -> np.ndarray:
     qs = packed.reshape(-1, 4, 32)
-    return np.stack([qs & 15, qs >> 4], axis=2).reshape(-1, 8, 32)
+    return np.stack([qs & 15, qs >> 4], axis=2).reshape(-1, BLOCK_SIZE)
 
 
-def _decode(header: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    d, dmin = np.ascontiguousarray(header[:, :4]).view("<f2").astype(np.float32).T[:, :, None]
-    scales, minima = unpack_scales(header[:, 4:]).transpose(1, 0, 2)
-    return (d * scales)[:, :, None] * codes - (dmin * minima)[:, :, None]
+def _decode(parts: ScalarParts) -> np.ndarray:
+    d, dmin = parts.units.T[:, :, None]
+    scales, minima = parts.scales.transpose(1, 0, 2)
+    return (d * scales)[:, :, None] * parts.levels.reshape(-1, 8, 32) - (dmin * minima)[:, :, None]
+
+
+_TABLE = np.arange(TOP_SCALE + 1, dtype=np.float32)
+Q4_K_BLOCKS = ScalarBlocks(integers(0, 15), N_SUB_BLOCKS, _TABLE, _TABLE, _open_q4_k, _close_q4_k)
+Q5_K_BLOCKS = ScalarBlocks(integers(0, 31), N_SUB_BLOCKS, _TABLE, _TABLE, _open_q5_k, _close_q5_k)

@@ -18,6 +18,8 @@ import numpy as np
 
 from formats.block_format import Effort
 from formats.encoding import to_blocks
+from formats.iq_packing import pack_half, unpack_half
+from formats.parts import NO_MINIMUM, ScalarBlocks, ScalarParts, integers
 from formats.scale_search import search_super_blocks
 
 BLOCK_SIZE = 256
@@ -52,49 +54,72 @@ _Q3_K_EFFORTS: dict[Effort, _Effort] = {
 
 
 def encode_q6_k(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    d, scales, codes = _search(rows, importance, 32, 128, _Q6_K_EFFORTS[effort])
-    halves, quarters = (codes & 15).reshape(-1, 2, 2, 64), codes.reshape(-1, 2, 4, 32)
-    ql = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(-1, 128)
-    qh = np.bitwise_or.reduce(quarters >> 4 << SHIFTS, axis=2).reshape(-1, 64)
-    return np.concatenate([ql, qh, scales.view(np.uint8), d], axis=1).reshape(len(rows), -1)
+    return _close_q6_k(_search(rows, importance, 32, 128, _Q6_K_EFFORTS[effort])).reshape(len(rows), -1)
 
 
 def decode_q6_k(data: np.ndarray) -> np.ndarray:
-    blocks = data.reshape(-1, Q6_K_TYPE_SIZE)
-    ql, qh = blocks[:, :128].reshape(-1, 2, 1, 64), blocks[:, 128:192].reshape(-1, 2, 1, 32)
-    low = np.concatenate([ql & 15, ql >> 4], axis=2).reshape(-1, 256)
-    high = (qh >> SHIFTS & 3).reshape(-1, 256)
-    return _decode(blocks[:, 208:], blocks[:, 192:208].view(np.int8), low | high << 4, 32).reshape(len(data), -1)
+    return _decode(_open_q6_k(data), 128).reshape(len(data), -1)
 
 
 def encode_q3_k(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
-    d, scales, codes = _search(rows, importance, 4, 32, _Q3_K_EFFORTS[effort])
-    hmask = np.packbits(codes.reshape(-1, 8, 32) >> 2, axis=1, bitorder="little").reshape(-1, 32)
-    qs = np.bitwise_or.reduce((codes & 3).reshape(-1, 2, 4, 32) << SHIFTS, axis=2).reshape(-1, 64)
-    stored = (scales + np.int8(32)).view(np.uint8)
-    return np.concatenate([hmask, qs, _pack_scales(stored), d], axis=1).reshape(len(rows), -1)
+    return _close_q3_k(_search(rows, importance, 4, 32, _Q3_K_EFFORTS[effort])).reshape(len(rows), -1)
 
 
 def decode_q3_k(data: np.ndarray) -> np.ndarray:
-    blocks = data.reshape(-1, Q3_K_TYPE_SIZE)
-    high = np.unpackbits(blocks[:, :32], axis=1, bitorder="little").reshape(-1, 32, 8).transpose(0, 2, 1)
-    low = blocks[:, 32:96].reshape(-1, 2, 1, 32) >> SHIFTS & 3
-    scales = _unpack_scales(blocks[:, 96:108]).view(np.int8) - np.int8(32)
-    codes = low.reshape(-1, 256) | high.reshape(-1, 256) << 2
-    return _decode(blocks[:, 108:], scales, codes, 4).reshape(len(data), -1)
+    return _decode(_open_q3_k(data), 32).reshape(len(data), -1)
 
 
 def _search(
     rows: np.ndarray, importance: np.ndarray | None, offset: int, scale_offset: int, effort: _Effort
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """d as bytes, uint8 [n_blocks, 2], scales int8 [n_blocks, 16] and stored codes uint8 [n_blocks, 256]."""
+) -> ScalarParts:
     blocks, weights = to_blocks(rows, importance, BLOCK_SIZE)
     d, codes = np.empty(len(blocks), np.float32), np.empty(blocks.shape, np.int8)
     scales = np.empty((len(blocks), N_SUB_BLOCKS), np.int8)
     code_range = np.float32(-offset), np.float32(offset - 1)
     scale_range = np.float32(-scale_offset), np.float32(scale_offset - 1)
     search_super_blocks(blocks, weights, code_range, scale_range, *effort, (d, scales, codes))
-    return d.astype("<f2").view(np.uint8).reshape(-1, 2), scales, (codes + np.int8(offset)).view(np.uint8)
+    return _parts(d, scales.astype(np.int16) + np.int16(scale_offset), codes)
+
+
+def _parts(d: np.ndarray, stored_scales: np.ndarray, levels: np.ndarray) -> ScalarParts:
+    units, scales = np.zeros((len(d), 2), np.float32), np.zeros((len(d), 2, N_SUB_BLOCKS), np.int16)
+    units[:, 0], scales[:, 0] = d, stored_scales
+    return ScalarParts(units, scales, levels)
+
+
+def _open_q6_k(data: np.ndarray) -> ScalarParts:
+    blocks = data.reshape(-1, Q6_K_TYPE_SIZE)
+    ql, qh = blocks[:, :128].reshape(-1, 2, 1, 64), blocks[:, 128:192].reshape(-1, 2, 1, 32)
+    low = np.concatenate([ql & 15, ql >> 4], axis=2).reshape(-1, 256)
+    codes = low | (qh >> SHIFTS & 3).reshape(-1, 256) << 4
+    scales = blocks[:, 192:208].view(np.int8).astype(np.int16) + np.int16(128)
+    return _parts(unpack_half(blocks[:, 208:])[:, 0], scales, codes.view(np.int8) - np.int8(32))
+
+
+def _close_q6_k(parts: ScalarParts) -> np.ndarray:
+    codes = (parts.levels + np.int8(32)).view(np.uint8)
+    halves, quarters = (codes & 15).reshape(-1, 2, 2, 64), codes.reshape(-1, 2, 4, 32)
+    ql = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(-1, 128)
+    qh = np.bitwise_or.reduce(quarters >> 4 << SHIFTS, axis=2).reshape(-1, 64)
+    scales = (parts.scales[:, 0] - np.int16(128)).astype(np.int8).view(np.uint8)
+    return np.concatenate([ql, qh, scales, pack_half(parts.units[:, 0])], axis=1)
+
+
+def _open_q3_k(data: np.ndarray) -> ScalarParts:
+    blocks = data.reshape(-1, Q3_K_TYPE_SIZE)
+    high = np.unpackbits(blocks[:, :32], axis=1, bitorder="little").reshape(-1, 32, 8).transpose(0, 2, 1)
+    low = blocks[:, 32:96].reshape(-1, 2, 1, 32) >> SHIFTS & 3
+    codes = low.reshape(-1, 256) | high.reshape(-1, 256) << 2
+    d, scales = unpack_half(blocks[:, 108:])[:, 0], _unpack_scales(blocks[:, 96:108])
+    return _parts(d, scales, codes.view(np.int8) - np.int8(4))
+
+
+def _close_q3_k(parts: ScalarParts) -> np.ndarray:
+    codes = (parts.levels + np.int8(4)).view(np.uint8)
+    hmask = np.packbits(codes.reshape(-1, 8, 32) >> 2, axis=1, bitorder="little").reshape(-1, 32)
+    qs = np.bitwise_or.reduce((codes & 3).reshape(-1, 2, 4, 32) << SHIFTS, axis=2).reshape(-1, 64)
+    scales = _pack_scales(parts.scales[:, 0].astype(np.uint8))
+    return np.concatenate([hmask, qs, scales, pack_half(parts.units[:, 0])], axis=1)
 
 
 def _pack_scales(scales: np.ndarray) -> np.ndarray:
@@ -115,6 +140,14 @@ def _unpack_scales(packed: np.ndarray) -> np.ndarray:
     return low | high << 4
 
 
-def _decode(d: np.ndarray, scales: np.ndarray, codes: np.ndarray, offset: int) -> np.ndarray:
-    steps = np.ascontiguousarray(d).view("<f2").astype(np.float32) * scales
-    return steps[:, :, None] * (codes.view(np.int8) - np.int8(offset)).reshape(-1, N_SUB_BLOCKS, 16)
+def _decode(parts: ScalarParts, scale_offset: int) -> np.ndarray:
+    steps = parts.units[:, :1] * (parts.scales[:, 0] - np.int16(scale_offset))
+    return steps[:, :, None] * parts.levels.reshape(-1, N_SUB_BLOCKS, 16)
+
+
+def _table(scale_offset: int) -> np.ndarray:
+    return np.arange(-scale_offset, scale_offset, dtype=np.float32)
+
+
+Q6_K_BLOCKS = ScalarBlocks(integers(-32, 31), N_SUB_BLOCKS, _table(128), NO_MINIMUM, _open_q6_k, _close_q6_k)
+Q3_K_BLOCKS = ScalarBlocks(integers(-4, 3), N_SUB_BLOCKS, _table(32), NO_MINIMUM, _open_q3_k, _close_q3_k)

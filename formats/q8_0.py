@@ -13,6 +13,8 @@ from numba import njit
 
 from formats.block_format import Effort
 from formats.encoding import to_blocks
+from formats.iq_packing import pack_half, unpack_half
+from formats.parts import NO_MINIMUM, ONE_VALUE, ScalarBlocks, ScalarParts, integers, single_scale
 
 BLOCK_SIZE, TYPE_SIZE = 32, 34
 
@@ -43,8 +45,19 @@ def encode(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effor
 
 def decode(data: np.ndarray) -> np.ndarray:
     blocks = data.reshape(-1, TYPE_SIZE)
-    d = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float32)
-    return (d * blocks[:, 2:].view(np.int8)).reshape(len(data), -1)
+    return (unpack_half(blocks[:, :2]) * blocks[:, 2:].view(np.int8)).reshape(len(data), -1)
+
+
+def _open(data: np.ndarray) -> ScalarParts:
+    blocks = data.reshape(-1, TYPE_SIZE)
+    return single_scale(unpack_half(blocks[:, :2]), blocks[:, 2:].view(np.int8))
+
+
+def _close(parts: ScalarParts) -> np.ndarray:
+    return np.concatenate([pack_half(parts.units[:, 0]), parts.levels.view(np.uint8)], axis=1)
+
+
+BLOCKS = ScalarBlocks(integers(-127, 127), 1, ONE_VALUE, NO_MINIMUM, _open, _close)
 
 
 _jit = njit(nogil=True, cache=True, error_model="numpy")

@@ -24,11 +24,15 @@ the likelier sign of Q2_0's d.
 Weights that are ternary already come back exactly, if their blocks' scales are float16 numbers.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from numba import njit
 
 from formats.block_format import Effort
 from formats.encoding import check_rows, to_blocks
+from formats.iq_packing import pack_half, unpack_half
+from formats.parts import NO_MINIMUM, ONE_VALUE, ScalarBlocks, ScalarParts, integers, single_scale
 
 TQ_BLOCK_SIZE, TQ1_0_TYPE_SIZE, TQ2_0_TYPE_SIZE = 256, 54, 66
 Q2_0_BLOCK_SIZE, Q2_0_TYPE_SIZE = 64, 18
@@ -44,40 +48,85 @@ NEGLIGIBLE = np.float32(1e-30)
 
 def encode_tq1_0(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
     d, codes = _search(rows, importance, effort, TQ_BLOCK_SIZE, has_two=False)
-    qs = [_pack_trits(codes[:, :160], 32), _pack_trits(codes[:, 160:240], 16), _pack_trits(codes[:, 240:], 4)]
-    return np.concatenate([*qs, d], axis=1).reshape(len(rows), -1)
+    return _pack_tq1_0(d, codes).reshape(len(rows), -1)
 
 
 def decode_tq1_0(data: np.ndarray) -> np.ndarray:
-    blocks = data.reshape(-1, TQ1_0_TYPE_SIZE)
-    codes = [_unpack_trits(blocks[:, :32], 5), _unpack_trits(blocks[:, 32:48], 5), _unpack_trits(blocks[:, 48:52], 4)]
-    return _decode(blocks[:, 52:], np.concatenate(codes, axis=1)).reshape(len(data), -1)
+    return _decode(_open_tq1_0(data)).reshape(len(data), -1)
 
 
 def encode_tq2_0(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
     d, codes = _search(rows, importance, effort, TQ_BLOCK_SIZE, has_two=False)
-    fields = codes.reshape(-1, 2, 4, 32)
-    qs = fields[:, :, 0] | fields[:, :, 1] << 2 | fields[:, :, 2] << 4 | fields[:, :, 3] << 6
-    return np.concatenate([qs.reshape(-1, 64), d], axis=1).reshape(len(rows), -1)
+    return _pack_tq2_0(d, codes).reshape(len(rows), -1)
 
 
 def decode_tq2_0(data: np.ndarray) -> np.ndarray:
-    blocks = data.reshape(-1, TQ2_0_TYPE_SIZE)
-    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
-    codes = blocks[:, :64].reshape(-1, 2, 1, 32) >> shifts & 3
-    return _decode(blocks[:, 64:], codes.reshape(-1, TQ_BLOCK_SIZE)).reshape(len(data), -1)
+    return _decode(_open_tq2_0(data)).reshape(len(data), -1)
 
 
 def encode_q2_0(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
     d, codes = _search(rows, importance, effort, Q2_0_BLOCK_SIZE, has_two=True)
-    qs = codes[:, ::4] | codes[:, 1::4] << 2 | codes[:, 2::4] << 4 | codes[:, 3::4] << 6
-    return np.concatenate([d, qs], axis=1).reshape(len(rows), -1)
+    return _pack_q2_0(d, codes).reshape(len(rows), -1)
 
 
 def decode_q2_0(data: np.ndarray) -> np.ndarray:
+    return _decode(_open_q2_0(data)).reshape(len(data), -1)
+
+
+def _open_tq1_0(data: np.ndarray) -> ScalarParts:
+    blocks = data.reshape(-1, TQ1_0_TYPE_SIZE)
+    codes = [_unpack_trits(blocks[:, :32], 5), _unpack_trits(blocks[:, 32:48], 5), _unpack_trits(blocks[:, 48:52], 4)]
+    return _parts(blocks[:, 52:], np.concatenate(codes, axis=1))
+
+
+def _open_tq2_0(data: np.ndarray) -> ScalarParts:
+    blocks = data.reshape(-1, TQ2_0_TYPE_SIZE)
+    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    codes = blocks[:, :64].reshape(-1, 2, 1, 32) >> shifts & 3
+    return _parts(blocks[:, 64:], codes.reshape(-1, TQ_BLOCK_SIZE))
+
+
+def _open_q2_0(data: np.ndarray) -> ScalarParts:
     blocks = data.reshape(-1, Q2_0_TYPE_SIZE)
     codes = blocks[:, 2:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3
-    return _decode(blocks[:, :2], codes.reshape(-1, Q2_0_BLOCK_SIZE)).reshape(len(data), -1)
+    return _parts(blocks[:, :2], codes.reshape(-1, Q2_0_BLOCK_SIZE))
+
+
+def _pack_tq1_0(d: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """d: float16 as uint8 [n_blocks, 2]; codes: code + 1."""
+    qs = [_pack_trits(codes[:, :160], 32), _pack_trits(codes[:, 160:240], 16), _pack_trits(codes[:, 240:], 4)]
+    return np.concatenate([*qs, d], axis=1)
+
+
+def _pack_tq2_0(d: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    fields = codes.reshape(-1, 2, 4, 32)
+    qs = fields[:, :, 0] | fields[:, :, 1] << 2 | fields[:, :, 2] << 4 | fields[:, :, 3] << 6
+    return np.concatenate([qs.reshape(-1, 64), d], axis=1)
+
+
+def _pack_q2_0(d: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    qs = codes[:, ::4] | codes[:, 1::4] << 2 | codes[:, 2::4] << 4 | codes[:, 3::4] << 6
+    return np.concatenate([d, qs], axis=1)
+
+
+def _parts(d: np.ndarray, codes: np.ndarray) -> ScalarParts:
+    return single_scale(unpack_half(d), codes.view(np.int8) - np.int8(1))
+
+
+def _blocks(
+    top: int,
+    open_blocks: Callable[[np.ndarray], ScalarParts],
+    pack: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> ScalarBlocks:
+    def close(parts: ScalarParts) -> np.ndarray:
+        return pack(pack_half(parts.units[:, 0]), (parts.levels + np.int8(1)).view(np.uint8))
+
+    return ScalarBlocks(integers(-1, top), 1, ONE_VALUE, NO_MINIMUM, open_blocks, close)
+
+
+TQ1_0_BLOCKS = _blocks(1, _open_tq1_0, _pack_tq1_0)
+TQ2_0_BLOCKS = _blocks(1, _open_tq2_0, _pack_tq2_0)
+Q2_0_BLOCKS = _blocks(2, _open_q2_0, _pack_q2_0)
 
 
 def lossless_rows(rows: np.ndarray) -> np.ndarray:
@@ -137,8 +186,8 @@ def _unpack_trits(data: np.ndarray, n_digits: int) -> np.ndarray:
     return ((shifted.astype(np.uint16) * np.uint16(3)) >> 8).astype(np.uint8).reshape(len(data), -1)
 
 
-def _decode(d: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(d).view("<f2").astype(np.float32) * (codes.view(np.int8) - np.int8(1))
+def _decode(parts: ScalarParts) -> np.ndarray:
+    return parts.units[:, :1] * parts.levels
 
 
 _jit = njit(nogil=True, cache=True, error_model="numpy")

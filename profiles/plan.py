@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass, field
 from math import fsum
 
 from formats.block_format import Effort
+from formats.moment_factor import DAMPING
 from formats.pins import Pin
 from formats.registry import get_format
 from profiles.budget import Budget
@@ -77,13 +78,15 @@ class Spent:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be written, in the order of the file. evidence: identity of the measurements that decided."""
+    """What will be written, in the order of the file. evidence: identity of the measurements that decided.
+    error_feedback: codes that take it are chosen together, see formats/feedback.py."""
 
     profile: str
     effort: Effort
     tensors: tuple[PlannedTensor, ...]
     spent: Spent | None = None
     evidence: Mapping[str, str | int] = field(default_factory=dict)
+    error_feedback: bool = False
 
     @property
     def n_bytes(self) -> int:
@@ -145,7 +148,8 @@ class Plan:
 
     def digest(self) -> str:
         """SHA-256 over everything that decides the artifact's bytes: tensors, their order, formats, what protects their
-        super weights, and effort."""
+        super weights, effort and error feedback."""
         keys = ("tensor", "shape", "format", "pins", "rescaled", "kept_out")
         decided = [[row[key] for key in keys] for row in self.rows()]
-        return hashlib.sha256(json.dumps([self.effort, decided]).encode()).hexdigest()
+        feedback = [DAMPING] if self.error_feedback else []
+        return hashlib.sha256(json.dumps([self.effort, decided, *feedback]).encode()).hexdigest()

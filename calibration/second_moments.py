@@ -1,0 +1,138 @@
+"""The second moments of the inputs of every layer, X' X over calibration text: what error feedback needs.
+
+Matrices that are fed the same inputs share them: query, key and value, gate and up. So do the experts of a layer as far
+as they are fed what the router sees, which is told from the width; all their rows are summed. The down projections of
+experts each have inputs of their own, and moments of their own where those of a layer's experts together fit in
+EXPERT_BYTES; otherwise they have none.
+
+Every sixteenth micro-batch is held out: its rows are not summed, but a share of them is kept, so that it can be seen
+whether feedback lowers the error on inputs that it did not see.
+
+A layer's moments leave the memory with the layer, into a directory:
+
+    NAME.npz     upper: float32 [n (n + 1) / 2], the rows of the upper triangle; held_out: float32 [n_rows, n]
+    index.json   written last: for each GGUF tensor and matrix the NAME of its moments, or null
+"""
+
+import json
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from formats.errors import ConvertError
+from formats.whole_file import whole_file
+
+if TYPE_CHECKING:
+    from calibration.weights import ParameterReader
+
+INDEX_NAME = "index.json"
+EXPERT_BYTES = 2 << 30
+HELD_OUT_EVERY = 16
+"""One micro-batch of so many is held out: the second, and every sixteenth after it."""
+HELD_OUT_SHARE = 16
+"""One row of so many of a micro-batch that is held out is kept."""
+
+_REMEDY = "free some space, give another --work-dir, or convert with --no-error-feedback"
+
+
+class Moments(NamedTuple):
+    """matrix: float32 [n, n], the sum of x x'; held_out: float32 [n_rows, n], inputs that are not in it."""
+
+    matrix: np.ndarray
+    held_out: np.ndarray
+
+
+def pack(matrix: np.ndarray) -> np.ndarray:
+    """The rows of the upper triangle of [n, n], one after the other."""
+    return np.concatenate([matrix[i, i:] for i in range(len(matrix))])
+
+
+def unpack(upper: np.ndarray) -> np.ndarray:
+    """The inverse of pack, for a symmetric matrix."""
+    n = (int(np.sqrt(8 * upper.size + 1)) - 1) // 2
+    matrix, start = np.empty((n, n), upper.dtype), 0
+    for i in range(n):
+        matrix[i, i:] = matrix[i:, i] = upper[start : start + n - i]
+        start += n - i
+    return matrix
+
+
+def moment_bytes(widths: Iterable[int]) -> int:
+    """Disk space of the moments of inputs of these widths, without what is held out."""
+    return sum(n * (n + 1) // 2 * 4 for n in widths)
+
+
+@dataclass(frozen=True)
+class SecondMoments:
+    """The moments in a directory. groups: GGUF tensor -> for each of its matrices the name of its moments, or None."""
+
+    directory: Path
+    groups: Mapping[str, tuple[str | None, ...]]
+
+    def group(self, tensor: str, matrix: int) -> str | None:
+        """The name of a matrix's moments; those that share a name share the moments."""
+        matrices = self.groups.get(tensor, ())
+        return matrices[matrix] if matrix < len(matrices) else None
+
+    def load(self, group: str) -> Moments:
+        """Raises ConvertError for a file that is missing or damaged."""
+        path = self.directory / f"{group}.npz"
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return Moments(unpack(stored["upper"]), stored["held_out"])
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise ConvertError(
+                f"the second moments cannot be read ({error})", str(path), "start again with --fresh"
+            ) from error
+
+
+def open_moments(directory: Path) -> SecondMoments:
+    """The moments of a pass that has ended; raises ConvertError where there are none."""
+    path = directory / INDEX_NAME
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        return SecondMoments(directory, {name: tuple(groups) for name, groups in index.items()})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConvertError(
+            f"the index of the second moments cannot be read ({error})", str(path), "start again with --fresh"
+        ) from None
+
+
+def write_moments(directory: Path, group: str, matrix: np.ndarray, held_out: np.ndarray) -> None:
+    """matrix: float32 [n, n], symmetric; held_out: float32 [n_rows, n]."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with whole_file(directory / f"{group}.npz", "file of second moments", _REMEDY) as file:
+        np.savez(file, allow_pickle=False, upper=pack(matrix), held_out=held_out)
+
+
+def write_index(
+    directory: Path,
+    shared: Mapping[str, str],
+    counts: Mapping[str, np.ndarray],
+    names: Mapping[str, tuple[str, int]],
+    parameters: "ParameterReader",
+) -> SecondMoments:
+    """Says which GGUF tensors the moments belong to.
+
+    shared: what the observer found, see InputMoments; counts: rows by parameter and matrix; names: checkpoint tensor ->
+    (GGUF tensor, matrix).
+    """
+    found: dict[str, dict[int, str | None]] = {}
+    written = set(shared.values())
+    for parameter, rows in counts.items():
+        stored = parameters.matrices(parameter, len(rows))
+        # An expert that no token reached has its share in what all of a layer's experts are fed.
+        common = parameter if parameter in written else None
+        step = len(rows) // len(stored)  # a checkpoint tensor holds one matrix, or all of a layer's experts
+        for i, stored_names in enumerate(stored):
+            for tensor, matrix in (names[name] for name in stored_names if name in names):
+                for j in range(step):
+                    found.setdefault(tensor, {})[matrix * step + j] = shared.get(f"{parameter}#{i * step + j}", common)
+    index = {tensor: [groups[i] for i in sorted(groups)] for tensor, groups in sorted(found.items())}
+    with whole_file(directory / INDEX_NAME, "index of second moments", _REMEDY) as file:
+        file.write(json.dumps(index).encode())
+    return open_moments(directory)

@@ -1,0 +1,196 @@
+"""Error feedback in the stage `encode`: the factor of a matrix's inputs, and whether the matrix keeps what it bought.
+
+Every matrix is encoded twice, with feedback and without. What its output loses on inputs that were held out of the
+second moments decides: feedback is kept where that falls, and a matrix without held-out inputs is left without.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibration.second_moments import EXPERT_BYTES, SecondMoments, open_moments
+from converter.job import Job
+from converter.rescaling import rescale_moments
+from formats.block_format import BlockFormat, Effort
+from formats.feedback import feed_back
+from formats.moment_factor import Factor, factorize, unit_of
+from formats.pins import Pin
+from formats.products import Run, add_products
+from formats.registry import get_format
+from profiles.plan import Plan, PlannedTensor
+from profiles.vocabulary import ModelMap, Rescaled, Role
+
+# Widths of loops over held-out rows.
+_ROWS_AT_A_TIME = 4
+# Roles that are fed the same, by what it is called here.
+_SAME_INPUT = {
+    **dict.fromkeys((Role.ATTENTION_QUERY, Role.ATTENTION_KEY, Role.ATTENTION_VALUE, Role.ATTENTION_QKV), "attention"),
+    **dict.fromkeys((Role.MLP_GATE, Role.MLP_UP, Role.MLP_GATE_UP), "mlp"),
+    **dict.fromkeys((Role.EXPERT_GATE, Role.EXPERT_UP), "experts"),
+    **dict.fromkeys((Role.ROUTER, Role.SHARED_EXPERT_GATE, Role.SHARED_EXPERT_UP), "router"),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What feedback did for a matrix, on held-out inputs.
+
+    plain_error, feedback_error: squared error of the output over its square; None where nothing could be measured.
+    kept: the matrix is encoded with feedback. reason: why not, where it is not.
+    """
+
+    tensor: str
+    matrix: int
+    kept: bool
+    plain_error: float | None = None
+    feedback_error: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """factor: of the second moments; held_out: float32 [n_columns, n_rows], inputs that are not in them."""
+
+    factor: Factor
+    held_out: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """Some rows in both encodings, uint8, and what is squared and summed over the outputs of both, and of the rows."""
+
+    plain: np.ndarray
+    fed: np.ndarray
+    sums: np.ndarray
+
+
+class Feedback:
+    """The second moments in a directory, put to use. Not for two threads at once, but for `candidates`."""
+
+    def __init__(self, directory: Path, effort: Effort):
+        self.directory, self.effort = directory, effort
+        self._moments: SecondMoments | None = None
+        self._latest: tuple[tuple[str, int, tuple[Rescaled, ...]], Inputs] | None = None
+
+    def inputs(self, planned: PlannedTensor, matrix: int, run: Run) -> Inputs | Outcome:
+        """What a matrix is fed, or why it gets no feedback; run: as for formats.products.cholesky."""
+        name = planned.tensor.name
+        if self._moments is None:
+            self._moments = open_moments(self.directory)
+        group = self._moments.group(name, matrix)
+        if group is None:
+            return Outcome(name, matrix, False, reason="no second moments of its inputs")
+        rescaled = tuple(r for r in planned.tensor.rescaled if r.axis == "column" and r.matrix == matrix)
+        key = group, unit_of(get_format(planned.format)), rescaled
+        if self._latest is None or self._latest[0] != key:
+            self._latest = None  # two at once may be too much
+            moments = rescale_moments(rescaled, self._moments.load(group))
+            # Rows of zeros fill up, and add nothing.
+            missing = -len(moments.held_out) % _ROWS_AT_A_TIME
+            held_out = np.concatenate([moments.held_out, np.zeros((missing, len(moments.matrix)), np.float32)])
+            self._latest = key, Inputs(factorize(moments.matrix, key[1], run=run), np.ascontiguousarray(held_out.T))
+        inputs = self._latest[1]
+        if not inputs.held_out.any():
+            return Outcome(name, matrix, False, reason="no inputs were held out to judge by")
+        return inputs
+
+    def candidates(
+        self,
+        block_format: BlockFormat,
+        rows: np.ndarray,
+        plain: np.ndarray,
+        start: np.ndarray,
+        inputs: Inputs,
+        pins: Sequence[Pin] = (),
+    ) -> Candidates:
+        """rows: float32 [n_rows, n_columns], divided by their second-level scale where there is one; plain: encoded;
+        start: encoded with inputs.factor.importance. The blocks of pins stay as they are in `plain`, and the codes of
+        all others make up for what these lose, too."""
+        frozen = np.zeros((len(rows), rows.shape[1] // block_format.block_size), bool)
+        for pin in pins:
+            frozen[pin.row, pin.column // block_format.block_size] = True
+        start = np.where(np.repeat(frozen, block_format.type_size, axis=1), plain, start)
+        fed = feed_back(block_format, rows, start, inputs.factor, self.effort, frozen)
+        lost = (
+            _squares(array, inputs.held_out)
+            for array in (rows - block_format.decode(plain), rows - block_format.decode(fed), rows)
+        )
+        return Candidates(plain, fed, np.array(list(lost)))
+
+    def choose(
+        self, planned: PlannedTensor, matrix: int, parts: Sequence[Candidates]
+    ) -> tuple[Outcome, Iterator[np.ndarray]]:
+        """What becomes of a matrix of which these are all rows, in order."""
+        plain, fed, total = np.sum([part.sums for part in parts], axis=0).tolist()
+        kept = fed < plain
+        total = total or 1.0
+        reason = "" if kept else "its output error on held-out inputs does not fall"
+        outcome = Outcome(planned.tensor.name, matrix, kept, plain / total, fed / total, reason)
+        return outcome, (part.fed if kept else part.plain for part in parts)
+
+
+def moment_widths(model_map: ModelMap) -> dict[int, list[int]]:
+    """The width of every input whose second moments are kept, by layer: the inputs that several roles have in common
+    once, and those of the down projections of experts as many times as there are experts, where they fit."""
+    inputs: dict[int, dict[tuple[str, int], int]] = defaultdict(dict)
+    for tensor in model_map.tensors:
+        if tensor.layer is None or not (tensor.quantizable or tensor.role is Role.ROUTER):
+            continue
+        own = tensor.role is Role.EXPERT_DOWN
+        if own and tensor.n_matrices * tensor.n_columns**2 * 4 > EXPERT_BYTES:
+            continue
+        for matrix in range(tensor.n_matrices if own else 1):
+            inputs[tensor.layer][_SAME_INPUT.get(tensor.role, tensor.name), matrix] = tensor.n_columns
+    return {layer: list(widths.values()) for layer, widths in inputs.items()}
+
+
+def wants_feedback(planned: PlannedTensor) -> bool:
+    """Whether a tensor's format can take feedback, and is coarse enough for it to matter."""
+    return planned.uses_importance and get_format(planned.format).blocks is not None
+
+
+def feedback_notes(job: Job, plan: Plan) -> list[str]:
+    """What to say of a plan whose job asked for error feedback in vain."""
+    if not job.error_feedback or plan.error_feedback:
+        return []
+    return ["--error-feedback changes nothing: every matrix of this plan has a format of 8 bits or more"]
+
+
+def feedback_report(journal: Path) -> dict[str, Any]:
+    """The outcomes in the journal of encoded tensors, and what they come to.
+
+    matrices, kept: how many; plain_error, feedback_error: means over the matrices that were measured, None without any;
+    outcomes: one a matrix, in the order of the journal.
+    """
+    outcomes = _read_outcomes(journal)
+    measured = [outcome for outcome in outcomes if outcome["plain_error"] is not None]
+    means = {
+        key: sum(outcome[key] for outcome in measured) / len(measured) if measured else None
+        for key in ("plain_error", "feedback_error")
+    }
+    kept = sum(outcome["kept"] for outcome in outcomes)
+    return {"matrices": len(outcomes), "kept": kept, **means, "outcomes": outcomes}
+
+
+def _read_outcomes(journal: Path) -> list[dict]:
+    """Of a tensor encoded again the later ones."""
+    found: dict[str, list[dict]] = {}
+    for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # cut short by a kill
+            continue
+        found[entry["tensor"]] = entry.get("feedback", [])
+    return [outcome for outcomes in found.values() for outcome in outcomes]
+
+
+def _squares(rows: np.ndarray, inputs: np.ndarray) -> float:
+    """The sum of the squared products of rows float32 [n_rows, n] and inputs float32 [n, n_inputs]."""
+    products = np.zeros((len(rows), inputs.shape[1]), np.float32)
+    add_products(np.ascontiguousarray(rows, np.float32), inputs, 0, len(inputs), inputs.shape[1], products)
+    return float(np.square(products, dtype=np.float64).sum())

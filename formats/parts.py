@@ -1,0 +1,86 @@
+"""Blocks taken apart into the numbers that they store, and put together again.
+
+What searches a whole row at once, such as formats/feedback.py, lets a format's own encoder choose first, takes its
+blocks apart, changes the numbers and closes the blocks again. So it needs no format's bit layout, and two descriptions
+serve all formats: a scale times a level, or a scale times a point of a codebook.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from formats.iq_search import Layout
+
+
+class ScalarParts(NamedTuple):
+    """A weight is units[0] * table[scales[0]] * level - units[1] * minima_table[scales[1]].
+
+    units: float32 [n_blocks, 2], values of float16: d, and dmin (0 in formats without a minimum).
+    scales: int16 [n_blocks, 2, n_sub], places of a sub-block's scale and minimum in the format's tables.
+    levels: int8 [n_blocks, block_size].
+    """
+
+    units: np.ndarray
+    scales: np.ndarray
+    levels: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class ScalarBlocks:
+    """A format whose weights are scaled levels.
+
+    levels: int8 [n], every level there is, ascending; n_sub: sub-blocks of a block.
+    scale_table, minimum_table: float32, ascending, the values of a sub-block's stored scale and minimum; of length 1
+    where nothing is stored. fixed_unit: d is always 1, and no part of the block.
+    open: uint8 [n_rows, row_bytes] to parts; close: parts to uint8 [n_blocks, type_size].
+    """
+
+    levels: np.ndarray
+    n_sub: int
+    scale_table: np.ndarray
+    minimum_table: np.ndarray
+    open: Callable[[np.ndarray], ScalarParts]
+    close: Callable[[ScalarParts], np.ndarray]
+    fixed_unit: bool = False
+
+
+class PointParts(NamedTuple):
+    """What formats.iq_search.search_rows returns.
+
+    d: float32 [n_blocks], values of float16; scales: uint8 [n_blocks, n_sub]; indices: uint16 [n_blocks, n_groups];
+    signs: uint8 [n_blocks, n_groups], a bit a weight, or the variant of the group where the points are signed.
+    """
+
+    d: np.ndarray
+    scales: np.ndarray
+    indices: np.ndarray
+    signs: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class PointBlocks:
+    """A format whose groups of weights are scaled points of the codebook of that name; open, close: as above."""
+
+    codebook: str
+    layout: "Layout"
+    open: Callable[[np.ndarray], PointParts]
+    close: Callable[[PointParts], np.ndarray]
+
+
+ONE_VALUE = np.ones(1, np.float32)
+NO_MINIMUM = np.zeros(1, np.float32)
+
+
+def integers(first: int, last: int) -> np.ndarray:
+    """first .. last as levels, int8."""
+    return np.arange(first, last + 1, dtype=np.int8)
+
+
+def single_scale(d: np.ndarray, levels: np.ndarray, minimum: np.ndarray | None = None) -> ScalarParts:
+    """Parts of blocks with one scale, float32 [n_blocks, 1], and perhaps one added minimum of that shape."""
+    dmin = np.zeros_like(d) if minimum is None else -minimum
+    scales = np.zeros((len(d), 2, 1), np.int16)
+    return ScalarParts(np.concatenate([d, dmin], axis=1, dtype=np.float32), scales, levels)

@@ -1,0 +1,140 @@
+"""Second moments by streaming: those of hooks on the whole model; shared, held out, resumed, budgeted as said."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from calibration import second_moments
+from calibration.control import Interrupted
+from calibration.moment_observer import InputMoments
+from calibration.second_moments import INDEX_NAME, SecondMoments, open_moments, pack, unpack, write_moments
+from formats.errors import ConvertError
+from tests.calibration.streaming import DictSource, StopAfter, compute, load_whole, random_corpus
+
+# Of samples of 200 tokens two are a micro-batch, and every sixteenth of these from the second on is held out.
+SUMMED, HELD_OUT = (0, 1, 4, 5, 6), (2, 3)
+
+
+def moments_of(directory, work_dir, **options) -> SecondMoments:
+    moments_dir = work_dir.parent / f"{work_dir.name}-moments"
+    corpus = options.pop("corpus", None) or random_corpus(n_samples=7)
+    compute(directory, work_dir, moments_dir=moments_dir, corpus=corpus, **options)
+    return open_moments(moments_dir)
+
+
+def hooked_inputs(directory, parameter: str, samples) -> np.ndarray:
+    """The inputs of a linear layer, float32 [n_tokens, n_columns], on those samples."""
+    seen = []
+    model = load_whole(directory)
+    module = model.get_submodule(parameter.removesuffix(".weight"))
+    module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.inference_mode():
+        model(torch.from_numpy(random_corpus(n_samples=7).tokens[list(samples)]).long(), use_cache=False)
+    return seen[0].reshape(-1, seen[0].shape[-1]).numpy()
+
+
+def files_of(moments: SecondMoments) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(moments.directory.iterdir())}
+
+
+@pytest.mark.parametrize("kind", ["self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"])
+def test_sums_and_held_out_rows_are_those_of_the_whole_model(kind, tiny, tmp_path):
+    name = f"model.layers.1.{kind}.weight"
+    moments = moments_of(tiny("llama"), tmp_path / "work")
+    matrix, held_out = moments.load(moments.group(name, 0))
+    inputs = hooked_inputs(tiny("llama"), name, SUMMED)
+    expected = inputs.T.astype(np.float64) @ inputs.astype(np.float64)
+    np.testing.assert_allclose(matrix, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_array_equal(matrix, matrix.T)
+    unseen = hooked_inputs(tiny("llama"), name, HELD_OUT)[:: second_moments.HELD_OUT_SHARE]
+    np.testing.assert_allclose(held_out, unseen, rtol=1e-3, atol=1e-4 * np.abs(unseen).max())
+
+
+def test_matrices_that_are_fed_the_same_share_a_file(tiny, tmp_path):
+    moments = moments_of(tiny("llama"), tmp_path / "work")
+    layer = "model.layers.0."
+    groups = {
+        kind: moments.group(f"{layer}{kind}.weight", 0)
+        for kind in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    }
+    assert groups["self_attn.q_proj"] == groups["self_attn.k_proj"] == groups["self_attn.v_proj"]
+    assert groups["self_attn.o_proj"] != groups["self_attn.q_proj"]
+    assert moments.group(f"{layer}mlp.gate_proj.weight", 0) == moments.group(f"{layer}mlp.up_proj.weight", 0)
+    assert len(list(moments.directory.glob("*.npz"))) == 2 * 4
+    assert moments.group("lm_head.weight", 0) is None
+    assert moments.group("no.such.tensor", 0) is None
+
+
+def test_the_importance_is_the_diagonal_and_what_was_held_out(tiny, tmp_path):
+    """Observing more changes nothing of what the importance matrix says."""
+    plain = compute(tiny("llama"), tmp_path / "plain", corpus=random_corpus(n_samples=7))
+    both = compute(
+        tiny("llama"), tmp_path / "both", corpus=random_corpus(n_samples=7), moments_dir=tmp_path / "moments"
+    )
+    for name, sums in plain.sums.items():
+        np.testing.assert_array_equal(both.sums[name], sums)
+    name = "model.layers.0.mlp.down_proj.weight"
+    moments = open_moments(tmp_path / "moments")
+    diagonal = moments.load(moments.group(name, 0)).matrix.diagonal()
+    assert (diagonal < both.sums[name][0]).all()
+    assert diagonal.sum() > 0.5 * both.sums[name].sum()
+
+
+def test_experts_share_what_the_router_sees_and_keep_their_own_otherwise(tiny, tmp_path):
+    moments = moments_of(tiny("qwen3_moe"), tmp_path / "work")
+    stem = "model.layers.0.mlp.experts"
+    up = {moments.group(f"{stem}.up_proj.weight", expert) for expert in range(8)}
+    assert up == {moments.group(f"{stem}.gate_proj.weight", 0)} and None not in up
+    down = [moments.group(f"{stem}.down_proj.weight", expert) for expert in range(8)]
+    assert len(set(down) - {None}) == sum(group is not None for group in down) > 4
+    # Each of a token's three experts adds its row to what they share.
+    router = moments.load(moments.group("model.layers.0.mlp.gate.weight", 0)).matrix
+    np.testing.assert_allclose(moments.load(up.pop()).matrix, 3 * router, rtol=1e-3, atol=1e-4 * router.max())
+
+
+def test_experts_beyond_the_budget_have_no_moments(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(InputMoments.__init__, "__defaults__", (8 * 32**2 * 4 - 1,))
+    moments = moments_of(tiny("qwen3_moe"), tmp_path / "work")
+    stem = "model.layers.0.mlp.experts"
+    assert [moments.group(f"{stem}.down_proj.weight", expert) for expert in range(8)] == [None] * 8
+    assert moments.group(f"{stem}.up_proj.weight", 3) is not None
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_moe"])
+def test_threads_and_interruptions_change_no_byte(name, tiny, tmp_path):
+    whole = files_of(moments_of(tiny(name), tmp_path / "one", threads=1))
+    assert files_of(moments_of(tiny(name), tmp_path / "many", threads=5)) == whole
+    with pytest.raises(Interrupted):
+        moments_of(tiny(name), tmp_path / "stopped", should_stop=StopAfter(1))
+    source = DictSource.of(tiny(name))
+    assert files_of(moments_of(tiny(name), tmp_path / "stopped", source=source)) == whole
+    assert source.reads["model.layers.0.self_attn.q_proj.weight"] == 0
+
+
+def test_packing(tmp_path):
+    for n in (1, 2, 5, 64, 300):
+        matrix = np.random.default_rng(n).standard_normal((n, n)).astype(np.float32)
+        matrix = matrix + matrix.T
+        np.testing.assert_array_equal(unpack(pack(matrix)), matrix)
+    assert second_moments.moment_bytes([300, 2]) == 4 * (pack(matrix).size + 3)
+
+
+def test_files_that_are_missing_or_damaged_are_named(tmp_path):
+    with pytest.raises(ConvertError, match="index"):
+        open_moments(tmp_path)
+    write_moments(tmp_path, "a", np.eye(8, dtype=np.float32), np.ones((3, 8), np.float32))
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"t": ["a", None, "b"]}))
+    moments = open_moments(tmp_path)
+    np.testing.assert_array_equal(moments.load("a").matrix, np.eye(8))
+    assert moments.group("t", 1) is None
+    with pytest.raises(ConvertError, match="cannot be read") as caught:
+        moments.load("b")
+    assert caught.value.where == str(tmp_path / "b.npz")
+    (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:100])
+    with pytest.raises(ConvertError, match="cannot be read"):
+        moments.load("a")
+    (tmp_path / INDEX_NAME).write_text("[1, 2")
+    with pytest.raises(ConvertError, match="index"):
+        open_moments(tmp_path)
