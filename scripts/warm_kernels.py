@@ -1,9 +1,11 @@
-"""Compile every encoder once, so that numba's cache on disk is warm and no conversion waits for a compiler."""
+"""Compile encoders and error feedback once, so that numba's cache on disk is warm and no conversion waits for it."""
 
 import time
 
 import numpy as np
 
+from formats.feedback import feed_back
+from formats.moment_factor import factorize, unit_of
 from formats.registry import FORMATS
 from formats.schemes import SCHEMES
 
@@ -16,6 +18,11 @@ def main() -> None:
         for effort in ("best", "fast"):
             block_format.encode(rows, importance, effort)
             block_format.encode(rows, None, effort)
+    factors = {unit: factorize(np.eye(1024, dtype=np.float32), unit) for unit in (1, 8)}
+    for block_format in FORMATS.values():
+        if block_format.blocks is not None:
+            factor = factors[unit_of(block_format)]
+            feed_back(block_format, rows, block_format.encode(rows, factor.importance, "fast"), factor, "fast")
     for scheme in SCHEMES.values():
         scheme.encode(rows, importance)
     print(f"{len(FORMATS) + len(SCHEMES)} encoders are ready ({time.monotonic() - start:.1f} s)")
