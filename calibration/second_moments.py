@@ -36,7 +36,7 @@ HELD_OUT_EVERY = 16
 HELD_OUT_SHARE = 16
 """One row of so many of a micro-batch that is held out is kept."""
 
-_REMEDY = "free some space, give another --work-dir, or convert with --no-error-feedback"
+_REMEDY = "free some space, give another --work-dir, or leave out --error-feedback"
 
 
 class Moments(NamedTuple):

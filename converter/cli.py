@@ -105,9 +105,9 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--effort", type=click.Choice(["best", "fast"]), default="best", show_default=True),
         click.option(
-            "--error-feedback/--no-error-feedback",
-            default=None,
-            help="Choose codes so that the errors of a row cancel. [default: where no --imatrix is given]",
+            "--error-feedback",
+            is_flag=True,
+            help="Choose codes so that the errors of a row make up for each other: a better file, much more slowly.",
         ),
         click.option("--pre-tokenizer", metavar="NAME", help="llama.cpp's name, where it cannot be recognised."),
         click.option("--split-size", metavar="SIZE", help="Split the artifact, for instance 20GB."),

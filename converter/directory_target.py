@@ -186,7 +186,7 @@ def _refuse_options(job: Job) -> None:
         "--output": job.output is not None and job.output.suffix == ".gguf",
         "--sensitivity": job.sensitivity is not None,
         "--lm-eval": bool(job.lm_eval),
-        "--error-feedback": bool(job.error_feedback),
+        "--error-feedback": job.error_feedback,
         "--protect-super-weights": job.protect_super_weights not in (None, "off"),
     }
     for option, given in refused.items():

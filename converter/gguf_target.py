@@ -46,7 +46,7 @@ class GgufTarget:
         reserve = 0 if job.protection.super_weights == "off" else PROTECTION_RESERVE
 
         def file_bytes(plan: Plan) -> int:
-            fed = replace(plan, error_feedback=job.wants_feedback)
+            fed = replace(plan, error_feedback=job.error_feedback)
             return sum(layout.n_bytes for layout in self.layouts(surveyed, fed, importance)) + reserve
 
         plan = assign(
@@ -59,7 +59,7 @@ class GgufTarget:
             file_bytes,
         )
         refuse_protection(job.protection, plan)
-        return replace(plan, error_feedback=job.wants_feedback and any(map(wants_feedback, plan.tensors)))
+        return replace(plan, error_feedback=job.error_feedback and any(map(wants_feedback, plan.tensors)))
 
     def plan_of(self, profile: QuantizationProfile, surveyed: Surveyed) -> Plan:
         return assign(profile, surveyed.model_map)

@@ -42,8 +42,8 @@ class Job:
     sensitivity: a table of what every format costs every tensor; None for measuring it where the profile needs it.
     target_size, target_bpw, target_kld: what the profile's budget is to meet, see profiles.budget.Budget. refine: how
     often a budget's plan is measured as a whole and corrected.
-    error_feedback: choose codes under the second moments of the inputs, which takes a calibration; None stands for True
-    where no importance matrix is given.
+    error_feedback: choose codes together, under the second moments of the inputs, which takes a calibration even where
+    an importance matrix is given.
     chat: calibrate on conversations by the tokenizer's chat template; None stands for True where it has one.
     protect_super_weights: another way than the profile's.
     alpha, activation_scales: of a directory's activations: how SmoothQuant shares the difficulty, and how static scales
@@ -68,7 +68,7 @@ class Job:
     samples: int = DEFAULT_SAMPLES
     sequence_length: int = DEFAULT_SEQUENCE_LENGTH
     effort: Effort = "best"
-    error_feedback: bool | None = None
+    error_feedback: bool = False
     pre_tokenizer: str | None = None
     shard_bytes: int | None = None
     protect_super_weights: Mode | None = None
@@ -107,13 +107,6 @@ class Job:
         """The profile's, with the way that the job asks for."""
         protection = self.profile.protection
         return replace(protection, super_weights=self.protect_super_weights or protection.super_weights)
-
-    @property
-    def wants_feedback(self) -> bool:
-        """Whether codes that can be chosen together should be: as asked, or where the job calibrates anyway."""
-        if self.profile.target != "gguf":
-            return False
-        return self.imatrix is None if self.error_feedback is None else self.error_feedback
 
     @property
     def n_threads(self) -> int:

@@ -260,8 +260,9 @@ def _reproduction(repository: str, report: Report) -> str:
         from_here = with_importance(arguments, directory, report["calibration"]["file"], reads_text)
     text = f"The same bytes again:\n\n```sh\n{command_text(arguments)}\n```"
     if from_here != arguments:
+        how = "calibrating for error feedback alone" if report.get("feedback") else "without calibrating"
         text += (
-            "\n\nor, without calibrating, from the profile and the importance matrix in this repository:\n\n"
+            f"\n\nor, {how}, from the profile and the importance matrix in this repository:\n\n"
             f"```sh\nhf download {repository} --include '{directory}/*' --local-dir .\n{command_text(from_here)}\n```"
         )
     if not report["revision"]:

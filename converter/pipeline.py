@@ -84,8 +84,6 @@ def decide(surveyed: Surveyed, evidence: Evidence | None) -> Prepared:
     if job.imatrix is not None and importance is not None:
         check_importance(importance, model_map, plan, str(job.imatrix))
     notes = (*surveyed.notes, *target.notes(job, plan))
-    if plan.error_feedback:
-        surveyed = replace(surveyed, job=replace(surveyed.job, error_feedback=True))
     prepared = Prepared(surveyed.job, checkpoint, model_map, target, notes, plan, importance)
     if (
         job.shard_bytes is not None
@@ -135,7 +133,7 @@ def fingerprint(known: Surveyed) -> dict[str, Any]:
         "imatrix": file_sha256(job.imatrix) if job.imatrix else None,
         "sensitivity": file_sha256(job.sensitivity) if job.sensitivity else None,
         "calibration": importance.corpus if importance else None,
-        "error_feedback": job.wants_feedback,
+        "error_feedback": job.error_feedback,
         "moments": moments_of,
         "calibration_file": file_sha256(Path(job.calibration))
         if job.calibration and Path(job.calibration).is_file()

@@ -138,7 +138,7 @@ def _check_memory(job: Job, checkpoint: Checkpoint, model_map: ModelMap, widths:
             f"{size_text(available)} of memory are available, and running this model takes {size_text(needed)}",
             "the calibration and the quality report",
             "use a machine with more, or run no model here: --imatrix FILE --no-quality"
-            + (", or less of it: --no-error-feedback" if widths else ""),
+            + (", or leave out --error-feedback" if widths else ""),
         )
 
 

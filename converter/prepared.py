@@ -28,7 +28,7 @@ class Surveyed:
     @property
     def feeds_back(self) -> bool:
         """Whether the second moments of the inputs have to be collected, as far as it is known."""
-        return self.job.wants_feedback
+        return self.job.error_feedback
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def factorize(moments: np.ndarray, unit: int, damping: float = DAMPING, run: Run
         raise ConvertError(
             "the second moments of the inputs are not finite and positive",
             "error feedback",
-            "calibrate again, or convert with --no-error-feedback",
+            "calibrate again, or leave out --error-feedback",
         )
     scaled = moments * ((1 - damping) / mean)
     np.fill_diagonal(scaled, np.maximum(diagonal / mean, _LEAST_MOMENT))
@@ -87,7 +87,7 @@ def factorize(moments: np.ndarray, unit: int, damping: float = DAMPING, run: Run
         raise ConvertError(
             "the second moments of the inputs are not those of any inputs",
             "error feedback",
-            "calibrate again, or convert with --no-error-feedback",
+            "calibrate again, or leave out --error-feedback",
         )
     roots = factor.diagonal().copy()
     lower = np.tril(factor)

@@ -84,7 +84,7 @@ def test_it_is_part_of_the_recipe_and_of_the_plans_digest(reports):
     recipes = [reports[feedback]["recipe"] for feedback in (True, False)]
     assert "error_feedback" in recipes[0] and "error_feedback" not in recipes[1]
     assert reports[True]["plan_sha256"] != reports[False]["plan_sha256"]
-    assert "--error-feedback" in reports[True]["arguments"] and "--no-error-feedback" in reports[False]["arguments"]
+    assert "--error-feedback" in reports[True]["arguments"] and "--error-feedback" not in reports[False]["arguments"]
 
 
 def test_moments_are_deleted_when_everything_is_encoded(reports):
@@ -96,11 +96,11 @@ def test_moments_are_deleted_when_everything_is_encoded(reports):
 def test_the_report_says_it_in_a_line(reports, tiny, text, tmp_path):
     arguments = ["--profile", "mlp-low-precision", "--calibration", str(text), "--samples", "128", "--effort", "fast"]
     arguments += ["--sequence-length", "16", "--no-quality", "--output", str(tmp_path / "model.gguf")]
+    arguments += ["--error-feedback"]
     done = CliRunner().invoke(main, [*arguments, str(tiny("llama-256"))])
     assert done.exit_code == 0, done.stderr
     feedback = reports[True]["feedback"]
     assert f"kept by {feedback['kept']} of {feedback['matrices']} matrices" in done.stdout
-    # Without a word about it, a job that calibrates anyway has it.
     assert (tmp_path / "model.gguf").read_bytes() == Path(reports[True]["artifact"]["files"][0]["path"]).read_bytes()
 
 
@@ -280,8 +280,8 @@ def test_the_plan_decides_before_anything_runs(tiny, tmp_path):
         job = Job(str(tiny("llama-256")), load_profile(profile), output=tmp_path / "m.gguf", **options)
         return prepare(job).plan
 
-    assert plan("mlp-low-precision").error_feedback
-    assert not plan("mlp-low-precision", error_feedback=False).error_feedback
+    assert plan("mlp-low-precision", error_feedback=True).error_feedback
+    assert not plan("mlp-low-precision").error_feedback
     # Nothing coarse enough for it to matter.
     assert not plan("uniform-8bit", error_feedback=True).error_feedback
     assert not any(map(wants_feedback, plan("uniform-8bit").tensors))
