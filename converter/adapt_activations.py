@@ -14,10 +14,9 @@ from calibration.importance import ImportanceMatrix
 from calibration.smoothing import SmoothQuantConfig
 from converter.job import Job
 from converter.modules import gguf_names, stored_dtypes
-from converter.prepared import Prepared
 from converter.progress import Progress
 from converter.smooth import observe, smooth
-from converter.target import Adapted
+from converter.target import Adapted, Prepared
 from profiles.modules import PlannedModule, given_schemes
 from profiles.plan import Plan
 from profiles.precision import Context, PrecisionChoice, choose_precisions

@@ -18,14 +18,13 @@ from converter.directory_verify import verify_directory
 from converter.encode_modules import ModuleEncoder
 from converter.job import Job, default_work_dir
 from converter.modules import describe_modules, directory_name, gguf_names, stored_dtypes
-from converter.prepared import Prepared, Surveyed
 from converter.progress import Progress
 from converter.quantization_config import quantization_config
 from converter.recipe import IMPORTANCE_FILE, recipe
 from converter.safetensors_layout import directory_layouts
 from converter.scheme_products import SchemeProducts
 from converter.smooth import observe
-from converter.target import Adapted, Candidate, Layout
+from converter.target import Adapted, Candidate, Layout, Prepared, Surveyed
 from converter.verify import TensorError
 from converter.write import partial_path
 from formats.errors import ConvertError

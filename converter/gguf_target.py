@@ -16,13 +16,12 @@ from converter.encode import Encoder
 from converter.feedback import Feedback, feedback_notes, feedback_report, wants_feedback
 from converter.job import Job
 from converter.preflight import refuse_activation_options
-from converter.prepared import Prepared, Surveyed
 from converter.progress import Progress
 from converter.protect import protect, protected_before, protection_notes, refuse_protection
 from converter.recipe import PROTECTION_RESERVE
 from converter.report import fallback_lines
 from converter.super_weights import super_weight_coverage
-from converter.target import Adapted, Candidate, Layout
+from converter.target import Adapted, Candidate, Layout, Prepared, Surveyed
 from converter.verify import DecodedArtifact, TensorError, verify
 from converter.write import JOURNAL, ArtifactWriter, partial_path
 from formats.errors import ConvertError

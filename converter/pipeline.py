@@ -24,17 +24,18 @@ from calibration.corpus import resolve_corpus
 from converter.analyse import analyse, analysis_is_needed, found_evidence, given_evidence
 from converter.breakdown import layer_rows
 from converter.calibrate import check_importance, planned_importance
+from converter.directory_target import DirectoryTarget
+from converter.gguf_target import GgufTarget
 from converter.job import UNDECIDED, Job, WorkDirectory, file_sha256, stops_cleanly, tool_identity
 from converter.metadata import source_card
 from converter.model_map import describe
 from converter.page import report_page
 from converter.preflight import check_output_is_free, check_samples, preflight, ternary_warning
-from converter.prepared import Prepared, Surveyed
 from converter.progress import Progress
 from converter.recipe import IMPORTANCE_FILE, calibration_manifest, recipe, reproducing_arguments
 from converter.report import group_rows, source_bytes
 from converter.source import open_checkpoint
-from converter.target import target_of
+from converter.target import Prepared, Surveyed, Target
 from converter.verdict import better_recipe, overall, warning
 from converter.write import JOURNAL
 from formats.errors import ConvertError
@@ -46,7 +47,7 @@ def survey(job: Job) -> Surveyed:
     """source and describe: reads headers, configuration and tokenizer, and no weight."""
     check_samples(job.samples, job.sequence_length)
     job = job.aimed()
-    target = target_of(job)
+    target: Target = GgufTarget() if job.profile.target == "gguf" else DirectoryTarget()
     checkpoint = open_checkpoint(job.model, metadata_only=True)
     model_map = describe(checkpoint, job.pre_tokenizer)
     job = target.located(job, checkpoint, model_map)

@@ -24,8 +24,8 @@ from calibration.quality import Baseline
 from converter.analyse import CORRECTIONS_FILE
 from converter.calibrate import load_tokenizer, runnable, uses_chat
 from converter.encode import Encoder
-from converter.prepared import Prepared
 from converter.progress import Progress
+from converter.target import Prepared
 from converter.verify import DecodedArtifact
 from converter.write import ArtifactWriter
 from formats.whole_file import whole_file

@@ -1,7 +1,9 @@
-"""What an artifact can be. The pipeline's stages are the same for a GGUF and for a safetensors directory; what differs
-is behind this seam."""
+"""What an artifact can be, and what is known of one before it is begun.
 
-from dataclasses import dataclass
+The pipeline's stages are the same for a GGUF and for a safetensors directory; what differs is behind the seam Target.
+"""
+
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -9,8 +11,8 @@ from calibration.control import ShouldStop
 from calibration.importance import ImportanceMatrix
 from converter.checkpoint import Checkpoint
 from converter.job import Job
-from converter.prepared import Prepared, Surveyed
 from converter.progress import Progress
+from converter.report import group_rows
 from converter.verify import TensorError
 from profiles.evidence import Evidence
 from profiles.plan import Plan
@@ -44,6 +46,60 @@ class Layout(Protocol):
     def offsets(self) -> tuple[int, ...]: ...
     @property
     def n_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """What headers say: the job with its paths and its goal decided, and the model. target: what the artifact is.
+    notes: what was decided in the user's place and should be said."""
+
+    job: Job
+    checkpoint: Checkpoint
+    model_map: ModelMap
+    target: "Target"
+    notes: tuple[str, ...]
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether the second moments of the inputs have to be collected, as far as it is known."""
+        return self.job.error_feedback
+
+
+@dataclass(frozen=True)
+class Prepared(Surveyed):
+    """Everything that is known before the artifact is begun. importance: the identity of what the encoders will use,
+    None when no format asks for it."""
+
+    plan: Plan
+    importance: ImportanceMatrix | None
+
+    @property
+    def feeds_back(self) -> bool:
+        return self.plan.error_feedback
+
+    def layouts(self, importance: ImportanceMatrix | None) -> list[Layout]:
+        """The artifact's files; equally long for the planned identity of the importance and for the final one."""
+        return self.target.layouts(self, self.plan, importance)
+
+    @property
+    def file_bytes(self) -> int:
+        return sum(layout.n_bytes for layout in self.layouts(self.importance))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data: what `--dry-run --json` prints."""
+        return {
+            "model": self.checkpoint.model_id,
+            "revision": self.checkpoint.revision,
+            "profile": self.plan.profile,
+            "plan_sha256": self.plan.digest(),
+            "output": str(self.job.output),
+            "bytes": self.file_bytes,
+            "bits_per_weight": self.plan.bits_per_weight,
+            "predicted_kld": self.plan.predicted_kld,
+            "budget": asdict(self.plan.spent) if self.plan.spent else None,
+            "groups": group_rows(self.plan),
+            "tensors": self.plan.rows(),
+        }
 
 
 @dataclass(frozen=True)
@@ -137,10 +193,3 @@ class Target(Protocol):
 
     def weight_files(self, paths: list[Path]) -> list[Path]:
         """Those of the artifact's files that hold weights: its size."""
-
-
-def target_of(job: Job) -> Target:
-    from converter.directory_target import DirectoryTarget
-    from converter.gguf_target import GgufTarget
-
-    return GgufTarget() if job.profile.target == "gguf" else DirectoryTarget()
