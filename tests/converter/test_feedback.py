@@ -100,7 +100,9 @@ def test_the_report_says_it_in_a_line(reports, tiny, text, tmp_path):
     done = CliRunner().invoke(main, [*arguments, str(tiny("llama-256"))])
     assert done.exit_code == 0, done.stderr
     feedback = reports[True]["feedback"]
-    assert f"kept by {feedback['kept']} of {feedback['matrices']} matrices" in done.stdout
+    said = f"kept by {feedback['kept']} of {feedback['matrices']} matrices"
+    assert said in done.stdout
+    assert f"Error feedback {said}" in Path(reports[True]["page"]).read_text()
     assert (tmp_path / "model.gguf").read_bytes() == Path(reports[True]["artifact"]["files"][0]["path"]).read_bytes()
 
 
