@@ -35,7 +35,7 @@ def test_the_guide(in_a_directory_with_a_model):
         done = CliRunner().invoke(main, arguments)
         assert done.exit_code == 0, f"{command}\n{done.stderr}"
         assert done.stdout, command
-    assert len([path for path in Path("out").glob("*.gguf") if "-of-" not in path.name]) == 5
+    assert len([path for path in Path("out").glob("*.gguf") if "-of-" not in path.name]) == 6
 
 
 def test_the_guides_python(in_a_directory_with_a_model, capsys):
