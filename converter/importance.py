@@ -60,7 +60,7 @@ def write_importance(
     if is_imatrix(Path(model)):
         _convert_file(Path(model), output, progress, super_weights or sensitivity)
         return [output]
-    work_dir = options.pop("work_dir") or default_work_dir(output)
+    work_dir = options.pop("work_dir", None) or default_work_dir(output)
     job = Job(model=model, profile=load_profile(DEFAULT_PROFILE), output=output, work_dir=work_dir, **options)
     check_samples(job.samples, job.sequence_length)
     checkpoint = open_checkpoint(model, metadata_only=True)
