@@ -43,7 +43,7 @@ _TOP_CODE = np.float32(15)
 IQ3_XXS_LAYOUT = Layout(PARITY, 2, 2, 8, _TOP_CODE, np.float32(1 / 4))
 IQ3_S_LAYOUT = Layout(FREE, 1, 1, 8, _TOP_CODE, np.float32(1))
 
-_IQ3_XXS_EFFORTS = search_efforts(IQ3_XXS_LAYOUT, 62, 3, n_candidates=(48, 16), n_rounds=2)
+_IQ3_XXS_EFFORTS = search_efforts(IQ3_XXS_LAYOUT, 62, 3, n_candidates=(32, 16), n_rounds=2)
 _IQ3_S_EFFORTS = search_efforts(IQ3_S_LAYOUT, 15, 3, n_candidates=(32, 16), n_rounds=2)
 
 

@@ -26,8 +26,7 @@ def encode(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effor
     blocks, weights = to_blocks(rows, importance, BLOCK_SIZE)
     means = np.empty(len(blocks), np.float32)
     mean_magnitudes(blocks, weights, means)
-    levels = np.where(blocks >= 0, np.int8(1), np.int8(-1))
-    return _close(single_scale(np.minimum(means, F16_MAX)[:, None], levels)).reshape(len(rows), -1)
+    return _pack(np.minimum(means, F16_MAX), blocks >= 0).reshape(len(rows), -1)
 
 
 def decode(data: np.ndarray) -> np.ndarray:
@@ -43,9 +42,11 @@ def _open(data: np.ndarray) -> ScalarParts:
 
 
 def _close(parts: ScalarParts) -> np.ndarray:
-    return np.concatenate(
-        [pack_half(parts.units[:, 0]), np.packbits(parts.levels > 0, axis=1, bitorder="little")], axis=1
-    )
+    return _pack(parts.units[:, 0], parts.levels > 0)
+
+
+def _pack(d: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    return np.concatenate([pack_half(d), np.packbits(positive, axis=1, bitorder="little")], axis=1)
 
 
 BLOCKS = ScalarBlocks(np.array([-1, 1], np.int8), 1, ONE_VALUE, NO_MINIMUM, _open, _close)

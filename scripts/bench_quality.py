@@ -5,7 +5,8 @@ For each of llama.cpp's file types the wide SmolLM2 is written several times, ne
 recipe       llama.cpp's mix of types, with the codes of ggml's C encoder
 allocation   types chosen by measured sensitivity under the recipe's size, still with ggml's codes
 codes        the same types with our codes
-convert      what `convert --target-size` makes of it: all that the product does
+refined      types chosen with two rounds of refinement
+feedback     the same with error feedback
 
 All have the same importance. Texts and measure are those of bench_kld; results go into a file of JSON lines, and the
 same command continues there.
@@ -44,7 +45,7 @@ from scripts.bench_kld import (
 from scripts.llama_cpp_recipes import FILE_TYPES, recipe
 from scripts.smollm2 import build
 
-STEPS = ("recipe", "allocation", "codes", "convert")
+STEPS = ("recipe", "allocation", "codes", "refined", "feedback")
 DEFAULT_TYPES = "IQ1_S,IQ2_XXS,IQ2_M,IQ3_XXS,Q3_K_M,Q4_K_M"
 
 
@@ -103,8 +104,9 @@ class Bench:
                 yield self._measured(file_type, "allocation", self._by_ggml(chosen, "allocated"))
             if "codes" in wanted:
                 yield self._measured(file_type, "codes", self._written(profile_of(chosen, "allocated"), "best"))
-        if "convert" in wanted:
-            yield self._measured(file_type, "convert", self._converted(limit))
+        for step in ("refined", "feedback"):
+            if step in wanted:
+                yield self._measured(file_type, step, self._converted(limit, error_feedback=step == "feedback"))
 
     def _written(self, profile: QuantizationProfile, effort) -> Path:
         return write_profile(self.model, profile, effort, self.importance, self.directory / "model.gguf")
@@ -115,7 +117,7 @@ class Bench:
         with ggmls_codes(*blocks):
             return self._written(profile_of(formats, name), "best")
 
-    def _converted(self, limit: int) -> Path:
+    def _converted(self, limit: int, error_feedback: bool) -> Path:
         shutil.rmtree(self.directory / "converted", ignore_errors=True)
         output = self.directory / "converted" / "model.gguf"
         convert(
@@ -125,6 +127,8 @@ class Bench:
             imatrix=self.imatrix,
             sensitivity=self.sensitivity,
             target_size=limit,
+            refine=2,
+            error_feedback=error_feedback,
             calibration=str(write_text(self.directory / "calibration.txt", CALIBRATION_TEXTS)),
             samples=CALIBRATION_SAMPLES,
             quality=False,
