@@ -171,7 +171,7 @@ class Bench:
             spec = model_map.tensor(weight.tensor)
             factor = np.prod([r.factor for r in spec.rescaled if r.index == weight.column])
             value = candidate.read(spec.sources[0])[weight.row, weight.column] / factor
-            n_covered += abs(value - weight.value) <= tolerance * abs(weight.value)
+            n_covered += int(abs(value - weight.value) <= tolerance * abs(weight.value))
         return n_covered
 
 
