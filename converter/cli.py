@@ -107,7 +107,7 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--error-feedback",
             is_flag=True,
-            help="Choose codes so that the errors of a row make up for each other: a better file, much more slowly.",
+            help="Choose codes so that the errors of a row make up for each other; much slower.",
         ),
         click.option("--pre-tokenizer", metavar="NAME", help="llama.cpp's name, where it cannot be recognised."),
         click.option("--split-size", metavar="SIZE", help="Split the artifact, for instance 20GB."),
