@@ -6,9 +6,10 @@ All tensors of a module follow each other, so that a module is written in one go
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from converter.safetensors_source import SINGLE_NAME
-from formats.safetensors_file import lay_out
+from formats.safetensors_file import header
 from profiles.modules import PlannedModule
 from profiles.plan import Plan
 
@@ -67,7 +68,7 @@ def index_json(layouts: Sequence[SafetensorsLayout]) -> bytes | None:
 
 def _lay_out(file_name: str, rows: Sequence[PlannedModule]) -> SafetensorsLayout:
     stored = {name: entry for row in rows for name, entry in row.stored.items()}
-    layout = lay_out(stored, sort=False)
-    offsets = tuple(layout.tensors[next(iter(row.stored))].offset for row in rows)
+    first = header(stored)
+    ends = accumulate((row.n_bytes for row in rows), initial=len(first))
     entries = tuple(ModuleEntry(row.tensor.name, row.n_bytes) for row in rows)
-    return SafetensorsLayout(file_name, layout.header, entries, offsets, tuple(stored))
+    return SafetensorsLayout(file_name, first, entries, tuple(ends)[:-1], tuple(stored))
