@@ -188,7 +188,9 @@ def run(
             progress.say("already done: the artifact is there and its hashes are right")
             return known.target.adapted_before(known), report
         with stops_cleanly(work.path, job.command):
-            prepared = known if isinstance(known, Prepared) else _analyse(known, work, progress, should_stop, clock)
+            prepared = (
+                known if isinstance(known, Prepared) else _analyse(known, work, fresh, progress, should_stop, clock)
+            )
             if text := ternary_warning(prepared.checkpoint, prepared.plan):
                 progress.say(f"warning: {text}")
             prepared, report = _run_stages(prepared, work.path, progress, should_stop, clock)
@@ -206,7 +208,7 @@ def _known(surveyed: Surveyed, fresh: bool) -> Surveyed:
 
 
 def _analyse(
-    surveyed: Surveyed, work: WorkDirectory, progress: Progress, should_stop: ShouldStop, clock: "_Clock"
+    surveyed: Surveyed, work: WorkDirectory, fresh: bool, progress: Progress, should_stop: ShouldStop, clock: "_Clock"
 ) -> Prepared:
     """The plan, after what it rests on has been measured."""
     job, checkpoint, model_map = surveyed.job, surveyed.checkpoint, surveyed.model_map
@@ -230,7 +232,7 @@ def _analyse(
         layouts = prepared.layouts(prepared.importance)
         partial_files = prepared.target.partial_files(job, layouts)
         preflight(job, checkpoint, model_map, layouts, partial_files, prepared.feeds_back)
-        if not (work.path / JOURNAL).exists():
+        if not fresh and not (work.path / JOURNAL).exists():
             check_output_is_free(prepared.target.outputs(job, layouts))
         work.claim(fingerprint(prepared))
     for note in prepared.notes[len(surveyed.notes) :]:

@@ -16,7 +16,7 @@ from tests import tiny_models
 from tests.converter.f32_file import write_f32
 
 ROOT = Path(__file__).parent.parent.parent
-HARNESS_PYTHON = Path(os.environ.get("LM_EVAL_PYTHON", ROOT / ".venv-lm-eval/bin/python"))
+HARNESS_PYTHON = Path(os.environ.get("LM_EVAL_PYTHON", ROOT / ".venv-lm-eval/bin/python")).absolute()
 
 
 @pytest.fixture(scope="module")
