@@ -70,7 +70,7 @@ def _rewrite_report(path: Path, shards: list[Path], shard_bytes: int) -> None:
     report: dict[str, Any] = json.loads(path.read_bytes())
     files = [{"path": str(p), "bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in shards]
     *options, model = [word for word in report["arguments"] if not word.startswith("--split-size=")]
-    report["artifact"] |= {"bytes": sum(file["bytes"] for file in files), "files": files}
+    report["artifact"] |= {"bytes": sum(p.stat().st_size for p in shards), "files": files}
     report["arguments"] = [*options, f"--split-size={shard_bytes}", model]
     with whole_file(path, "report") as file:
         file.write(json.dumps(report, indent=1).encode())
