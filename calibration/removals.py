@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from calibration.control import Progress, ShouldStop
 from calibration.quality import Baseline
+from formats.journal import append_line, read_lines
 
 if TYPE_CHECKING:
     from calibration.corpus import Corpus
@@ -63,7 +63,7 @@ class Removals:
         self.source, self._directory, self._journal = source, work_dir / "removals", work_dir / "removals.jsonl"
         self._progress, self._should_stop = progress, should_stop
         self._measures = f"{identity} {hashlib.sha256(corpus.tokens.tobytes()).hexdigest()}"
-        self._known = _read_journal(self._journal)
+        self._known: dict[str, dict[str, float]] = {entry.pop("removed"): entry for entry in read_lines(self._journal)}
         self._source_loss: float | None = None
         self._baseline = Baseline(
             source,
@@ -92,10 +92,7 @@ class Removals:
             )
             source_loss, loss, divergence = scores[:3].mean(axis=1).tolist()
             entry = {"source_loss": source_loss, "loss": loss, "divergence": divergence}
-            with self._journal.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"removed": name, **entry}) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append_line(self._journal, {"removed": name, **entry})
             self._known[name] = entry
         entry = self._known[name]
         self._source_loss = entry["source_loss"]
@@ -109,15 +106,3 @@ class Removals:
     def discard(self) -> None:
         """Delete what is large."""
         shutil.rmtree(self._directory, ignore_errors=True)
-
-
-def _read_journal(path: Path) -> dict[str, dict[str, float]]:
-    """A last line cut short by a kill does not count."""
-    known = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        known[entry.pop("removed")] = entry
-    return known

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from calibration.control import ShouldStop
-from calibration.corpus import load_corpus
 from calibration.fisher import compute_fisher
 from calibration.importance import ImportanceMatrix
 from calibration.layer_score import layer_scores
 from calibration.sensitivity import SensitivityTable, load_sensitivity, save_sensitivity
-from converter.calibrate import load_tokenizer, runnable, uses_chat
+from converter.calibrate import calibration_text, load_tokenizer, runnable
 from converter.checkpoint import Checkpoint
 from converter.job import Job
 from converter.progress import Progress
@@ -59,14 +58,8 @@ def measure_sensitivity(
     if path.exists():
         return path
     running, running_map = runnable(checkpoint, model_map, work_dir)
-    corpus = load_corpus(
-        job.calibration,
-        load_tokenizer(running.location),
-        ANALYSIS_SAMPLES,
-        min(ANALYSIS_SEQUENCE_LENGTH, job.sequence_length),
-        job.seed,
-        chat=uses_chat(job, model_map),
-    )
+    tokenizer = load_tokenizer(running.location)
+    corpus = calibration_text(job, tokenizer, model_map, ANALYSIS_SAMPLES, ANALYSIS_SEQUENCE_LENGTH)
     factors = compute_fisher(
         running,
         running.location,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from calibration.control import ShouldStop
-from calibration.corpus import corpus_title, load_corpus, resolve_corpus
+from calibration.corpus import Corpus, corpus_title, load_corpus, resolve_corpus
 from calibration.imatrix_file import load_imatrix, save_imatrix
 from calibration.importance import ImportanceMatrix, compute_importance
 from converter.checkpoint import Checkpoint
@@ -106,15 +106,7 @@ def calibrate(
     result = work_dir / IMPORTANCE_FILE
     if not result.exists():
         running, running_map = runnable(checkpoint, model_map, work_dir)
-        tokenizer = load_tokenizer(running.location)
-        corpus = load_corpus(
-            job.calibration,
-            tokenizer,
-            job.samples,
-            job.sequence_length,
-            job.seed,
-            chat=uses_chat(job, model_map),
-        )
+        corpus = calibration_text(job, load_tokenizer(running.location), model_map, job.samples)
         if corpus.note:
             progress.say(corpus.note)
         importance = compute_importance(
@@ -133,6 +125,12 @@ def calibrate(
         )
         save_imatrix(result, importance)
     return load_imatrix(result)
+
+
+def calibration_text(job: Job, tokenizer: Any, model_map: ModelMap, samples: int, longest: int | None = None) -> Corpus:
+    """So many samples of the job's calibration text, of its length or of `longest` tokens where that is less."""
+    length = job.sequence_length if longest is None else min(longest, job.sequence_length)
+    return load_corpus(job.calibration, tokenizer, samples, length, job.seed, chat=uses_chat(job, model_map))
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -4,7 +4,6 @@ Every matrix is encoded twice, with feedback and without. What its output loses 
 second moments decides: feedback is kept where that falls, and a matrix without held-out inputs is left without.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from converter.job import Job
 from converter.rescaling import rescale_moments
 from formats.block_format import BlockFormat, Effort
 from formats.feedback import feed_back
+from formats.journal import read_lines
 from formats.moment_factor import Factor, factorize, unit_of
 from formats.pins import Pin
 from formats.products import Run, add_products
@@ -179,13 +179,7 @@ def feedback_report(journal: Path) -> dict[str, Any]:
 
 def _read_outcomes(journal: Path) -> list[dict]:
     """Of a tensor encoded again the later ones."""
-    found: dict[str, list[dict]] = {}
-    for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:  # cut short by a kill
-            continue
-        found[entry["tensor"]] = entry.get("feedback", [])
+    found: dict[str, list[dict]] = {entry["tensor"]: entry.get("feedback", []) for entry in read_lines(journal)}
     return [outcome for outcomes in found.values() for outcome in outcomes]
 
 

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibration.control import ShouldStop
-from calibration.corpus import load_corpus
 from calibration.quality import Baseline
 from converter.analyse import CORRECTIONS_FILE
-from converter.calibrate import load_tokenizer, runnable, uses_chat
+from converter.calibrate import calibration_text, load_tokenizer, runnable
 from converter.encode import Encoder
 from converter.progress import Progress
 from converter.target import Prepared
 from converter.verify import DecodedArtifact
 from converter.write import ArtifactWriter
+from formats.journal import append_line, read_lines
 from formats.whole_file import whole_file
 from profiles.evidence import Evidence
 from profiles.plan import Plan
@@ -87,7 +87,7 @@ def refine(
     What was measured stays in the work directory, and a call after an interruption continues there.
     Raises Interrupted when should_stop says so.
     """
-    directory = work_dir / "refinement"
+    trials = None
     best: tuple[float, dict[str, float]] | None = None
     factors: dict[str, float] = {}
     seen: set[str] = set()
@@ -97,8 +97,8 @@ def refine(
         if digest in seen:
             break
         seen.add(digest)
-        trial = _Trial(prepared, importance, directory, progress, should_stop)
-        whole = trial.divergence(())
+        trials = trials or _Trials(prepared, importance, work_dir, progress, should_stop)
+        whole = trials.divergence(prepared)
         progress.say(f"refinement {step} of {rounds}: {whole:.4f} nats a token, measured")
         if best is None or whole < best[0]:
             best = whole, factors
@@ -107,14 +107,13 @@ def refine(
         parts, predicted = parts_of(prepared.model_map), _predicted(prepared.plan, evidence.corrected(factors))
         of_part = {part: sum(predicted[name] for name in names) for part, names in parts.items()}
         worth = [part for part, loss in of_part.items() if loss > NEGLIGIBLE_SHARE * sum(of_part.values())]
-        without = {part: trial.divergence(parts[part]) for part in worth}
+        without = {part: trials.divergence(prepared, parts[part]) for part in worth}
         change = corrections(of_part, whole, without)
         factors = {name: factors.get(name, 1.0) * change[part] for part, names in parts.items() for name in names}
-        trial.discard()
     assert best is not None
     with whole_file(work_dir / CORRECTIONS_FILE, "refinement") as file:
         file.write(json.dumps({"divergence": best[0], "factors": best[1]}, indent=1).encode())
-    shutil.rmtree(directory, ignore_errors=True)
+    shutil.rmtree(work_dir / "refinement", ignore_errors=True)
     return evidence.corrected(best[1])
 
 
@@ -124,70 +123,64 @@ def _predicted(plan: Plan, evidence: Evidence) -> dict[str, float]:
     return losses
 
 
-class _Trial:
-    """A plan carried out in a directory, to be measured. The journal remembers what was measured of which plan."""
+class _Trials:
+    """Plans of one model, carried out in the work directory one after another and measured beside the source.
+
+    The journal remembers what was measured of which plan.
+    """
 
     def __init__(
         self,
-        prepared: Prepared,
+        first: Prepared,
         importance: "ImportanceMatrix | None",
-        directory: Path,
+        work_dir: Path,
         progress: Progress,
         should_stop: ShouldStop,
     ):
-        self.prepared, self.importance, self.directory = prepared, importance, directory
+        self.importance, self.directory = importance, work_dir / "refinement"
         self.progress, self.should_stop = progress, should_stop
-        self.digest, self.journal = prepared.plan.digest(), directory / "measured.jsonl"
-        directory.mkdir(parents=True, exist_ok=True)
-        self._written: DecodedArtifact | None = None
-
-    def divergence(self, exact: Collection[str]) -> float:
-        """The mean KL divergence from the source, in nats a token, with the source's weights in the tensors `exact`."""
-        key = hashlib.sha256(json.dumps([self.digest, sorted(exact)]).encode()).hexdigest()
-        for line in self.journal.read_text(encoding="utf-8").splitlines() if self.journal.exists() else []:
-            known, divergence = json.loads(line)
-            if known == key:
-                return divergence
-        job = self.prepared.job
-        checkpoint, model_map = runnable(self.prepared.checkpoint, self.prepared.model_map, self.directory)
-        corpus = load_corpus(
-            job.calibration,
-            load_tokenizer(checkpoint.location),
-            SAMPLES,
-            min(SEQUENCE_LENGTH, job.sequence_length),
-            job.seed,
-            chat=uses_chat(job, self.prepared.model_map),
-        )
-        baseline = Baseline(
-            checkpoint,
-            checkpoint.location,
-            corpus,
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.journal = self.directory / "measured.jsonl"
+        self._known: dict[str, float] = {entry["trial"]: entry["divergence"] for entry in read_lines(self.journal)}
+        job = first.job
+        self._source, self._model_map = runnable(first.checkpoint, first.model_map, work_dir)
+        tokenizer = load_tokenizer(self._source.location)
+        self._baseline = Baseline(
+            self._source,
+            self._source.location,
+            calibration_text(job, tokenizer, first.model_map, SAMPLES, SEQUENCE_LENGTH),
             work_dir=self.directory / "runs",
             device=job.device,
             threads=job.n_threads,
         )
-        candidate = _Mixed(self._artifact(model_map), checkpoint, exact)
-        scores = baseline.scores(candidate, key, progress=self.progress, should_stop=self.should_stop)
-        divergence = float(scores[2].mean())
-        with self.journal.open("a", encoding="utf-8") as journal:
-            journal.write(json.dumps([key, divergence]) + "\n")
-        return divergence
+        self._written: tuple[str, DecodedArtifact] | None = None
 
-    def discard(self) -> None:
-        """Delete what was encoded."""
-        self._written = None
-        shutil.rmtree(self.directory / self.digest, ignore_errors=True)
+    def divergence(self, prepared: Prepared, exact: Collection[str] = ()) -> float:
+        """The mean KL divergence from the source, in nats a token, with the source's weights in the tensors `exact`."""
+        key = hashlib.sha256(json.dumps([prepared.plan.digest(), sorted(exact)]).encode()).hexdigest()
+        if key not in self._known:
+            candidate = _Mixed(self._artifact(prepared), self._source, exact)
+            scores = self._baseline.scores(candidate, key, progress=self.progress, should_stop=self.should_stop)
+            self._known[key] = float(scores[2].mean())
+            append_line(self.journal, {"trial": key, "divergence": self._known[key]})
+        return self._known[key]
 
-    def _artifact(self, model_map: ModelMap) -> DecodedArtifact:
-        if self._written is None:
-            directory = self.directory / self.digest
+    def _artifact(self, prepared: Prepared) -> DecodedArtifact:
+        """The plan carried out; what was encoded of the one before is deleted."""
+        job, plan = prepared.job, prepared.plan
+        digest = plan.digest()
+        if self._written is None or self._written[0] != digest:
+            if self._written is not None:
+                shutil.rmtree(self.directory / self._written[0])
+            directory = self.directory / digest
             directory.mkdir(exist_ok=True)
-            job, plan = self.prepared.job, self.prepared.plan
-            layouts = self.prepared.layouts(self.importance)
-            with Encoder(self.prepared.checkpoint, plan, self.importance, job.n_threads) as encoder:
-                writer = ArtifactWriter(encoder, layouts, directory, directory / "encoded.jsonl")
-                self._written = DecodedArtifact(writer.write(self.progress, self.should_stop), model_map)
-        return self._written
+            with Encoder(prepared.checkpoint, plan, self.importance, job.n_threads) as encoder:
+                writer = ArtifactWriter(
+                    encoder, prepared.layouts(self.importance), directory, directory / "encoded.jsonl"
+                )
+                paths = writer.write(self.progress, self.should_stop)
+            self._written = digest, DecodedArtifact(paths, self._model_map)
+        return self._written[1]
 
 
 class _Mixed:

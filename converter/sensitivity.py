@@ -6,8 +6,6 @@ tell the sum over all (sampling with probability proportional to size; Hansen an
 """
 
 import hashlib
-import json
-import os
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +25,7 @@ from converter.job import tool_identity
 from converter.model_map import artifact_order, read_rows, row_spans
 from formats.block_format import BlockFormat, Effort
 from formats.errors import ConvertError
+from formats.journal import append_line, read_lines
 from formats.registry import FORMATS, get_format
 from profiles.assign import scale_of
 from profiles.vocabulary import ModelMap, TensorSpec
@@ -64,17 +63,14 @@ def build_sensitivity(
     """
     names = {tensor.name for tensor in model_map.tensors}
     tensors = [tensor for tensor in model_map.tensors if tensor.quantizable]
-    finished = _read_journal(journal)
-    with ThreadPoolExecutor(threads) as pool, journal.open("a", encoding="utf-8") as lines:
-        lines.write("\n")  # ends a line that a kill has cut short
+    finished: dict[str, dict[str, Any]] = {entry.pop("tensor"): entry for entry in read_lines(journal)}
+    with ThreadPoolExecutor(threads) as pool:
         for n_done, tensor in enumerate(tensors, start=1):
             if tensor.name not in finished:
                 scaled = {name for name in formats if scale_of(tensor, name, names) is not None}
                 measured = _Tensor(checkpoint, tensor, factors, importance, effort, pool)
                 finished[tensor.name] = measured.losses(formats, scaled, sampled_rows)
-                lines.write(json.dumps({"tensor": tensor.name, **finished[tensor.name]}) + "\n")
-                lines.flush()
-                os.fsync(lines.fileno())
+                append_line(journal, {"tensor": tensor.name, **finished[tensor.name]})
             progress("sensitivity", n_done, len(tensors), "tensors")
             if should_stop() and n_done < len(tensors):
                 raise Interrupted(f"stopped after {n_done} of {len(tensors)} tensors")
@@ -244,15 +240,3 @@ class _Tensor:
             )
         lost = np.square(rows, dtype=np.float64) @ self.column_factors[matrix]
         return lost * self.row_factors[start:stop], magnitude
-
-
-def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
-    """What is measured by tensor; a line cut short by a kill does not count."""
-    entries = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        entries[entry.pop("tensor")] = entry
-    return entries

@@ -7,9 +7,9 @@ from pathlib import Path
 from calibration.activation_file import load_activations, save_activations
 from calibration.activations import ActivationStatistics, InputRows, compute_activations
 from calibration.control import ShouldStop
-from calibration.corpus import Corpus, load_corpus
+from calibration.corpus import Corpus
 from calibration.smoothing import SmoothQuantConfig
-from converter.calibrate import load_tokenizer, observed_names, runnable, uses_chat
+from converter.calibrate import calibration_text, load_tokenizer, observed_names, runnable
 from converter.checkpoint import Checkpoint
 from converter.job import SAMPLES_RANGE, Job
 from converter.progress import Progress
@@ -164,12 +164,5 @@ def _rows(work_dir: Path) -> InputRows:
 
 def _corpus(job: Job, checkpoint: Checkpoint, model_map: ModelMap, samples: int) -> Corpus:
     """The first of the job's samples."""
-    corpus = load_corpus(
-        job.calibration,
-        load_tokenizer(checkpoint.location),
-        job.samples,
-        job.sequence_length,
-        job.seed,
-        chat=uses_chat(job, model_map),
-    )
+    corpus = calibration_text(job, load_tokenizer(checkpoint.location), model_map, job.samples)
     return replace(corpus, tokens=corpus.tokens[:samples])

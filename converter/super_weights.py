@@ -8,7 +8,7 @@ from calibration.control import ShouldStop
 from calibration.corpus import Corpus, load_corpus
 from calibration.fisher import FisherFactors
 from calibration.super_weights import SuperWeightReport
-from converter.calibrate import load_tokenizer, runnable, uses_chat
+from converter.calibrate import calibration_text, load_tokenizer, runnable
 from converter.checkpoint import Checkpoint
 from converter.job import Job
 from converter.model_map import read_rows
@@ -44,8 +44,7 @@ def look_for_super_weights(
 
         running, running_map = runnable(checkpoint, model_map, work_dir)
         tokenizer = load_tokenizer(running.location)
-        chat, length = uses_chat(job, model_map), min(PROMPT_LENGTH, job.sequence_length - 1)
-        samples = load_corpus(job.calibration, tokenizer, _LOOKED_AT, length + 1, job.seed, chat=chat)
+        samples = calibration_text(job, tokenizer, model_map, _LOOKED_AT, PROMPT_LENGTH + 1)
         report = find_super_weights(
             running,
             running.location,
@@ -55,7 +54,7 @@ def look_for_super_weights(
                 if tensor.role in DOWN_ROLES and tensor.layer is not None
                 for matrix, source in enumerate(tensor.sources)
             ],
-            prompt_tokens(tokenizer, samples.tokens, length),
+            prompt_tokens(tokenizer, samples.tokens, samples.tokens.shape[1] - 1),
             measuring_text(job, tokenizer),
             factors=factors,
             model=checkpoint.model_id,

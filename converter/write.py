@@ -5,7 +5,6 @@ directory says which tensors are safely on the disk, and what their bytes were.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from calibration.control import Interrupted, Progress, ShouldStop
 from converter.target import Layout
 from formats.errors import ConvertError
+from formats.journal import append_line, read_lines
 from formats.whole_file import sync_directory
 from profiles.plan import Plan, PlannedTensor
 
@@ -71,39 +71,36 @@ class ArtifactWriter:
     def _write_files(self, progress: Progress, should_stop: ShouldStop) -> None:
         finished = self._finished_tensors()
         done = 0
-        with self.journal.open("a", encoding="utf-8") as journal:
-            for layout in self.layouts:
-                path = partial_path(self.directory / layout.file_name)
-                if finished.issuperset(entry.name for entry in layout.tensors) and not path.exists():
-                    done += sum(entry.n_bytes for entry in layout.tensors)
-                    continue
-                with path.open("r+b" if path.exists() else "w+b") as file:
-                    if file.seek(0, os.SEEK_END) < len(layout.header):
-                        file.seek(0)
-                        file.write(layout.header)
-                    layer = None
-                    ends = [*layout.offsets[1:], layout.n_bytes]
-                    for entry, offset, end in zip(layout.tensors, layout.offsets, ends, strict=True):
-                        planned = self._planned[entry.name]
-                        if entry.name not in finished:
-                            if planned.tensor.layer != layer and should_stop():
-                                raise Interrupted
-                            file.seek(offset)
-                            file.truncate()
-                            digest = self._write_tensor(file, planned, progress, done)
-                            file.write(bytes(end - file.tell()))
-                            file.flush()
-                            os.fsync(file.fileno())
-                            record = {"tensor": entry.name, "sha256": digest, **self.encoder.remarks(entry.name)}
-                            journal.write(json.dumps(record) + "\n")
-                            journal.flush()
-                            os.fsync(journal.fileno())
-                        layer = planned.tensor.layer
-                        done += entry.n_bytes
-                        progress("encode", done, self._total, "B")
-                    file.truncate(layout.n_bytes)
-                    file.flush()
-                    os.fsync(file.fileno())
+        for layout in self.layouts:
+            path = partial_path(self.directory / layout.file_name)
+            if finished.issuperset(entry.name for entry in layout.tensors) and not path.exists():
+                done += sum(entry.n_bytes for entry in layout.tensors)
+                continue
+            with path.open("r+b" if path.exists() else "w+b") as file:
+                if file.seek(0, os.SEEK_END) < len(layout.header):
+                    file.seek(0)
+                    file.write(layout.header)
+                layer = None
+                ends = [*layout.offsets[1:], layout.n_bytes]
+                for entry, offset, end in zip(layout.tensors, layout.offsets, ends, strict=True):
+                    planned = self._planned[entry.name]
+                    if entry.name not in finished:
+                        if planned.tensor.layer != layer and should_stop():
+                            raise Interrupted
+                        file.seek(offset)
+                        file.truncate()
+                        digest = self._write_tensor(file, planned, progress, done)
+                        file.write(bytes(end - file.tell()))
+                        file.flush()
+                        os.fsync(file.fileno())
+                        record = {"tensor": entry.name, "sha256": digest, **self.encoder.remarks(entry.name)}
+                        append_line(self.journal, record)
+                    layer = planned.tensor.layer
+                    done += entry.n_bytes
+                    progress("encode", done, self._total, "B")
+                file.truncate(layout.n_bytes)
+                file.flush()
+                os.fsync(file.fileno())
 
     def _write_tensor(self, file: BinaryIO, planned: PlannedTensor, progress: Progress, done: int) -> str:
         """Append a tensor's data; returns their SHA-256."""
@@ -117,7 +114,7 @@ class ArtifactWriter:
 
     def _finished_tensors(self) -> set[str]:
         """The tensors of the journal whose bytes are in the partial files as they were written."""
-        recorded = read_journal(self.journal)
+        recorded = {entry["tensor"]: entry["sha256"] for entry in read_lines(self.journal)}
         finished = set()
         for layout in self.layouts:
             final = self.directory / layout.file_name
@@ -140,18 +137,6 @@ class ArtifactWriter:
                 partial_path(path).rename(path)
         sync_directory(self.directory)
         return paths
-
-
-def read_journal(path: Path) -> dict[str, str]:
-    """SHA-256 by tensor name; a last line cut short by a kill does not count."""
-    entries = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        entries[entry["tensor"]] = entry["sha256"]
-    return entries
 
 
 def _sound_tensors(path: Path, layout: Layout, recorded: dict[str, str]) -> list[str]:

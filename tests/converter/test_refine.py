@@ -18,6 +18,7 @@ from converter.pipeline import decide, survey
 from converter.progress import Progress
 from converter.refine import corrections, parts_of, refine
 from converter.source import open_checkpoint
+from formats.journal import read_lines
 from profiles.schema import load_profile
 from tests.converter.test_target import some_importance, some_sensitivity
 
@@ -73,7 +74,7 @@ def measured(tiny, tmp_path):
 
 
 def measured_divergences(work_dir) -> list[float]:
-    return [json.loads(line)[1] for line in (work_dir / "refinement" / "measured.jsonl").read_text().splitlines()]
+    return [entry["divergence"] for entry in read_lines(work_dir / "refinement" / "measured.jsonl")]
 
 
 def test_the_best_plan_that_was_measured_stays(measured, tmp_path, monkeypatch):
@@ -117,6 +118,8 @@ def test_stopped_anywhere_it_ends_the_same(measured, tmp_path):
                 break
             except Interrupted:
                 stops += 1
+                with (work_dir / "refinement" / "measured.jsonl").open("a") as journal:
+                    journal.write('{"trial": "cut sh')  # as a kill leaves it
         assert (stops > 1) == (patience is not None)
         results.append((work_dir / "corrections.json").read_bytes())
     assert results[0] == results[1]
