@@ -8,23 +8,19 @@ safetensors  metadata "bitwright.sensitivity": JSON with "version", the identity
              "gradient_magnitude", "activation_variance", "weight_magnitude"   float64 [n_tensors]
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from calibration.fisher import FisherFactors, Labels
 from formats.block_format import Effort
 from formats.errors import ConvertError
-from formats.whole_file import whole_file
+from formats.record import RecordKind
 
-_KEY = "bitwright.sensitivity"
-_VERSION = 1
+_KIND = RecordKind("bitwright.sensitivity", 1, "sensitivity table", "convert imatrix --sensitivity MODEL")
 MAGNITUDES = ("gradient_magnitude", "activation_variance", "weight_magnitude")
 """The fields of FisherFactors that hold one number a tensor."""
 # Of FisherFactors and of SensitivityTable: what is kept in the metadata as it is.
@@ -65,10 +61,10 @@ class SensitivityTable:
     def __post_init__(self) -> None:
         for name, losses in self.losses.items():
             if name not in self.factors.rows or name not in self.sampled_rows or not losses:
-                raise _damaged(self.where, f"{name!r} lacks losses, factors or a number of sampled rows")
+                raise _KIND.damaged(self.where, f"{name!r} lacks losses, factors or a number of sampled rows")
             for format_name, loss in losses.items():
                 if not 0 <= loss < np.inf:
-                    raise _damaged(self.where, f"the loss of {name!r} in {format_name} is {loss}")
+                    raise _KIND.damaged(self.where, f"the loss of {name!r} in {format_name} is {loss}")
 
     def loss(self, tensor: str, format_name: str) -> float:
         """Raises ConvertError when the table has no such tensor, or not in this format."""
@@ -95,27 +91,18 @@ def save_sensitivity(path: Path, table: SensitivityTable) -> None:
         **{key: np.array([getattr(factors, key)[name] for name in names], np.float64) for key in MAGNITUDES},
     }
     header = {
-        "version": _VERSION,
         "tensors": names,
         "formats": formats,
         "sampled_rows": [table.sampled_rows[name] for name in names],
         "factors": {key: getattr(factors, key) for key in _FACTORS_IDENTITY},
         **{key: getattr(table, key) for key in _TABLE_IDENTITY},
     }
-    data = save(arrays, {_KEY: json.dumps(header, sort_keys=True)})
-    with whole_file(path, "sensitivity table") as file:
-        file.write(data)
+    _KIND.save(path, header, arrays)
 
 
 def is_sensitivity(path: Path) -> bool:
     """Whether the file is a sensitivity table, be it of this version or another."""
-    if path.suffix != ".safetensors" or not path.is_file():
-        return False
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return _KEY in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
+    return _KIND.is_in(path)
 
 
 def load_sensitivity(path: Path) -> SensitivityTable:
@@ -124,51 +111,21 @@ def load_sensitivity(path: Path) -> SensitivityTable:
     Raises ConvertError for a file that is missing, truncated, of another version, no such table, or holds impossible
     values.
     """
-    where = str(path)
-    try:
-        with safe_open(path, framework="numpy") as file:
-            text = (file.metadata() or {}).get(_KEY)
-            if text is None:
-                raise ConvertError(
-                    "this safetensors file is no sensitivity table",
-                    where,
-                    "give the file that `convert imatrix --sensitivity` wrote",
-                )
-            header = _parse(where, text)
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise ConvertError("there is no such file", where, "check the path of the sensitivity table") from None
-        raise _damaged(where, str(error)) from None
-    return _table(where, header, arrays)
-
-
-def _parse(where: str, text: str) -> dict[str, Any]:
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(where, f"its description is no JSON ({error})") from None
-    if not isinstance(header, dict):
-        raise _damaged(where, "its description is no JSON object")
-    if header.get("version") != _VERSION:
-        raise ConvertError(
-            f"the sensitivity table is of version {header.get('version')!r}, this release reads version {_VERSION}",
-            where,
-            "compute it again: convert imatrix --sensitivity MODEL",
-        )
-    return header
+    return _table(str(path), *_KIND.load(path))
 
 
 def _table(where: str, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> SensitivityTable:
     names, formats = (_unique_strings(where, header, key) for key in ("tensors", "formats"))
     sampled = header.get("sampled_rows")
     if not isinstance(sampled, list) or len(sampled) != len(names) or not all(_is_count(n) for n in sampled):
-        raise _damaged(where, "sampled_rows are not one number a tensor")
+        raise _KIND.damaged(where, "sampled_rows are not one number a tensor")
 
     def array(key: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
         values = arrays.pop(key, None)
         if values is None or values.dtype != np.float64 or (shape is not None and values.shape != shape):
-            raise _damaged(where, f"it lacks float64 values of {key}" + (f" of shape {list(shape)}" if shape else ""))
+            raise _KIND.damaged(
+                where, f"it lacks float64 values of {key}" + (f" of shape {list(shape)}" if shape else "")
+            )
         return values
 
     losses = array("losses", (len(names), len(formats)))
@@ -179,14 +136,14 @@ def _table(where: str, header: dict[str, Any], arrays: dict[str, np.ndarray]) ->
         rows={name: array(f"rows/{name}") for name in names},
         columns={name: array(f"columns/{name}") for name in names},
         **magnitudes,
-        **_identity(where, header.get("factors"), _FACTORS_IDENTITY),
+        **_KIND.fields(where, header.get("factors"), _FACTORS_IDENTITY),
         where=where,
     )
     if arrays:
-        raise _damaged(where, f"its values of {min(arrays)!r} belong to no tensor")
-    identity = _identity(where, header, _TABLE_IDENTITY)
+        raise _KIND.damaged(where, f"its values of {min(arrays)!r} belong to no tensor")
+    identity = _KIND.fields(where, header, _TABLE_IDENTITY)
     if factors.labels not in get_args(Labels) or identity["effort"] not in get_args(Effort):
-        raise _damaged(where, f"labels {factors.labels!r} or effort {identity['effort']!r} are unknown")
+        raise _KIND.damaged(where, f"labels {factors.labels!r} or effort {identity['effort']!r} are unknown")
     return SensitivityTable(
         losses={
             name: {f: loss for f, loss in zip(formats, row.tolist(), strict=True) if not np.isnan(loss)}
@@ -202,26 +159,11 @@ def _table(where: str, header: dict[str, Any], arrays: dict[str, np.ndarray]) ->
 def _unique_strings(where: str, header: dict[str, Any], key: str) -> list[str]:
     values = header.get(key)
     if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
-        raise _damaged(where, f"{key} is no list of names")
+        raise _KIND.damaged(where, f"{key} is no list of names")
     if len(set(values)) != len(values):
-        raise _damaged(where, f"{key} names one twice")
+        raise _KIND.damaged(where, f"{key} names one twice")
     return values
-
-
-def _identity(where: str, header: Any, kinds: Mapping[str, tuple[type, ...]]) -> dict[str, Any]:
-    if not isinstance(header, dict):
-        raise _damaged(where, "the identity of its factors is absent")
-    for key, allowed in kinds.items():
-        if key not in header or type(header[key]) not in allowed:
-            raise _damaged(where, f"{key} is {header.get(key)!r}")
-    return {key: header[key] for key in kinds}
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
-
-
-def _damaged(where: str, problem: str) -> ConvertError:
-    return ConvertError(
-        f"the sensitivity table is damaged: {problem}", where, "compute it again: convert imatrix --sensitivity MODEL"
-    )

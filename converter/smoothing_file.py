@@ -6,23 +6,18 @@ safetensors  metadata "bitwright.smoothing": JSON with "version", "model", "revi
              "values/NAME", "rows/NAME", "columns/NAME"   what becomes of the checkpoint's tensors, see Folding
 """
 
-import json
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from calibration.smoothing import Alpha
 from converter.smooth_search import SmoothedGroup
 from converter.smoothed import Folding
-from formats.errors import ConvertError
-from formats.whole_file import whole_file
+from formats.record import RecordKind
 
-_KEY = "bitwright.smoothing"
-_VERSION = 1
+_KIND = RecordKind("bitwright.smoothing", 1, "record of smoothing", "convert --fresh MODEL")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,36 +48,23 @@ def save_smoothing(path: Path, smoothing: Smoothing) -> None:
         parts = {f.name: getattr(folding, f.name) for f in fields(Folding)}
         arrays |= {f"{key}/{name}": values for key, values in parts.items() if values is not None}
     header = {
-        "version": _VERSION,
         "model": smoothing.model,
         "revision": smoothing.revision,
         "alpha": smoothing.alpha,
         "groups": [group.to_dict() for group in smoothing.groups],
     }
     in_order = {name: np.ascontiguousarray(arrays[name], np.float32) for name in sorted(arrays)}
-    data = save(in_order, {_KEY: json.dumps(header, sort_keys=True)})
-    with whole_file(path, "record of smoothing") as file:
-        file.write(data)
+    _KIND.save(path, header, in_order)
 
 
 def is_smoothing(path: Path) -> bool:
-    if path.suffix != ".safetensors" or not path.is_file():
-        return False
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return _KEY in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
+    return _KIND.is_in(path)
 
 
 def load_smoothing(path: Path) -> Smoothing:
     """Read what save_smoothing wrote. Raises ConvertError for a damaged file."""
+    header, arrays = _KIND.load(path)
     try:
-        with safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {})[_KEY])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if header["version"] != _VERSION:
-            raise ValueError(f"it is of version {header['version']!r}")
         parts: dict[str, dict[str, np.ndarray]] = {}
         factors = {}
         for key, values in arrays.items():
@@ -101,7 +83,5 @@ def load_smoothing(path: Path) -> Smoothing:
             factors=factors,
             foldings={name: Folding(**of) for name, of in parts.items()},
         )
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise ConvertError(
-            f"the record of smoothing is damaged ({error})", str(path), "start again with --fresh"
-        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise _KIND.damaged(str(path), str(error)) from None

@@ -1,0 +1,87 @@
+"""Records in safetensors files: arrays, and what they are as JSON in the metadata."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from formats.errors import ConvertError
+from formats.whole_file import whole_file
+
+
+@dataclass(frozen=True)
+class RecordKind:
+    """One kind of record. key: of the metadata; title: in messages; command: writes such a file anew."""
+
+    key: str
+    version: int
+    title: str
+    command: str
+
+    def save(self, path: Path, header: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        """Write the file; it appears whole or not at all. The same record gives the same bytes."""
+        data = save(arrays, {self.key: json.dumps({"version": self.version, **header}, sort_keys=True)})
+        with whole_file(path, self.title) as file:
+            file.write(data)
+
+    def is_in(self, path: Path) -> bool:
+        """Whether the file holds such a record, be it of this version or another."""
+        if path.suffix != ".safetensors" or not path.is_file():
+            return False
+        try:
+            with safe_open(path, framework="numpy") as file:
+                return self.key in (file.metadata() or {})
+        except (SafetensorError, OSError):
+            return False
+
+    def load(self, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """The header and the arrays that were saved.
+
+        Raises ConvertError for a file that is missing, truncated, of another version or of another kind.
+        """
+        where = str(path)
+        try:
+            with safe_open(path, framework="numpy") as file:
+                text = (file.metadata() or {}).get(self.key)
+                if text is None:
+                    raise ConvertError(
+                        f"this safetensors file is no {self.title}", where, f"give a file that `{self.command}` wrote"
+                    )
+                header = self._parse(where, text)
+                return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise ConvertError("there is no such file", where, f"check the path of the {self.title}") from None
+        except (SafetensorError, OSError) as error:
+            raise self.damaged(where, str(error)) from None
+
+    def _parse(self, where: str, text: str) -> dict[str, Any]:
+        try:
+            header = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise self.damaged(where, f"its description is no JSON ({error})") from None
+        if not isinstance(header, dict):
+            raise self.damaged(where, "its description is no JSON object")
+        if header.get("version") != self.version:
+            raise ConvertError(
+                f"the {self.title} is of version {header.get('version')!r}, this release reads version {self.version}",
+                where,
+                f"compute it again: {self.command}",
+            )
+        return header
+
+    def fields(self, where: str, header: Any, kinds: Mapping[str, tuple[type, ...]]) -> dict[str, Any]:
+        """These keys of a header, each of one of its types. Raises ConvertError otherwise."""
+        if not isinstance(header, dict):
+            raise self.damaged(where, "its description lacks an object")
+        for key, allowed in kinds.items():
+            if key not in header or type(header[key]) not in allowed:
+                raise self.damaged(where, f"{key} is {header.get(key)!r}")
+        return {key: header[key] for key in kinds}
+
+    def damaged(self, where: str, problem: str) -> ConvertError:
+        return ConvertError(f"the {self.title} is damaged: {problem}", where, f"compute it again: {self.command}")
