@@ -35,7 +35,7 @@ IQ1_S_LAYOUT = Layout(SIGNED, 2, 4, 8, _TOP_CODE, _UNIT)
 IQ1_M_LAYOUT = Layout(SIGNED, 1, 1, 16, _TOP_CODE, _UNIT)
 
 _IQ1_S_EFFORTS = search_efforts(IQ1_S_LAYOUT, 8, 6, n_candidates=(48, 16), n_rounds=1)
-_IQ1_M_EFFORTS = search_efforts(IQ1_M_LAYOUT, 8, 6, n_candidates=(64, 16), n_rounds=1)
+_IQ1_M_EFFORTS = search_efforts(IQ1_M_LAYOUT, 8, 6, n_candidates=(64, 8), n_rounds=1)
 
 
 def encode_iq1_s(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:

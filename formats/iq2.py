@@ -50,7 +50,7 @@ IQ2_S_LAYOUT = Layout(FREE, 1, 1, 16, _TOP_CODE, _UNIT)
 
 _IQ2_XXS_EFFORTS = search_efforts(IQ2_XXS_LAYOUT, 43, 6, n_candidates=(64, 16), n_rounds=2)
 _IQ2_XS_EFFORTS = search_efforts(IQ2_XS_LAYOUT, 43, 6, n_candidates=(64, 16), n_rounds=2)
-_IQ2_S_EFFORTS = search_efforts(IQ2_S_LAYOUT, 43, 6, n_candidates=(64, 16), n_rounds=1)
+_IQ2_S_EFFORTS = search_efforts(IQ2_S_LAYOUT, 43, 6, n_candidates=(64, 8), n_rounds=1)
 
 
 def encode_iq2_xxs(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:

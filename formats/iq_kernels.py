@@ -105,10 +105,11 @@ def guess_scale(x, w, first, size, coarse, levels, peaks, lanes):
 def cell_of(x, first, n_dims, inverse, shift, levels):
     """The number of the cell that a group lies in."""
     bottom, spacing, top = levels
-    cell, factor = 0, 1
+    per_level, offset = inverse / spacing, (shift + bottom) / spacing
+    cell, factor = np.int32(0), np.int32(1)
     for j in range(first, first + n_dims):
-        cell += factor * int(np.rint(min(max((x[j] * inverse - shift - bottom) / spacing, ZERO), top)))
-        factor *= int(top) + 1
+        cell += factor * np.int32(np.rint(min(max(x[j] * per_level - offset, ZERO), top)))
+        factor *= np.int32(top) + np.int32(1)
     return cell
 
 
@@ -151,14 +152,14 @@ def load_candidates(x, w, i, scale, odd, layout, levels, candidates, cells, a2, 
 @_jit
 def least_errors(scales, a2, b, row, minima):
     """minima[row, t]: least scales[t] * b - a2. Eight candidates at a time, as every lane waits for its last store."""
-    for t in range(scales.size):
+    for t in range(N_LANES):
         minima[row, t] = INFINITY
     for k in range(0, b.shape[1], 8):
         a_0, a_1, a_2, a_3 = a2[row, k], a2[row, k + 1], a2[row, k + 2], a2[row, k + 3]
         a_4, a_5, a_6, a_7 = a2[row, k + 4], a2[row, k + 5], a2[row, k + 6], a2[row, k + 7]
         b_0, b_1, b_2, b_3 = b[row, k], b[row, k + 1], b[row, k + 2], b[row, k + 3]
         b_4, b_5, b_6, b_7 = b[row, k + 4], b[row, k + 5], b[row, k + 6], b[row, k + 7]
-        for t in range(scales.size):
+        for t in range(N_LANES):
             s = scales[t]
             e01, e23 = min(s * b_0 - a_0, s * b_1 - a_1), min(s * b_2 - a_2, s * b_3 - a_3)
             e45, e67 = min(s * b_4 - a_4, s * b_5 - a_5), min(s * b_6 - a_6, s * b_7 - a_7)
@@ -176,11 +177,11 @@ def try_scales(i, scales, layout, a2, b, minima, sums, total):
             for v in range(n_variants):
                 row = g * n_variants + v
                 least_errors(scales, a2, b, row, minima)
-                for t in range(scales.size):
+                for t in range(N_LANES):
                     sums[v, t] += minima[row, t]
-        for t in range(scales.size):
+        for t in range(N_LANES):
             total[t] += min(sums[0, t], sums[n_variants - 1, t])
-    for t in range(scales.size):
+    for t in range(N_LANES):
         total[t] *= scales[t]
 
 

@@ -63,7 +63,7 @@ def search_efforts(
         return SearchEffort(n_candidates, peaks, refine, ratios, unit_trials, n_refits, n_rounds)
 
     best, fast = n_candidates
-    return {"best": effort(best, 32, True, 1, n_rounds), "fast": effort(fast, 16, False, 0, 1)}
+    return {"best": effort(best, 32, True, 1, n_rounds), "fast": effort(fast, 8, False, 0, 1)}
 
 
 class Work(NamedTuple):

@@ -206,7 +206,7 @@ CASES = (
     Case(
         "IQ2_S",
         best=0.83,
-        fast=0.84,
+        fast=0.87,
         # Points 1 = (43, 8, ..) and 256 = (25, 25, 25, 25, 25, 8, 25, 8), the upper two bits 0, 1, 0, 1; of 16 signs
         # the first is minus; scales 0 .. 15.
         block=ONE + bytes([1, 0] * 16 + [0x01, 0x00] * 16 + [0x44] * 8) + bytes(range(0x10, 0x100, 0x22)),
@@ -231,7 +231,7 @@ CASES = (
     Case(
         "IQ1_M",
         best=0.84,
-        fast=0.87,
+        fast=0.90,
         # Points 1, 256, 0, 0 as IQ1_S, the shift of every second negative. Scales 0 .. 7, twice; above them, four bits
         # at a time, the float16 2 = 0x4000.
         block=bytes([1, 0, 0, 0] * 8 + [0x90, 0x80] * 8) + b"\x88\x06\xac\x0f\x88\x06\xac\x4f",
