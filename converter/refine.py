@@ -3,8 +3,9 @@
 Predictions add the losses of tensors up, and errors do not add up, least of all below 3 bits. So the plan is carried
 out and its divergence measured; then, for each part of the model, once more with the source's weights in that part.
 What the divergence falls by is what the part costs among the errors of all others. Its ratio to the part's prediction
-corrects the losses of the part's tensors, in all formats, and another plan is made under the corrected losses. Of the
-plans that were measured the best one stays.
+corrects the losses of the part's tensors, in all formats, and another plan is made under the corrected losses. If it
+is better its parts are measured in turn; if not, the next plan is made with half of the correction. Of the plans that
+were measured the best one stays.
 
 A part is one role in a third of the layers; embedding and output are parts of their own.
 """
@@ -14,7 +15,7 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 SAMPLES, SEQUENCE_LENGTH = 8, 256
 # Beyond that a ratio says more of the text than of the part.
 LARGEST_RATIO = 4.0
+# The share of a correction, in logarithms, that the next plan is made with. No one factor is right for all formats of a
+# part, so all of it overshoots.
+FIRST_SHARE = 0.5
 # A part of which less than this share of the whole is predicted is not worth a run.
 NEGLIGIBLE_SHARE = 0.005
 
@@ -87,40 +91,56 @@ def refine(
     What was measured stays in the work directory, and a call after an interruption continues there.
     Raises Interrupted when should_stop says so.
     """
-    trials = None
-    best: tuple[float, dict[str, float]] | None = None
+    trials, best = None, None
     factors: dict[str, float] = {}
     seen: set[str] = set()
     for step in range(rounds + 1):
         prepared = decide(evidence.corrected(factors))
-        digest = prepared.plan.digest()
-        if digest in seen:
+        if prepared.plan.digest() in seen:
             break
-        seen.add(digest)
+        seen.add(prepared.plan.digest())
         trials = trials or _Trials(prepared, importance, work_dir, progress, should_stop)
-        whole = trials.divergence(prepared)
-        progress.say(f"refinement {step} of {rounds}: {whole:.4f} nats a token, measured")
-        if best is None or whole < best[0]:
-            best = whole, factors
-        if step == rounds:
-            break
-        parts, predicted = parts_of(prepared.model_map), _predicted(prepared.plan, evidence.corrected(factors))
-        of_part = {part: sum(predicted[name] for name in names) for part, names in parts.items()}
-        worth = [part for part, loss in of_part.items() if loss > NEGLIGIBLE_SHARE * sum(of_part.values())]
-        without = {part: trials.divergence(prepared, parts[part]) for part in worth}
-        change = corrections(of_part, whole, without)
-        factors = {name: factors.get(name, 1.0) * change[part] for part, names in parts.items() for name in names}
+        measured = trials.divergence(prepared)
+        progress.say(f"refinement {step} of {rounds}: {measured:.4f} nats a token, measured")
+        if best is None or measured < best.divergence:
+            predicted = _predicted(prepared.plan, evidence.corrected(factors))
+            best = _Best(measured, sum(predicted.values()), factors)
+            share = FIRST_SHARE
+            change = {} if step == rounds else _change(prepared, predicted, measured, trials)
+        else:
+            share /= 2
+        factors = {name: best.factors.get(name, 1.0) * change[name] ** share for name in change}
     assert best is not None
+    scale = best.divergence / best.predicted if best.predicted > 0 else 1.0
+    factors = {name: scale * factor for name, factor in best.factors.items()}
     with whole_file(work_dir / CORRECTIONS_FILE, "refinement") as file:
-        file.write(json.dumps({"divergence": best[0], "factors": best[1]}, indent=1).encode())
+        file.write(json.dumps({"divergence": best.divergence, "factors": factors}, indent=1).encode())
     shutil.rmtree(work_dir / "refinement", ignore_errors=True)
-    return evidence.corrected(best[1])
+    return evidence.corrected(factors)
+
+
+def _change(prepared: Prepared, predicted: Mapping[str, float], whole: float, trials: "_Trials") -> dict[str, float]:
+    """By what each tensor's losses would have to change to agree with what is measured of its part."""
+    parts = parts_of(prepared.model_map)
+    of_part = {part: sum(predicted[name] for name in names) for part, names in parts.items()}
+    worth = [part for part, loss in of_part.items() if loss > NEGLIGIBLE_SHARE * sum(of_part.values())]
+    without = {part: trials.divergence(prepared, parts[part]) for part in worth}
+    change = corrections(of_part, whole, without)
+    return {name: change[part] for part, names in parts.items() for name in names}
 
 
 def _predicted(plan: Plan, evidence: Evidence) -> dict[str, float]:
     """What each tensor's format is expected to cost; 16 bits cost nothing that counts."""
     losses = {p.tensor.name: evidence.losses.get(p.tensor.name, {}).get(p.format, 0.0) for p in plan.tensors}
     return losses
+
+
+class _Best(NamedTuple):
+    """The plan of the least divergence: measured, predicted, and the factors of its evidence."""
+
+    divergence: float
+    predicted: float
+    factors: dict[str, float]
 
 
 class _Trials:
