@@ -5,6 +5,9 @@ defaults on the same calibration samples.
     make .venv-llmcompressor/.ready
     .venv/bin/python -m scripts.bench_safetensors --model .cache/smollm2 --peer .venv-llmcompressor/bin/python
 
+With --planted the model is one that computes the same, but in whose layers one channel of what attention and MLP are
+given is 128 times as large.
+
 Every directory is written by `convert`, or by llm-compressor's oneshot, and evaluated by the same code: the weights
 that are decoded from its files, INT8 products by exact integers, FP8 and FP4 inputs rounded as the format says.
 Embeddings and head stay in 16 bits in all of them.
@@ -62,6 +65,9 @@ ROWS = (
     Row("NVFP4A16", "NVFP4A16", None, "NVFP4A16"),
     Row("NVFP4", "NVFP4", None, "NVFP4"),
 )
+
+
+PLANTED = 128
 
 
 class Bench:
@@ -130,6 +136,25 @@ class Bench:
         return str(path)
 
 
+def plant(model: Path, directory: Path) -> Path:
+    """The model with one channel of every norm's output PLANTED times as large, and the columns that read it as much
+    smaller: a power of two, so that nothing else changes."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, directory)
+    weights = load_file(directory / "model.safetensors")
+    readers = {"input_layernorm": "self_attn.{}_proj", "post_attention_layernorm": "mlp.{}_proj"}
+    for name in [name for name in weights if name.endswith("layernorm.weight")]:
+        layer, norm, _ = name.rsplit(".", 2)
+        channel = 7 * int(layer.rsplit(".", 1)[1])
+        weights[name][channel] *= PLANTED
+        for reader in ("q", "k", "v", "gate", "up"):
+            if (column := f"{layer}.{readers[norm].format(reader)}.weight") in weights:
+                weights[column][:, channel] /= PLANTED
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
 def _copy(source: Path, target: Path, *names: str) -> None:
     target.mkdir(exist_ok=True)
     for name in names or [path.name for path in source.iterdir()] if source.exists() else ():
@@ -148,6 +173,7 @@ def _copy(source: Path, target: Path, *names: str) -> None:
 @click.option("--rows", default="", help="Only these rows, by their numbers from 0 on: 0,1,7.")
 @click.option("--peer", type=click.Path(path_type=Path), help="Python of an environment with llm-compressor.")
 @click.option("--peer-dtype", default="auto", show_default=True, help="In which llm-compressor holds the model.")
+@click.option("--planted", is_flag=True, help="Plant an outlier first.")
 def main(
     model: Path,
     calibration_length: int,
@@ -156,6 +182,7 @@ def main(
     rows: str,
     peer: Path | None,
     peer_dtype: str,
+    planted: bool,
 ) -> None:
     tokenizer = load_tokenizer(model)
     corpus = load_corpus("embedded", tokenizer, samples, sequence_length, split="test")
@@ -163,6 +190,7 @@ def main(
     job = Job(str(model), profile, calibration="embedded", samples=128, sequence_length=calibration_length)
     shown = [ROWS[int(i)] for i in rows.split(",")] if rows else list(ROWS)
     with tempfile.TemporaryDirectory() as directory:
+        model = plant(model, Path(directory) / "model") if planted else model
         bench = Bench(model, Path(directory), job, corpus)
         chat = uses_chat(job, bench.model_map)
         tokens = load_corpus("embedded", tokenizer, 128, calibration_length, chat=chat).tokens

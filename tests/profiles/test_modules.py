@@ -144,7 +144,7 @@ def test_no_runtime_reads_embeddings_or_heads_with_rounded_inputs():
     assert formats(planned('base = "W8A8"', modules(), "output=W4A16"))["lm_head.weight"] == "W4A16"
 
 
-@pytest.mark.parametrize("preset", ["fp8", "hybrid-long-context", "smoothquant-w8a8", "w4a16"])
+@pytest.mark.parametrize("preset", ["fp8", "hybrid-long-context", "nvfp4-vllm", "smoothquant-w8a8", "w4a16"])
 def test_presets_plan_any_model(preset):
     profile = load_profile(preset)
     for of in (modules(), modules(n_experts=2)):
