@@ -128,6 +128,8 @@ def ggmls_codes(*names: str) -> Iterator[None]:
 
     def encoder_of(name: str) -> Callable[..., np.ndarray]:
         def encode(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
+            if importance is None and ggml.needs_importance(name):  # of an embedding there is none
+                importance = np.ones(rows.shape[1], np.float32)
             return ggml.quantize(rows, name, importance)
 
         return encode

@@ -1,6 +1,6 @@
 """llama.cpp's recipes beside ours at the same size: KL divergence, measured by llama.cpp on a text of its own.
 
-For each of llama.cpp's file types the wide SmolLM2 is written several times, never larger than the recipe's own file:
+For each of llama.cpp's file types the wide SmolLM2 is written several times, at the size of the recipe's own file:
 
 recipe       llama.cpp's mix of types, with the codes of ggml's C encoder
 allocation   types chosen by measured sensitivity under the recipe's size, still with ggml's codes

@@ -35,6 +35,10 @@ def library() -> ctypes.CDLL:
     return ggml
 
 
+def needs_importance(format_name: str) -> bool:
+    return library().ggml_quantize_requires_imatrix(_TYPE_IDS[format_name])
+
+
 def quantize(rows: np.ndarray, format_name: str, importance: np.ndarray | None = None) -> np.ndarray:
     """ggml_quantize_chunk: float32 [n_rows, n_columns] and float32 [n_columns] to uint8 [n_rows, row_bytes].
 
@@ -43,7 +47,7 @@ def quantize(rows: np.ndarray, format_name: str, importance: np.ndarray | None =
     kind = _TYPE_IDS[format_name]
     rows = np.ascontiguousarray(rows, np.float32)
     n_rows, n_columns = rows.shape
-    if importance is None and library().ggml_quantize_requires_imatrix(kind):
+    if importance is None and needs_importance(format_name):
         raise ValueError(f"ggml refuses to encode {format_name} without an importance matrix")
     if importance is not None:
         importance = np.ascontiguousarray(importance, np.float32)
