@@ -2,6 +2,7 @@
 
 safetensors  metadata "bitwright.activations": JSON with "version", "tensors" and the identity of the statistics
              "FIELD/TENSOR"   every field of MatrixInputs of every GGUF tensor, in its own dtype and shape
+             "cached keys/LAYER", "cached values/LAYER"   float32 [n_heads, head_size], see CachedPeaks
 """
 
 from dataclasses import fields
@@ -9,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from calibration.activations import ActivationStatistics, MatrixInputs
+from calibration.activations import ActivationStatistics, CachedPeaks, MatrixInputs
 from calibration.histogram import N_BINS, N_MAGNITUDES
 from formats.record import RecordKind
 
-_KIND = RecordKind("bitwright.activations", 1, "file of activation statistics", "convert imatrix --activations MODEL")
+_KIND = RecordKind("bitwright.activations", 2, "file of activation statistics", "convert imatrix --activations MODEL")
 _DTYPES: dict[str, type] = {
     "minima": np.float32,
     "maxima": np.float32,
@@ -25,6 +26,8 @@ _DTYPES: dict[str, type] = {
     "ranges": np.float64,
 }
 assert list(_DTYPES) == [field.name for field in fields(MatrixInputs)]
+_CACHED = ("keys", "values")
+assert list(_CACHED) == [field.name for field in fields(CachedPeaks)]
 _IDENTITY: dict[str, tuple[type, ...]] = {
     "model": (str, type(None)),
     "revision": (str, type(None)),
@@ -44,6 +47,9 @@ def save_activations(path: Path, statistics: ActivationStatistics) -> None:
         for name, inputs in sorted(statistics.inputs.items())
         for key, dtype in _DTYPES.items()
     }
+    for layer, cached in sorted(statistics.caches.items()):
+        for key in _CACHED:
+            arrays[f"cached {key}/{layer}"] = np.ascontiguousarray(getattr(cached, key), np.float32)
     identity = {key: getattr(statistics, key) for key in _IDENTITY}
     _KIND.save(path, {"tensors": sorted(statistics.inputs), **identity}, arrays)
 
@@ -66,9 +72,10 @@ def load_activations(path: Path) -> ActivationStatistics:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise _KIND.damaged(where, "its tensors are no list of names")
     inputs = {name: _inputs(where, name, arrays) for name in names}
+    caches = _caches(where, arrays)
     if arrays:
         raise _KIND.damaged(where, f"its values of {min(arrays)!r} belong to no tensor")
-    return ActivationStatistics(inputs, **identity, where=where)
+    return ActivationStatistics(inputs, **identity, caches=caches, where=where)
 
 
 def _inputs(where: str, name: str, arrays: dict[str, np.ndarray]) -> MatrixInputs:
@@ -83,3 +90,17 @@ def _inputs(where: str, name: str, arrays: dict[str, np.ndarray]) -> MatrixInput
     if any(found[key].shape != (n_matrices, n_bins) for key, n_bins in bins.items()):
         raise _KIND.damaged(where, f"the histograms of {name!r} have another number of bins")
     return MatrixInputs(**found)
+
+
+def _caches(where: str, arrays: dict[str, np.ndarray]) -> dict[int, CachedPeaks]:
+    places = [key.removeprefix("cached keys/") for key in arrays if key.startswith("cached keys/")]
+    found = {}
+    for layer in sorted(int(place) for place in places if place.isascii() and place.isdigit()):
+        peaks = {}
+        for key in _CACHED:
+            values = arrays.pop(f"cached {key}/{layer}", None)
+            if values is None or values.dtype != np.float32 or values.ndim != 2:
+                raise _KIND.damaged(where, f"it lacks float32 magnitudes of the {key} of layer {layer}")
+            peaks[key] = values
+        found[layer] = CachedPeaks(**peaks)
+    return found

@@ -1,4 +1,5 @@
-"""What goes into every matrix: extremes and squares by channel, and histograms of all values and of tokens' peaks."""
+"""What goes into every matrix: extremes and squares by channel, and histograms of all values and of tokens' peaks; and
+what goes into the caches of keys and values."""
 
 import weakref
 import zlib
@@ -93,7 +94,8 @@ class InputObserver:
     """An Observer of inputs. inputs: parameter -> InputSums. decay: of the smoothed ranges, of the past in a step.
 
     keep_rows: keep some rows of the inputs of the layer that is running, for `take_rows`; where several matrices are
-    shown the same tensor, for the first one.
+    shown the same tensor, for the first one. caches: ("keys" or "values", layer) -> largest magnitudes of what a cache
+    would hold, float32 [n_heads, head_size].
     Within a micro-batch sums are taken in float32 by torch's cascade summation, beyond it in float64.
     """
 
@@ -101,6 +103,7 @@ class InputObserver:
         self.decay, self.keep_rows = decay, keep_rows
         self.inputs: dict[str, InputSums] = {}
         self.rows: dict[tuple[str, int, int], KeptRows] = {}
+        self.caches: dict[tuple[str, int], np.ndarray] = {}
         self._latest: tuple[weakref.ref[torch.Tensor], InputSums] | None = None
 
     def fresh(self) -> "InputObserver":
@@ -119,6 +122,13 @@ class InputObserver:
         into = self.inputs.setdefault(parameter, InputSums.empty(n_matrices, inputs.shape[-1]))
         into.add(sums, slice(matrix, matrix + 1))
 
+    def observe_cache(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        for kind, states in (("keys", keys), ("values", values)):
+            self._add_peaks((kind, layer), states.detach().abs().amax(dim=(0, 2)).float().cpu().numpy())
+
+    def _add_peaks(self, key: tuple[str, int], peaks: np.ndarray) -> None:
+        self.caches[key] = np.maximum(self.caches[key], peaks) if key in self.caches else peaks
+
     def merge(self, other: "InputObserver") -> None:
         for parameter, inputs in other.inputs.items():
             if not np.isfinite(inputs.squares).all():
@@ -134,6 +144,8 @@ class InputObserver:
         for key, kept in other.rows.items():
             capacity = max(_LEAST_ROWS, KEPT_ROWS // key[2])
             self.rows.setdefault(key, KeptRows()).add(np.array(kept.rows), capacity)
+        for place, peaks in other.caches.items():
+            self._add_peaks(place, peaks)
 
     def take_rows(self) -> dict[str, dict[int, np.ndarray]]:
         """The rows that are kept, parameter -> matrix -> float32 [n, n_columns]; they are kept no longer."""
@@ -144,11 +156,17 @@ class InputObserver:
         return taken
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        return {f"{key}/{name}": getattr(sums, key) for name, sums in self.inputs.items() for key in FIELDS}
+        arrays = {f"{key}/{name}": getattr(sums, key) for name, sums in self.inputs.items() for key in FIELDS}
+        return arrays | {f"cached {kind}/{layer}": peaks for (kind, layer), peaks in self.caches.items()}
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         names = [key.partition("/")[2] for key in arrays if key.startswith("counts/")]
         self.inputs = {name: InputSums(**{key: arrays[f"{key}/{name}"] for key in FIELDS}) for name in names}
+        self.caches = {}
+        for key, peaks in arrays.items():
+            kind, _, place = key.partition("/")
+            if kind in ("cached keys", "cached values"):
+                self.caches[kind.removeprefix("cached "), int(place)] = peaks
 
 
 def _sums(rows: torch.Tensor) -> InputSums:

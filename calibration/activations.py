@@ -1,4 +1,5 @@
-"""What goes into the matrices of a model: how large activations are, by channel, by token and over all."""
+"""What goes into the matrices of a model, and into its caches: how large activations are, by channel, by token and over
+all."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -107,9 +108,19 @@ class InputFigures:
 
 
 @dataclass(frozen=True, eq=False)
+class CachedPeaks:
+    """The largest magnitudes of what a layer's cache would hold, by key-value head and channel: of keys as they are
+    after norms and rotary embedding. Both float32 [n_heads, head_size]."""
+
+    keys: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class ActivationStatistics:
     """inputs: GGUF tensor name -> statistics. model ... sequence_length: as of ImportanceMatrix. transform: which
     change of the model these are of, "" for none: a hash of the factors that it is smoothed with. decay: of the ranges.
+    caches: by layer, of those whose attention has a cache.
 
     Raises ConvertError for arrays that contradict each other or are not finite.
     """
@@ -123,6 +134,7 @@ class ActivationStatistics:
     sequence_length: int
     transform: str = ""
     decay: float = DECAY
+    caches: Mapping[int, CachedPeaks] = field(default_factory=dict)
     where: str = field(default="activation statistics", repr=False)
 
     def __post_init__(self) -> None:
@@ -140,6 +152,14 @@ class ActivationStatistics:
                 raise self._refused(name, "has negative counts or squares")
             if (inputs.minima > inputs.maxima).any():
                 raise self._refused(name, "has minima above the maxima")
+        for layer, cached in self.caches.items():
+            for peaks in (cached.keys, cached.values):
+                if peaks.ndim != 2 or not np.isfinite(peaks).all() or (peaks < 0).any():
+                    raise ConvertError(
+                        f"the cache of layer {layer} has magnitudes that are negative or not finite",
+                        self.where,
+                        "compute the activation statistics again",
+                    )
 
     def of(self, name: str) -> MatrixInputs:
         """Raises ConvertError for a tensor that was not seen."""
@@ -153,7 +173,8 @@ class ActivationStatistics:
 
     def divided(self, factors: Mapping[str, np.ndarray], seen_again: "ActivationStatistics") -> "ActivationStatistics":
         """The statistics of the same model smoothed: by channel these ones, divided; histograms, ranges and means those
-        of the smoothed model, which it was looked at once more for, maybe on fewer samples.
+        of the smoothed model, which it was looked at once more for, maybe on fewer samples. Caches are those of the
+        second look.
 
         factors: GGUF tensor -> [n_matrices, n_columns], what its inputs are divided by; absent for 1.
         """
@@ -237,7 +258,7 @@ def compute_activations(
     should_stop: ShouldStop = never,
     stage: str = "calibrate",
 ) -> ActivationStatistics:
-    """Run the model over the corpus layer by layer and look at the inputs of its matrices.
+    """Run the model over the corpus layer by layer and look at the inputs of its matrices and of its caches.
 
     names, work_dir, and what interrupting it and the number of threads change (nothing): as of compute_importance.
     transform: what tells the source's weights from those of the model and revision. rows: where to keep some rows of
@@ -278,6 +299,11 @@ def compute_activations(
         sequence_length=corpus.tokens.shape[1],
         transform=transform,
         decay=decay,
+        caches={
+            layer: CachedPeaks(peaks, observer.caches["values", layer])
+            for (kind, layer), peaks in sorted(observer.caches.items())
+            if kind == "keys"
+        },
     )
 
 

@@ -20,6 +20,7 @@ from calibration.control import Interrupted, Progress, ShouldStop, never, silent
 
 if TYPE_CHECKING:
     import torch
+    from transformers import DynamicCache
 
     from calibration.arithmetic import Arithmetic
     from calibration.stream import LayerStream
@@ -202,7 +203,7 @@ def generate_greedily(
     """Continue each prompt (tokens, not empty) by up to n_tokens, ending with one of end_tokens where it comes.
 
     resident: whether to hold all weights in memory; None decides by the free memory. arithmetic: how products with the
-    matrices are computed. Results are the same for any
+    matrices are computed and caches kept. Results are the same for any
     number of threads. work_dir: the layer stream's checkpoints; a second call continues there. The caller deletes it.
     Raises Interrupted.
     """
@@ -263,10 +264,15 @@ def _continue(
     """Prompts of any lengths side by side without padding: as long as one has tokens left, those are fed to it."""
     import torch
 
+    from calibration.key_values import HandledCache
+
     records = [GreedyRecord(n_tokens, end_tokens) for _ in prompts]
     more = [True] * len(prompts)
     n_fed = min(map(len, prompts))
-    pending, cache = [list(prompt[:n_fed]) for prompt in prompts], None
+    pending = [list(prompt[:n_fed]) for prompt in prompts]
+    cache: DynamicCache | None = None
+    if stream.arithmetic is not None:
+        cache = HandledCache(stream.arithmetic.cached, stream.config)
     with torch.inference_mode():
         while any(more):
             if should_stop():

@@ -32,7 +32,8 @@ class LayerStream(StreamedModel):
 
     source: the weights. config_dir: a directory with config.json.
     tokens: int [n_samples, sequence_length]. work_dir: the checkpoint's place, for this pass alone.
-    observer: is shown every matrix product of the layers and, last, the inputs of the output head.
+    observer: is shown every matrix product of the layers and, last, the inputs of the output head; one of caches (see
+    key_values) the keys and values, too.
     identity: what tells the weights from others of the same shapes; a checkpoint of others is refused.
     device, threads, arithmetic: see StreamedModel. keep: every layer's input, for a pass back; otherwise only the last
     one is kept. before_commit: called after every layer and at the end, before what is done counts as done.
@@ -132,7 +133,7 @@ class LayerStream(StreamedModel):
 
         def observed(span: tuple[int, int]) -> tuple[int, Observer]:
             seen = observer.fresh()
-            with ProductTap(owners, seen), self.computing(weights):
+            with ProductTap(owners, seen), self.cache.shown_to(seen), self.computing(weights):
                 micro_batch(*span)
             return span[1], seen
 

@@ -8,7 +8,7 @@ every pass, in whatever order the layers are taken.
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from calibration.arithmetic import Arithmetic, computed_by
+from calibration.key_values import PassingCache
 from calibration.model import build_without_weights, choose_device, load_config
 from calibration.observer import locate_matrices
 from calibration.weights import ParameterReader, WeightSource
@@ -33,7 +34,8 @@ class StreamedModel:
 
     source: the weights. config_dir: a directory with config.json.
     device: "auto", "cpu", "cuda" or "mps"; float32, on cuda bfloat16. threads: CPU threads, None for one a core.
-    arithmetic: how products with matrices are computed, None for as torch does it.
+    arithmetic: how products with matrices are computed and caches kept, None for as torch does it.
+    cache: what the layers take for theirs.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class StreamedModel:
         threads: int | None = None,
         arithmetic: Arithmetic | None = None,
     ):
-        self.arithmetic = arithmetic
+        self.arithmetic, self.cache = arithmetic, PassingCache()
         self.device = choose_device(device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.threads = (threads or torch.get_num_threads()) if self.device.type == "cpu" else 1
@@ -75,15 +77,20 @@ class StreamedModel:
             for name, like in module.state_dict().items()
         }
 
-    def computing(self, weights: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:
-        """In this thread, products with these parameters, by full name, are computed as the arithmetic does."""
+    @contextmanager
+    def computing(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """In this thread, products with these parameters, by full name, are computed as the arithmetic does, and keys
+        and values are what it keeps of them."""
 
         def names_of(parameter: str, matrix: int, n_matrices: int) -> Sequence[str]:
             stored = self.parameters.matrices(parameter, n_matrices)
             return stored[matrix if len(stored) > 1 else 0]
 
-        owners = {} if self.arithmetic is None else locate_matrices(weights)
-        return computed_by(self.arithmetic, owners, names_of)
+        with ExitStack() as stack:
+            if self.arithmetic is not None:
+                stack.enter_context(computed_by(self.arithmetic, locate_matrices(weights), names_of))
+                stack.enter_context(self.cache.handled_by(self.arithmetic.cached))
+            yield
 
     def layers_in_turn(self, order: Iterable[int]) -> Generator[tuple[int, Weights]]:
         """One layer after the other resident, with its index and its weights; the next one's load meanwhile.
@@ -103,10 +110,13 @@ class StreamedModel:
                     parameters.clear()  # whoever still holds it would keep a third layer in memory
 
     def layer_calls(self, sequence_length: int) -> list[LayerCall]:
-        """Every layer's own forward, with the arguments that the model gives it for samples of this length."""
+        """Every layer's own forward, with the arguments that the model gives it for samples of this length, and the
+        stand-in for its cache."""
         calls: list[LayerCall] = []
 
         def note(forward: Callable[..., torch.Tensor], sample: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+            if "past_key_values" in kwargs:
+                kwargs["past_key_values"] = self.cache
             calls.append(lambda states: forward(states, *args, **kwargs))
             return sample
 

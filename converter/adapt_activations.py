@@ -13,6 +13,7 @@ from calibration.control import ShouldStop
 from calibration.importance import ImportanceMatrix
 from calibration.smoothing import SmoothQuantConfig
 from converter.job import Job
+from converter.kv_cache import CacheScale, cache_notes, cache_scales
 from converter.modules import gguf_names, stored_dtypes
 from converter.progress import Progress
 from converter.smooth import observe, smooth
@@ -28,13 +29,15 @@ _EXPERT = re.compile(r"\.\d+\.(?=[^.]+\.weight$)")
 
 @dataclass(frozen=True)
 class ActivationFindings:
-    """ranges: tensor -> least and largest input that is represented, for static scales. report: for report.json."""
+    """ranges: tensor -> least and largest input that is represented, for static scales. caches: the scales of caches.
+    report: for report.json."""
 
     ranges: Mapping[str, tuple[float, float]]
+    caches: tuple[CacheScale, ...]
     report: dict[str, Any]
 
 
-NOTHING = ActivationFindings({}, {"smoothing": None, "activations": None, "precision": []})
+NOTHING = ActivationFindings({}, (), {"smoothing": None, "activations": None, "precision": [], "kv_cache": []})
 
 
 def smoothing_of(job: Job) -> SmoothQuantConfig | None:
@@ -46,9 +49,9 @@ def smoothing_of(job: Job) -> SmoothQuantConfig | None:
 
 
 def uses_activations(job: Job, plan: Plan) -> bool:
-    """Whether the inputs of the matrices have to be looked at."""
+    """Whether the inputs of the matrices, or what goes into the caches, have to be looked at."""
     static = any(isinstance(row, PlannedModule) and row.uses_activations for row in plan.tensors)
-    return static or smoothing_of(job) is not None
+    return static or any(row.cache_scales for row in plan.tensors) or smoothing_of(job) is not None
 
 
 def adapt_activations(
@@ -58,8 +61,8 @@ def adapt_activations(
     progress: Progress,
     should_stop: ShouldStop,
 ) -> Adapted:
-    """The job with smoothed weights, schemes that its activations bear, and the ranges of static scales. Statistics and
-    factors stay in the work directory."""
+    """The job with smoothed weights, schemes that its activations bear, the ranges of static scales, and the scales of
+    caches. Statistics and factors stay in the work directory."""
     job, plan = prepared.job, prepared.plan
     if not uses_activations(job, plan):
         return Adapted(prepared, importance, NOTHING)
@@ -89,11 +92,14 @@ def adapt_activations(
         {"tensor": name, **asdict(inputs.figures())} for name, inputs in sorted(seen.inputs.items())
     ]
     report["precision"] = [asdict(choice) for choice in choices]
+    caches = cache_scales(plan, seen)
+    report["kv_cache"] = [scale.to_dict() for scale in caches]
     notes = (
         *seen.notes(),
         *(f"{c.tensor}: {c.scheme} instead of {c.wanted}: {c.reason}; {c.alternative} keeps it" for c in choices),
+        *cache_notes(caches),
     )
-    return Adapted(replace(prepared, plan=plan), importance, ActivationFindings(ranges, report), notes)
+    return Adapted(replace(prepared, plan=plan), importance, ActivationFindings(ranges, tuple(caches), report), notes)
 
 
 def _adapted_plan(
@@ -123,7 +129,7 @@ def _adapted_plan(
         wanted,
         {pattern: tensor.role for pattern, tensor in tensors.items()},
         {pattern: seen.inputs[t.name].figures() for pattern, t in tensors.items() if t.name in seen.inputs},
-        Context(rules.phase, rules.prompt_tokens, seen.sequence_length, rules.fp8_kv_cache),
+        Context(rules.phase, rules.prompt_tokens, seen.sequence_length, rules.kv_cache == "FP8"),
         overridden,
         {pattern: errors[tensor.name] for pattern, tensor in tensors.items() if tensor.name in errors},
     )

@@ -2,8 +2,9 @@
 them."""
 
 import json
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 
 from converter.checkpoint import INDEX_NAME
 from converter.safetensors_source import SINGLE_NAME
+from formats.bfloat16 import bfloat16
+from formats.cache_scheme import SCALE_DTYPE, SCALE_SHAPE
 from formats.errors import ConvertError
 from formats.plain import decode_bf16
 from formats.safetensors_file import NUMPY_DTYPES
@@ -25,26 +28,32 @@ RECIPE_NAME = "bitwright.json"
 """The recipe of a directory, with the scheme of every tensor and the hash of every file."""
 
 _MAX_HEADER_BYTES = 100_000_000
+_CACHE_SCALE = re.compile(r"layers\.(\d+)\..*\.([kv])_scale")
 
 
 class DirectoryArtifact:
     """A directory's weights under the checkpoint's names, as the source of a layer stream.
 
-    tensors: name -> (format, shape), of every tensor of the plan. Raises ConvertError for what is damaged or absent.
+    tensors: name -> (format, shape), of every tensor of the plan. cache_scales: names of the scales of caches.
+    Raises ConvertError for what is damaged or absent.
     """
 
-    def __init__(self, directory: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]):
-        self.directory, self.tensors = directory, dict(tensors)
+    def __init__(
+        self, directory: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], cache_scales: Iterable[str] = ()
+    ):
+        self.directory, self.tensors, self._cache_scales = directory, dict(tensors), tuple(cache_scales)
         self._stored = read_headers(directory)
 
     @classmethod
     def of_plan(cls, directory: Path, plan: Plan) -> "DirectoryArtifact":
-        return cls(directory, {row.tensor.name: (row.format, row.tensor.shape) for row in plan.tensors})
+        tensors = {row.tensor.name: (row.format, row.tensor.shape) for row in plan.tensors}
+        return cls(directory, tensors, [name for row in plan.tensors for name in row.cache_scales])
 
     @classmethod
     def of_recipe(cls, directory: Path) -> "DirectoryArtifact":
-        recipe = read_recipe(directory)
-        return cls(directory, {t["tensor"]: (t["format"], tuple(t["shape"])) for t in recipe["tensors"]})
+        stored = read_recipe(directory)["tensors"]
+        tensors = {t["tensor"]: (t["format"], tuple(t["shape"])) for t in stored}
+        return cls(directory, tensors, [name for t in stored for name in t.get("cache_scales", ())])
 
     def check_model(self, model_map: ModelMap) -> None:
         """Raises ConvertError when a matrix of this model is absent or has another shape."""
@@ -87,6 +96,19 @@ class DirectoryArtifact:
         if scheme is not None:
             return scheme.decode(self.encoded(name), (shape[0], shape[1]))
         return to_float32(self._read(name, format_name, shape), format_name)
+
+    def cache_scales(self) -> dict[int, tuple[float, float]]:
+        """Layer -> the scales of its keys and of its values; empty where caches stay in 16 bits."""
+        found: dict[int, dict[str, float]] = {}
+        for name in self._cache_scales:
+            place = _CACHE_SCALE.search(name)
+            value = float(bfloat16(self._read(name, SCALE_DTYPE, SCALE_SHAPE))[0])
+            if place is None or not 0 < value < float("inf"):
+                raise self._damaged(f"has a scale {name!r} of {value:g}")
+            found.setdefault(int(place[1]), {})[place[2]] = value
+        if any(len(scales) != 2 for scales in found.values()):
+            raise self._damaged("has a layer with a scale of keys or of values alone")
+        return {layer: (scales["k"], scales["v"]) for layer, scales in found.items()}
 
     def _read(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
         if name not in self._stored:

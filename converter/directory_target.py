@@ -17,6 +17,7 @@ from converter.directory_artifact import DirectoryArtifact
 from converter.directory_verify import verify_directory
 from converter.encode_modules import ModuleEncoder
 from converter.job import Job, default_work_dir
+from converter.kv_cache import cache_lines
 from converter.modules import describe_modules, directory_name, gguf_names, stored_dtypes
 from converter.progress import Progress
 from converter.quantization_config import quantization_config
@@ -61,7 +62,7 @@ class DirectoryTarget:
         return plan_modules(profile, modules, stored_dtypes(surveyed.checkpoint))
 
     def notes(self, job: Job, plan: Plan) -> list[str]:
-        return [*repair_lines(plan), *_runtime_notes(plan)]
+        return [*repair_lines(plan), *cache_lines(plan), *_runtime_notes(plan)]
 
     def needs_statistics(self, job: Job, plan: Plan) -> bool:
         return plan.uses_importance or uses_activations(job, plan)
@@ -123,11 +124,15 @@ class DirectoryTarget:
         assert prepared.job.output is not None
         names = gguf_names(prepared.model_map)
         tensors = [
-            {"tensor": row.tensor.name, "format": row.format, "shape": list(row.tensor.shape)} for row in plan.tensors
+            {"tensor": row.tensor.name, "format": row.format, "shape": list(row.tensor.shape)}
+            | ({"cache_scales": list(row.cache_scales)} if row.cache_scales else {})
+            for row in plan.tensors
         ]
-        ranges = adapted.found.ranges
+        ranges, scales = adapted.found.ranges, {scale.name: scale.bits for scale in adapted.found.caches}
         said = recipe(prepared.job, prepared.checkpoint, plan, importance)
-        with ModuleEncoder(prepared.checkpoint, plan, importance, names, ranges, prepared.job.n_threads) as encoder:
+        with ModuleEncoder(
+            prepared.checkpoint, plan, importance, names, ranges, scales, prepared.job.n_threads
+        ) as encoder:
             return write_directory(
                 prepared.job.output,
                 encoder,

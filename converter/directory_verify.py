@@ -26,8 +26,9 @@ def verify_directory(
 
     Raises ConvertError for a tensor that is absent, has another shape or scales that are not finite, decodes to
     something that is not finite, differs although it is kept, or is further from the source
-    than zeros.
+    than zeros; and for scales of caches that are absent or no positive number.
     """
+    artifact.cache_scales()
     errors = []
     total, done = sum(int(np.prod(shape)) * 4 for _, shape in artifact.tensors.values()), 0
     for name, (format_name, shape) in artifact.tensors.items():

@@ -28,7 +28,7 @@ class ModuleEncoder:
 
     checkpoint: the weights as they are to be encoded. names: the checkpoint's tensor -> (GGUF tensor, matrix), by which
     importance goes. input_ranges: tensor -> least and largest value of its inputs that are represented, for those whose
-    scheme stores a scale of them.
+    scheme stores a scale of them. cache_scales: name -> bits uint16 [1] of every scale of a cache that the plan has.
     """
 
     def __init__(
@@ -38,10 +38,12 @@ class ModuleEncoder:
         importance: ImportanceMatrix | None,
         names: Mapping[str, tuple[str, int]],
         input_ranges: Mapping[str, tuple[float, float]],
+        cache_scales: Mapping[str, np.ndarray],
         threads: int,
     ):
         self.checkpoint, self.plan, self.threads = checkpoint, plan, threads
         self.importance, self.names, self.input_ranges = importance, names, input_ranges
+        self.cache_scales = cache_scales
         self._global_scales: dict[tuple[str, ...], float] = {}
 
     def __enter__(self) -> Self:
@@ -57,11 +59,13 @@ class ModuleEncoder:
         has seen.
         """
         assert isinstance(planned, PlannedModule)
-        if planned.scheme is None:
-            yield from self._kept(planned)
-            return
-        tensors = self.tensors(planned, planned.scheme)
-        for suffix, (dtype, shape) in planned.scheme.tensors(*planned.tensor.shape).items():
+        yield from self._kept(planned) if planned.scheme is None else self._encoded(planned, planned.scheme)
+        for name in planned.cache_scales:
+            yield self.cache_scales[name].view(np.uint8)
+
+    def _encoded(self, planned: PlannedModule, scheme: Scheme) -> Iterator[np.ndarray]:
+        tensors = self.tensors(planned, scheme)
+        for suffix, (dtype, shape) in scheme.tensors(*planned.tensor.shape).items():
             values = tensors[suffix]
             if values.shape != shape:
                 raise ValueError(f"{planned.module}.{suffix} is {values.shape} of {dtype}, not {shape}")

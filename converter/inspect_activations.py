@@ -28,6 +28,10 @@ def inspect_activations(path: Path) -> dict[str, Any]:
         "kind": "activations",
         **{key: getattr(statistics, key) for key in _IDENTITY},
         "tensors": tensors,
+        "caches": [
+            {"layer": layer, "keys_absmax": float(cached.keys.max()), "values_absmax": float(cached.values.max())}
+            for layer, cached in statistics.caches.items()
+        ],
     }
 
 
@@ -44,6 +48,7 @@ def activation_lines(data: dict[str, Any]) -> list[str]:
         ]
         for t in data["tensors"]
     ]
+    caches = [[str(c["layer"]), f"{c['keys_absmax']:.4g}", f"{c['values_absmax']:.4g}"] for c in data["caches"]]
     header = ["tensor", "columns", "rows", "unseen", "absmax", "mean", "std", "99 %", "99.9 %", "outliers x"]
     return [
         "",
@@ -51,6 +56,7 @@ def activation_lines(data: dict[str, Any]) -> list[str]:
         "",
         "outliers: the largest channel's absmax over the median one's; range: log2 of absmax over the root mean square",
         "of the median channel; of a token: the same with the root mean square of the tokens' own absmax",
+        *(["", table(["layer's cache", "keys absmax", "values absmax"], caches)] if caches else []),
     ]
 
 

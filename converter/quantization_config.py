@@ -9,7 +9,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from formats.cache_scheme import CACHE_SCHEMES
 from formats.schemes import Scheme, get_scheme
+from formats.weight_scheme import ActivationScheme
 from profiles.modules import PlannedModule
 from profiles.plan import Plan
 from profiles.vocabulary import Role
@@ -48,7 +50,7 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
             f"group_{i}": _group(scheme, names) for i, (scheme, names) in enumerate(zip(schemes, targets, strict=True))
         },
         "ignore": ignore,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": _activations(CACHE_SCHEMES["FP8"]) if any(row.cache_scales for row in rows) else None,
     }
 
 
@@ -70,23 +72,24 @@ def _group(scheme: Scheme, targets: Sequence[str]) -> dict[str, Any]:
         "block_structure": list(weights.block_structure) if weights.block_structure else None,
         "scale_dtype": weights.scale_dtype,
     }
-    group = {
+    return {
         "format": scheme.format,
         "targets": list(targets),
         "weights": said | {key: value for key, value in optional.items() if value is not None},
-        "input_activations": None,
+        "input_activations": None if activations is None else _activations(activations),
     }
-    if activations is not None:
-        inputs: dict[str, Any] = {
-            "num_bits": activations.num_bits,
-            "type": activations.type,
-            "strategy": activations.strategy,
-            "symmetric": activations.symmetric,
-            "dynamic": activations.dynamic,
-        }
-        optional = {"group_size": activations.group_size, "scale_dtype": activations.scale_dtype}
-        group["input_activations"] = inputs | {key: value for key, value in optional.items() if value is not None}
-    return group
+
+
+def _activations(scheme: ActivationScheme) -> dict[str, Any]:
+    said: dict[str, Any] = {
+        "num_bits": scheme.num_bits,
+        "type": scheme.type,
+        "strategy": scheme.strategy,
+        "symmetric": scheme.symmetric,
+        "dynamic": scheme.dynamic,
+    }
+    optional = {"group_size": scheme.group_size, "scale_dtype": scheme.scale_dtype}
+    return said | {key: value for key, value in optional.items() if value is not None}
 
 
 def _ignored(modules: Sequence[str], others: set[str]) -> list[str]:

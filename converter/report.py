@@ -162,6 +162,11 @@ def report_text(report: dict, plan: Plan) -> str:
     if (coverage := report["super_weight_coverage"]) is not None:
         within = f", {coverage['within']} of them within {coverage['tolerance']:.0%}" if coverage["confirmed"] else ""
         lines.append(f"super weights {coverage['confirmed'] or 'none'}{within}")
+    if scales := report.get("kv_cache"):
+        largest = max(scales, key=lambda scale: scale["absmax"])
+        lines.append(
+            f"kv cache     FP8, {len(scales)} scales; the largest is {largest['scale']:.4g} ({largest['tensor']})"
+        )
     if feedback := report["feedback"]:
         lines.append(f"feedback     {feedback_text(feedback)}")
     lines.append(

@@ -1,5 +1,5 @@
 """Products of a safetensors directory, computed as the schemes define: INT8 by integers, FP8 and FP4 with rounded
-inputs."""
+inputs; and its caches, as their scales round keys and values."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ import numpy as np
 
 from converter.directory_artifact import DirectoryArtifact
 from formats.bfloat16 import bfloat16
+from formats.cache_scheme import CACHE_SCHEMES
 from formats.int8_matmul import int8_linear, quantize, quantize_per_token
 from formats.schemes import Scheme
 from formats.weight_scheme import ActivationScheme, Tensors
@@ -45,6 +46,7 @@ class SchemeProducts:
         self.artifact = artifact
         self._held: OrderedDict[tuple[str, ...], _Matrix | None] = OrderedDict()
         self._lock = Lock()
+        self._cache_scales = artifact.cache_scales()
 
     def product(
         self, names: Sequence[str], inputs: "torch.Tensor", weight: "torch.Tensor", bias: "torch.Tensor | None"
@@ -65,6 +67,21 @@ class SchemeProducts:
         stored = None if matrix.inputs is None else torch.tensor([matrix.inputs], device=inputs.device)
         rounded_inputs = rounded(inputs.float(), matrix.activations, stored).to(inputs.dtype)
         return torch.nn.functional.linear(rounded_inputs, weight, bias)
+
+    def cached(self, layer: int, keys: "torch.Tensor", values: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
+        import torch
+
+        from calibration.rounded_inputs import rounded
+
+        if layer not in self._cache_scales:
+            return keys, values
+
+        def kept(states: torch.Tensor, scale: float) -> torch.Tensor:
+            stored = torch.tensor([scale], device=states.device)
+            return rounded(states.float(), CACHE_SCHEMES["FP8"], stored).to(states.dtype)
+
+        of_keys, of_values = self._cache_scales[layer]
+        return kept(keys, of_keys), kept(values, of_values)
 
     def _matrix(self, names: tuple[str, ...]) -> _Matrix | None:
         with self._lock:

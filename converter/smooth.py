@@ -12,6 +12,7 @@ from calibration.smoothing import SmoothQuantConfig
 from converter.calibrate import calibration_text, load_tokenizer, observed_names, runnable
 from converter.checkpoint import Checkpoint
 from converter.job import SAMPLES_RANGE, Job
+from converter.kv_cache import smoothed_caches
 from converter.progress import Progress
 from converter.smooth_search import SmoothedGroup, Smoother
 from converter.smoothed import SmoothedCheckpoint
@@ -99,7 +100,8 @@ def smooth(
             should_stop=should_stop,
             stage="calibrate smoothed",
         )
-        save_activations(path, before.divided(smoothing.factors, again))
+        caches = smoothed_caches(before.caches, running_map, smoothing.foldings)
+        save_activations(path, replace(before.divided(smoothing.factors, again), caches=caches))
     return Smoothed(
         view,
         running_map,

@@ -4,18 +4,20 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from formats.errors import ConvertError, nearest
+from profiles.kv_cache import NO_CACHE_SCHEME, parse_cache_scheme
 from profiles.precision import Phase
 from profiles.strict import known_keys, one_table
 
 Scales = Literal["absmax", "average", "percentile", "mse"]
-_KEYS = ("smooth", "alpha", "scales", "adapt", "phase", "prompt_tokens", "fp8_kv_cache")
+_KEYS = ("smooth", "alpha", "scales", "adapt", "phase", "prompt_tokens", "kv_cache")
 
 
 @dataclass(frozen=True)
 class ActivationRules:
     """smooth: whether outliers are moved into the weights first; alpha: how far. scales: how the range of a static
-    scale is found. adapt: whether a scheme that a matrix's inputs cannot bear is replaced; phase, prompt_tokens (of the
-    longest prompts in use) and fp8_kv_cache: what the model is for, see profiles.precision.Context."""
+    scale is found. adapt: whether a scheme that a matrix's inputs cannot bear is replaced; phase and prompt_tokens (of
+    the longest prompts in use): what the model is for, see profiles.precision.Context. kv_cache: the scheme of the
+    cache of keys and values, see formats.cache_scheme, or NO_CACHE_SCHEME."""
 
     smooth: bool = False
     alpha: float | Literal["auto"] = 0.5
@@ -23,7 +25,7 @@ class ActivationRules:
     adapt: bool = True
     phase: Phase = "both"
     prompt_tokens: int = 4096
-    fp8_kv_cache: bool = False
+    kv_cache: str = NO_CACHE_SCHEME
 
 
 def parse_activations(table: object, where: str, inherited: ActivationRules) -> ActivationRules:
@@ -31,7 +33,7 @@ def parse_activations(table: object, where: str, inherited: ActivationRules) -> 
     table = one_table(table, where, "activations")
     known_keys(table, _KEYS, where)
     changes: dict[str, Any] = {}
-    for key in ("smooth", "adapt", "fp8_kv_cache"):
+    for key in ("smooth", "adapt"):
         if key in table:
             if not isinstance(table[key], bool):
                 raise ConvertError(f"{table[key]!r} is neither true nor false", f"{where}, key {key}", "write true")
@@ -51,6 +53,8 @@ def parse_activations(table: object, where: str, inherited: ActivationRules) -> 
                 f"{n_tokens!r} is no number of tokens", f"{where}, key prompt_tokens", "write 4096, for instance"
             )
         changes["prompt_tokens"] = n_tokens
+    if "kv_cache" in table:
+        changes["kv_cache"] = parse_cache_scheme(table["kv_cache"], f"{where}, key kv_cache")
     return replace(inherited, **changes)
 
 

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from formats.block_format import Effort
+from formats.cache_scheme import SCALE_BYTES, SCALE_DTYPE, SCALE_SHAPE
 from formats.errors import ConvertError
 from formats.schemes import Scheme, get_scheme
 from profiles.assign import check_overrides
+from profiles.kv_cache import NO_CACHE_SCHEME, with_cache_scales
 from profiles.plan import Plan, PlannedTensor
 from profiles.rules import LayerQuantizationConfig
 from profiles.schema import QuantizationProfile
@@ -72,23 +74,26 @@ class PlannedModule(PlannedTensor):
     @property
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name in the file -> (safetensors dtype, shape) of everything that stands for this tensor, in order."""
+        scales = {name: (SCALE_DTYPE, SCALE_SHAPE) for name in self.cache_scales}
         if (scheme := self.scheme) is None:
-            return {self.tensor.name: (self.format, self.tensor.shape)}
+            return {self.tensor.name: (self.format, self.tensor.shape), **scales}
         parts = scheme.tensors(*self.tensor.shape)
-        return {f"{self.module}.{suffix}": entry for suffix, entry in parts.items()}
+        return {f"{self.module}.{suffix}": entry for suffix, entry in parts.items()} | scales
 
     @property
     def n_bytes(self) -> int:
+        scales = SCALE_BYTES * len(self.cache_scales)
         if (scheme := self.scheme) is None:
-            return KEPT[self.format] * self.tensor.n_weights
-        return scheme.n_bytes(*self.tensor.shape)
+            return KEPT[self.format] * self.tensor.n_weights + scales
+        return scheme.n_bytes(*self.tensor.shape) + scales
 
     @property
     def extra_bytes(self) -> int:
         """What a fallback costs: bytes beyond what the wanted scheme takes on a matrix that it fits."""
         if self.wanted is None:
             return 0
-        return self.n_bytes - round(self.tensor.n_weights * _bits(self.wanted) / 8)
+        scales = SCALE_BYTES * len(self.cache_scales)
+        return self.n_bytes - scales - round(self.tensor.n_weights * _bits(self.wanted) / 8)
 
     @property
     def needs_importance(self) -> bool:
@@ -100,7 +105,7 @@ class PlannedModule(PlannedTensor):
 
     @property
     def uses_activations(self) -> bool:
-        """Whether something that is stored depends on the values of the inputs."""
+        """Whether something that is stored of the matrix depends on the values of the inputs."""
         activations = None if (scheme := self.scheme) is None else scheme.activations
         return activations is not None and activations.dynamic is not True
 
@@ -117,7 +122,10 @@ def plan_modules(
     check_overrides(overrides, modules)
     assert profile.base is not None
     rows = [_row(profile, modules, tensor, dtypes[tensor.name], overrides) for tensor in modules.tensors]
-    return repaired(Plan(profile.name, effort, tuple(rows)))
+    plan = repaired(Plan(profile.name, effort, tuple(rows)))
+    if profile.activations.kv_cache == NO_CACHE_SCHEME:
+        return plan
+    return with_cache_scales(plan, modules.n_layers)
 
 
 def _row(
@@ -195,7 +203,7 @@ def given_schemes(plan: Plan, changes: Mapping[str, tuple[str, str]], dtypes: Ma
         reason = f"{row.reason}; {why}"
         placed = _kept if wanted in KEPT else _fitting
         changed = placed(row.tensor, dtypes[name], wanted, reason)
-        return replace(changed, wanted=row.wanted or row.format)
+        return replace(changed, wanted=row.wanted or row.format, cache_scales=row.cache_scales)
 
     return repaired(_with(plan, given))
 

@@ -23,7 +23,7 @@ class PlannedTensor:
     """One row of a plan. wanted: the format the profile asked for, where it differs from the one that fits.
     predicted_loss: the expected increase of the mean KL divergence in nats a token, where it was measured.
     pins: weights that the encoder has to reproduce, rows counted over all matrices. kept_out: the tensor is to stay as
-    it is in the source, out of quantization."""
+    it is in the source, out of quantization. cache_scales: names of the scales of caches that follow it in the file."""
 
     tensor: TensorSpec
     format: str
@@ -32,6 +32,7 @@ class PlannedTensor:
     predicted_loss: float | None = None
     pins: tuple[Pin, ...] = ()
     kept_out: bool = False
+    cache_scales: tuple[str, ...] = ()
 
     @property
     def n_bytes(self) -> int:
@@ -141,6 +142,7 @@ class Plan:
                 "pins": [list(astuple(pin)) for pin in planned.pins],
                 "rescaled": [list(astuple(rescaled)) for rescaled in planned.tensor.rescaled],
                 "kept_out": planned.kept_out,
+                "cache_scales": list(planned.cache_scales),
                 "reason": planned.reason,
             }
             for planned in self.tensors
@@ -148,8 +150,8 @@ class Plan:
 
     def digest(self) -> str:
         """SHA-256 over everything that decides the artifact's bytes: tensors, their order, formats, what protects their
-        super weights, effort and error feedback."""
-        keys = ("tensor", "shape", "format", "pins", "rescaled", "kept_out")
+        super weights, scales of caches, effort and error feedback."""
+        keys = ("tensor", "shape", "format", "pins", "rescaled", "kept_out", "cache_scales")
         decided = [[row[key] for key in keys] for row in self.rows()]
         feedback = [DAMPING] if self.error_feedback else []
         return hashlib.sha256(json.dumps([self.effort, decided, *feedback]).encode()).hexdigest()

@@ -31,7 +31,8 @@ alpha  = 0.5                            # how far: 0 to 1, or "auto", by group
 scales = "mse"                          # static scales: or "absmax", "average", "percentile"
 adapt  = true                           # what they cannot bear falls back to a scheme that they can
 phase  = "both"                         # for prompts ("prefill"), generating ("decode"), or both; prompt_tokens = 4096
-                                        # and fp8_kv_cache = false say the rest of what the model is for
+                                        # says the rest of what the model is for
+kv_cache = "FP8"                        # the cache of keys and values, with scales from calibration; "BF16" without
 
 [protection]                            # optional: what is done for super weights
 super_weights = "auto"                  # what measurement shows to help; or off, raise, pin, rescale, exclude
@@ -151,6 +152,12 @@ def _activations(table: dict, where: str, target: Target, parent: QuantizationPr
     if "activations" not in table:
         return inherited
     here = f"{where}, key activations"
+    if target != "safetensors" and isinstance(table["activations"], dict) and "kv_cache" in table["activations"]:
+        raise ConvertError(
+            "a GGUF says nothing of the cache of keys and values: llama.cpp is told its type when it runs",
+            f"{here}, key kv_cache",
+            'leave it out, and run with --cache-type-k q8_0 --cache-type-v q8_0; or use target = "safetensors"',
+        )
     if target != "safetensors":
         raise ConvertError("a GGUF says nothing of activations", here, 'use target = "safetensors"')
     return parse_activations(table["activations"], here, inherited)

@@ -54,6 +54,9 @@ class IntegerProducts:
         products = torch.from_numpy(int8_linear(values, *self._weights[names[0]]))
         return (products if bias is None else products + bias).reshape(*inputs.shape[:-1], -1)
 
+    def cached(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return keys, values
+
 
 class Study:
     """A model, observed once, and its predictions of the evaluation text."""

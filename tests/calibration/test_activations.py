@@ -172,8 +172,8 @@ def test_the_file_comes_back_and_damage_is_told(tiny, tmp_path):
     loaded = load_activations(path)
     assert file_bytes(loaded, tmp_path / "b.safetensors") == data
     assert is_activations(path) and not is_activations(tmp_path / "none.safetensors")
-    assert rb"\"version\": 1" in data
-    for damage in (data[: len(data) // 2], data[:40], data.replace(rb"\"version\": 1", rb"\"version\": 9"), b""):
+    assert rb"\"version\": 2" in data
+    for damage in (data[: len(data) // 2], data[:40], data.replace(rb"\"version\": 2", rb"\"version\": 9"), b""):
         path.write_bytes(damage)
         with pytest.raises(ConvertError):
             load_activations(path)

@@ -34,7 +34,7 @@ def profile(path: Path, text: str) -> str:
 def convert(model: Path, directory: Path, text: str, **options) -> tuple[Path, dict]:
     """The directory that a profile of this text makes of the model, and the report."""
     output = directory / "artifact"
-    name = text if text.endswith("a8") or text in ("fp8", "w4a16") else profile(directory / "p.toml", text)
+    name = text if text.endswith("a8") or text in ("fp8", "fp8-kv", "w4a16") else profile(directory / "p.toml", text)
     return output, converter.convert(str(model), profile=name, output=output, **{**SHORT, **options})
 
 
@@ -179,7 +179,7 @@ _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["calibration.stream", "converter.pipeline", "converter.directory_target", "torch"])
 
 
-def _convert_slowly(model: str, output: str, stop_at: int) -> None:
+def _convert_slowly(model: str, name: str, output: str, stop_at: int) -> None:
     """A conversion that kills itself when so many modules are encoded, or while the directory is completed."""
     from converter import directory
     from converter.encode_modules import ModuleEncoder
@@ -202,20 +202,22 @@ def _convert_slowly(model: str, output: str, stop_at: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
         directory._put_in_place = killed
-    converter.convert(model, profile="smoothquant-w8a8", output=output, **SHORT)
+    converter.convert(model, profile=name, output=output, **SHORT)
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(tiny, tmp_path):
     model = tiny("llama")
-    whole, _ = convert(model, tmp_path, "smoothquant-w8a8")
+    name = profile(tmp_path / "p.toml", 'extends = "smoothquant-w8a8"\n[activations]\nkv_cache = "FP8"')
+    whole = tmp_path / "artifact"
+    converter.convert(str(model), profile=name, output=whole, **SHORT)
     output = tmp_path / "killed" / "artifact"
     for stop_at in (1, 7, 7, -1, -2):
-        process = _PROCESSES.Process(target=_convert_slowly, args=(str(model), str(output), stop_at))
+        process = _PROCESSES.Process(target=_convert_slowly, args=(str(model), name, str(output), stop_at))
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL, stop_at
         assert output.exists() == (stop_at == -2)
-    converter.convert(str(model), profile="smoothquant-w8a8", output=output, **SHORT)
+    converter.convert(str(model), profile=name, output=output, **SHORT)
     assert {p.name: p.read_bytes() for p in output.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
     assert [path.name for path in output.parent.iterdir() if path.name.startswith(".")] == []
 

@@ -53,6 +53,13 @@ def test_one_scheme_is_said_as_everybody_does():
     assert data["format"] == "int-quantized" and data["kv_cache_scheme"] is None
 
 
+def test_a_cache_is_said_as_runtimes_read_it():
+    config = check(planned('base = "W4A16"\n[activations]\nkv_cache = "FP8"', modules()))
+    scheme = config.kv_cache_scheme
+    assert scheme is not None and scheme.dynamic is False and scheme.symmetric is True
+    assert (scheme.num_bits, scheme.type, scheme.strategy) == (8, "float", "tensor")
+
+
 def test_several_schemes_have_groups_of_their_own():
     plan = planned('base = "W8A8"', modules(3), "mlp_*=NVFP4A16", "model.layers.1.self_attn.o_proj.weight=BF16")
     config = check(plan)

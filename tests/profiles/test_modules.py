@@ -1,5 +1,7 @@
 """Plans of safetensors directories: one scheme for what runtimes multiply as one, fallbacks with reasons, bytes."""
 
+from dataclasses import replace
+
 import pytest
 
 from formats.errors import ConvertError
@@ -144,7 +146,7 @@ def test_no_runtime_reads_embeddings_or_heads_with_rounded_inputs():
     assert formats(planned('base = "W8A8"', modules(), "output=W4A16"))["lm_head.weight"] == "W4A16"
 
 
-@pytest.mark.parametrize("preset", ["fp8", "hybrid-long-context", "nvfp4-vllm", "smoothquant-w8a8", "w4a16"])
+@pytest.mark.parametrize("preset", ["fp8", "fp8-kv", "hybrid-long-context", "nvfp4-vllm", "smoothquant-w8a8", "w4a16"])
 def test_presets_plan_any_model(preset):
     profile = load_profile(preset)
     for of in (modules(), modules(n_experts=2)):
@@ -178,3 +180,33 @@ def test_a_wrong_table_of_activations_is_refused(text, what):
 def test_a_gguf_says_nothing_of_activations():
     with pytest.raises(ConvertError, match="a GGUF says nothing of activations"):
         parse_profile('description = "d"\ngood_for = "g"\nbase = "Q4_K"\n[activations]\nsmooth = true', "p", "p.toml")
+
+
+FP8_CACHE = 'base = "FP8"\n[activations]\nkv_cache = "FP8"'
+
+
+def test_scales_of_caches_follow_the_projections_and_count():
+    plan, without = planned(FP8_CACHE, modules(3)), planned('base = "FP8"', modules(3))
+    stored = [name for row in plan.tensors if isinstance(row, PlannedModule) for name in row.stored]
+    for layer in range(3):
+        for key in "kv":
+            scale = stored.index(f"model.layers.{layer}.self_attn.{key}_scale")
+            assert stored[scale - 1] == f"model.layers.{layer}.self_attn.{key}_proj.weight_scale"
+    assert plan.n_bytes == without.n_bytes + 3 * 2 * 2 and plan.digest() != without.digest()
+
+
+def test_scales_of_caches_stay_where_a_scheme_falls_back_and_where_none_is():
+    of, name = modules(), "model.layers.0.self_attn.k_proj.weight"
+    changed = given_schemes(planned(FP8_CACHE, of), {name: ("BF16", "why")}, {t.name: "BF16" for t in of.tensors})
+    kept = planned(FP8_CACHE, of, "model.layers.0.self_attn.*=BF16")
+    for plan in (changed, kept):
+        (row,) = (row for row in plan.tensors if row.tensor.name == name)
+        assert isinstance(row, PlannedModule) and row.format == "BF16" and row.n_bytes == 2 * row.tensor.n_weights + 2
+        assert list(row.stored) == [name, "model.layers.0.self_attn.k_scale"]
+
+
+def test_a_layer_without_keys_and_values_has_no_scale_for_a_cache():
+    of = modules(3)
+    fewer = replace(of, tensors=tuple(t for t in of.tensors if "layers.1.self_attn.v_proj" not in t.name))
+    with pytest.raises(ConvertError, match=r"1 layers have no attention[\s\S]*layer 1[\s\S]*kv_cache"):
+        planned(FP8_CACHE, fewer)

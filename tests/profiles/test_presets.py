@@ -35,7 +35,7 @@ FLOORS = {
     "ultra-low-1.75bit": 2.5,
     "uniform-8bit": 8,
 }
-SAFETENSORS = {"fp8", "hybrid-long-context", "nvfp4-vllm", "smoothquant-w8a8", "w4a16"}
+SAFETENSORS = {"fp8", "fp8-kv", "hybrid-long-context", "nvfp4-vllm", "smoothquant-w8a8", "w4a16"}
 IN_SHARED_EXPERTS = {"attention-high-precision": 4}
 
 
