@@ -147,8 +147,14 @@ def test_an_outlier_of_the_keys_shows(tiny, tmp_path):
     assert large["tensor"] == "model.layers.0.self_attn.k_scale"
     assert with_outlier > 3 * without
     options = ["--calibration", "embedded", "--samples", 128, "--sequence-length", 16, "--no-quality", "--fresh"]
-    said = invoke("--profile", directory / "p.toml", *options, "--output", directory / "again", model).stderr
-    assert "layers.0.self_attn.k_scale: the largest channel is 2**" in said and 'kv_cache = "BF16"' in said
+    said = invoke("--profile", directory / "p.toml", *options, "--output", directory / "again", model)
+    assert (
+        "layers.0.self_attn.k_scale: the largest channel is 2**" in said.stderr and 'kv_cache = "BF16"' in said.stderr
+    )
+    assert (
+        "the cache of keys and values is FP8, with 4 scales" in said.stderr
+        and "kv cache     FP8, 4 scales" in said.output
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3"])
