@@ -16,7 +16,7 @@ Layouts as of llama.cpp's tools/imatrix (July 2025 for GGUF).
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
@@ -100,6 +100,7 @@ def _load_gguf(path: Path) -> ImportanceMatrix:
         raise _damaged(path, "it has no entries")
     datasets, size = _value(path, reader, _DATASETS, list), _value(path, reader, _CHUNK_SIZE, int)
     found = _value(path, reader, _SUPER_WEIGHTS, str)
+    identity: dict[str, Any] = {field: _value(path, reader, key, str) for key, field in _IDENTITY.items()}
     return ImportanceMatrix(
         sums,
         counts,
@@ -108,7 +109,7 @@ def _load_gguf(path: Path) -> ImportanceMatrix:
         sequence_length=size if size and size != _CHUNKS_ARE_ROWS else None,
         super_weights=SuperWeightReport.from_json(found, str(path)) if found is not None else None,
         where=str(path),
-        **{field: _value(path, reader, key, str) for key, field in _IDENTITY.items()},
+        **identity,
     )
 
 

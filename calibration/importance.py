@@ -1,6 +1,6 @@
 """Which input columns of every weight matrix carry signal: sums of squared inputs over calibration text."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +31,8 @@ class ImportanceMatrix:
     model, revision: the source model; corpus, corpus_sha256: name of the text and hash of its bytes; samples of
     sequence_length tokens were seen. None: the file does not say.
     super_weights: what was found of them in the same model; None where nobody looked.
+    costs: GGUF tensor name -> float [n_matrices, n_columns], what an error in a column costs, where that was measured:
+    the columns of FisherFactors, which know of the gradient beside the input. No file of importance keeps them.
 
     Raises ConvertError for sums that are negative or not finite, and for shapes that do not agree.
     """
@@ -44,6 +46,7 @@ class ImportanceMatrix:
     samples: int | None = None
     sequence_length: int | None = None
     super_weights: SuperWeightReport | None = None
+    costs: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
     where: str = field(default="importance matrix", repr=False)
 
     def __post_init__(self) -> None:
@@ -58,14 +61,29 @@ class ImportanceMatrix:
             if sums[counts == 0].any():
                 raise self._refused(name, "has sums over no rows")
 
+    @property
+    def names(self) -> Set[str]:
+        """The tensors whose columns are known."""
+        return self.sums.keys() | self.costs.keys()
+
+    def with_costs(self, costs: Mapping[str, np.ndarray]) -> "ImportanceMatrix":
+        return replace(self, costs=costs)
+
     def columns(self, name: str) -> np.ndarray:
-        """The mean squared input of every column: float32 [n_matrices, n_columns]; KeyError for an unknown tensor.
+        """The importance of every column: float32 [n_matrices, n_columns]; KeyError for an unknown tensor.
+
+        It is what an error there costs where that was measured, of each matrix in units of the mean column, and the
+        mean squared input elsewhere.
 
         Experts of a layer choose among the same inputs, so what all of them together have seen is a prior for each:
         it counts as PRIOR_ROWS rows beside an expert's own. An expert that no token reached has the prior alone, one
         that thousands reached hardly notices it. Where all experts count alike nothing was routed, or the file does
         not tell (.dat): then each has its own mean. Sums that are all zero give uniform importance, 1 for all columns.
         """
+        if name in self.costs:
+            costs = self.costs[name]
+            means = costs.mean(axis=1, keepdims=True)
+            return np.divide(costs, means, out=np.ones(costs.shape), where=means > 0).astype(np.float32)
         sums, counts = self.sums[name].astype(np.float64), self.counts[name].astype(np.float64)
         if not sums.any():
             return np.ones(sums.shape, np.float32)

@@ -83,7 +83,7 @@ def check_importance(importance: ImportanceMatrix, model_map: ModelMap, plan: Pl
                 "compute one of this model with `convert imatrix MODEL`, or leave out --imatrix",
             )
     for planned in plan.tensors:
-        missing = planned.tensor.name not in importance.sums
+        missing = planned.tensor.name not in importance.names
         if missing and planned.tensor.layer is not None and planned.needs_importance:
             raise ConvertError(
                 f"{planned.format} cannot be encoded without importance, and the matrix has none for this tensor",

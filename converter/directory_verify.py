@@ -51,7 +51,7 @@ def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _columns(importance: ImportanceMatrix | None, place: tuple[str, int] | None) -> np.ndarray | None:
-    if importance is None or place is None or place[0] not in importance.sums:
+    if importance is None or place is None or place[0] not in importance.names:
         return None
     return importance.columns(place[0])[place[1]]
 

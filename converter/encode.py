@@ -82,7 +82,7 @@ class Encoder:
         self.importance = {
             planned.tensor.name: rescale_importance(planned.tensor.rescaled, importance.columns(planned.tensor.name))
             for planned in plan.tensors
-            if importance is not None and planned.tensor.name in importance.sums
+            if importance is not None and planned.tensor.name in importance.names
         }
         self._by_name = {planned.tensor.name: planned for planned in plan.tensors}
         self._tensor_scales: dict[str, list[float]] = {}

@@ -106,7 +106,7 @@ class ModuleEncoder:
         if self.importance is None or name not in self.names:
             return None
         tensor, matrix = self.names[name]
-        if tensor not in self.importance.sums:
+        if tensor not in self.importance.names:
             return None
         return self.importance.columns(tensor)[matrix].astype(np.float32)
 

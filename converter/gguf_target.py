@@ -54,7 +54,7 @@ class GgufTarget:
             job.overrides,
             job.effort,
             evidence,
-            importance.sums.keys() if importance is not None else (),
+            importance.names if importance is not None else (),
             file_bytes,
         )
         refuse_protection(job.protection, plan)

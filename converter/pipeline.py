@@ -21,6 +21,7 @@ from typing import Any
 
 from calibration.control import ShouldStop, never
 from calibration.corpus import resolve_corpus
+from calibration.importance import ImportanceMatrix
 from converter.analyse import analyse, analysis_is_needed, found_evidence, given_evidence
 from converter.breakdown import layer_rows
 from converter.calibrate import check_importance, planned_importance
@@ -74,12 +75,12 @@ def decide(surveyed: Surveyed, evidence: Evidence | None) -> Prepared:
     job, checkpoint, model_map = surveyed.job, surveyed.checkpoint, surveyed.model_map
     importance = None
     if job.profile.needs_sensitivity or job.imatrix is not None:
-        importance = planned_importance(job, checkpoint, model_map)
+        importance = _planned_importance(surveyed, evidence)
     target = surveyed.target
     plan = target.plan(surveyed, evidence, importance)
     if importance is None and target.needs_statistics(job, plan):
         surveyed = _with_corpus(surveyed)
-        importance = planned_importance(surveyed.job, checkpoint, model_map)
+        importance = _planned_importance(surveyed, evidence)
     elif target.reads_text_later(job, plan):
         surveyed = _with_corpus(surveyed, even_with_imatrix=True)
     if job.imatrix is not None and importance is not None:
@@ -94,6 +95,11 @@ def decide(surveyed: Surveyed, evidence: Evidence | None) -> Prepared:
         # A limit that nothing reaches makes no other job.
         prepared = replace(prepared, job=replace(prepared.job, shard_bytes=None))
     return prepared
+
+
+def _planned_importance(surveyed: Surveyed, evidence: Evidence | None) -> ImportanceMatrix:
+    importance = planned_importance(surveyed.job, surveyed.checkpoint, surveyed.model_map)
+    return importance if evidence is None else importance.with_costs(evidence.columns)
 
 
 def prepare(job: Job) -> Prepared:
@@ -224,8 +230,9 @@ def _analyse(
         from converter.refine import refine
 
         with clock("refine"):
+            weighed = importance.with_costs(evidence.columns)
             evidence = refine(
-                partial(decide, surveyed), evidence, importance, job.refine, work.path, progress, should_stop
+                partial(decide, surveyed), evidence, weighed, job.refine, work.path, progress, should_stop
             )
     with clock("plan"):
         prepared = decide(surveyed, evidence)
@@ -252,7 +259,8 @@ def _run_stages(
     )
     if importance is not None and job.imatrix is None:
         with clock("calibrate"):
-            importance = target.calibrate(prepared, work_dir, progress, should_stop)
+            costs = importance.costs
+            importance = target.calibrate(prepared, work_dir, progress, should_stop).with_costs(costs)
             check_importance(importance, prepared.model_map, prepared.plan, str(work_dir / IMPORTANCE_FILE))
     for note in importance.notes() if importance is not None else ():
         progress.say(note)

@@ -342,7 +342,7 @@ class Protector:
             return baseline.scores(candidate, name, first_layer=spec.layer or 0, **watched)[2]
 
     def _importance(self, name: str) -> np.ndarray | None:
-        if self.importance is None or name not in self.importance.sums:
+        if self.importance is None or name not in self.importance.names:
             return None
         return self.importance.columns(name)
 

@@ -189,7 +189,7 @@ class _Tensor:
         self.row_factors = artifact_order(spec, factors.rows[spec.name])
         self.column_factors = factors.columns[spec.name]
         self.importance: np.ndarray | None = None
-        if importance is not None and spec.name in importance.sums:
+        if importance is not None and spec.name in importance.names:
             self.importance = importance.columns(spec.name)
 
     def losses(self, formats: Sequence[str], scaled: set[str], sampled_rows: int) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def _tensor_error(
     paths: list[Path],
 ) -> TensorError:
     columns = None
-    if importance is not None and spec.name in importance.sums:
+    if importance is not None and spec.name in importance.names:
         columns = rescale_importance(spec.rescaled, importance.columns(spec.name))
     sums = np.zeros(4)  # squared error, squared weight, and both weighted
     for matrix, start, stop in row_spans(spec, _CHUNK_WEIGHTS):

@@ -3,16 +3,20 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Evidence:
     """losses: GGUF tensor -> format -> expected increase of the mean KL divergence, in nats a token.
-    layer_scores: layer -> how much it matters, in any unit. where: the file it is from, for messages.
-    identity: what an artifact says of it in its recipe."""
+    layer_scores: layer -> how much it matters, in any unit. columns: GGUF tensor -> [n_matrices, n_columns], what an
+    error in a column costs, in any unit. where: the file it is from, for messages. identity: what an artifact says of
+    it in its recipe."""
 
     losses: Mapping[str, Mapping[str, float]]
     layer_scores: Mapping[int, float]
     where: str
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
     identity: Mapping[str, str | int] = field(default_factory=dict)
 
     def corrected(self, factors: Mapping[str, float]) -> "Evidence":

@@ -5,6 +5,7 @@ For each of llama.cpp's file types the wide SmolLM2 is written several times, at
 recipe       llama.cpp's mix of types, with the codes of ggml's C encoder
 allocation   types chosen by measured sensitivity under the recipe's size, still with ggml's codes
 codes        the same types with our codes
+weighed      the same with columns weighed by what an error in them costs, as where a conversion measures sensitivity
 refined      types chosen with two rounds of refinement
 feedback     the same with error feedback
 
@@ -22,11 +23,13 @@ from pathlib import Path
 import click
 
 from calibration.imatrix_file import load_imatrix
+from calibration.sensitivity import load_sensitivity
 from converter import convert
 from converter.job import Job
 from converter.model_map import describe
 from converter.pipeline import prepare
 from converter.source import open_checkpoint
+from formats.block_format import Effort
 from profiles.schema import QuantizationProfile, load_profile, parse_profile
 from scripts.bench_kld import (
     CACHE,
@@ -45,7 +48,7 @@ from scripts.bench_kld import (
 from scripts.llama_cpp_recipes import FILE_TYPES, recipe
 from scripts.smollm2 import build
 
-STEPS = ("recipe", "allocation", "codes", "refined", "feedback")
+STEPS = ("recipe", "allocation", "codes", "weighed", "refined", "feedback")
 DEFAULT_TYPES = "IQ1_S,IQ2_XXS,IQ2_M,IQ3_XXS,Q3_K_M,Q4_K_M"
 
 
@@ -77,6 +80,7 @@ class Bench:
         self.imatrix = default_importance(model, sensitivity=True)
         self.sensitivity = self.imatrix.with_suffix(".sensitivity.safetensors")
         self.importance = load_imatrix(self.imatrix)
+        self.costs = load_sensitivity(self.sensitivity).factors.columns
         self.source = Source(model, packaged_text(EVALUATION_TEXT), chunks, directory)
         checkpoint = open_checkpoint(str(model), metadata_only=True)
         self.model_map = describe(checkpoint)
@@ -89,7 +93,7 @@ class Bench:
         limit = self._written(profile_of(formats, file_type), "fast").stat().st_size
         if "recipe" in wanted:
             yield self._measured(file_type, "recipe", self._by_ggml(formats, file_type))
-        if wanted & {"allocation", "codes"}:
+        if wanted & {"allocation", "codes", "weighed"}:
             job = Job(
                 str(self.model),
                 load_profile("budget"),
@@ -104,12 +108,16 @@ class Bench:
                 yield self._measured(file_type, "allocation", self._by_ggml(chosen, "allocated"))
             if "codes" in wanted:
                 yield self._measured(file_type, "codes", self._written(profile_of(chosen, "allocated"), "best"))
+            if "weighed" in wanted:
+                path = self._written(profile_of(chosen, "allocated"), "best", weighed=True)
+                yield self._measured(file_type, "weighed", path)
         for step in ("refined", "feedback"):
             if step in wanted:
                 yield self._measured(file_type, step, self._converted(limit, error_feedback=step == "feedback"))
 
-    def _written(self, profile: QuantizationProfile, effort) -> Path:
-        return write_profile(self.model, profile, effort, self.importance, self.directory / "model.gguf")
+    def _written(self, profile: QuantizationProfile, effort: Effort, weighed: bool = False) -> Path:
+        importance = self.importance.with_costs(self.costs if weighed else {})
+        return write_profile(self.model, profile, effort, importance, self.directory / "model.gguf")
 
     def _by_ggml(self, formats: dict[str, str], name: str) -> Path:
         # ggml has the second-level scale of NVFP4 only in files that others have written.

@@ -117,7 +117,8 @@ class Encoded:
     def __init__(
         self, checkpoint: Checkpoint, model_map: ModelMap, importance: ImportanceMatrix, table: SensitivityTable
     ):
-        self.checkpoint, self.importance, self.table = checkpoint, importance, table
+        self.checkpoint, self.table = checkpoint, table
+        self.importance = importance.with_costs(table.factors.columns)
         self.names = {tensor.name for tensor in model_map.tensors}
         self.tensors = [tensor for tensor in model_map.tensors if tensor.quantizable]
         self.n_layers = model_map.n_layers
@@ -129,7 +130,7 @@ class Encoded:
 
     def weights(self, tensor: TensorSpec, format_name: str) -> dict[str, np.ndarray]:
         rows = read_rows(self.checkpoint, tensor, 0, tensor.n_rows).reshape(tensor.n_matrices, -1, tensor.n_columns)
-        known = tensor.name in self.importance.sums
+        known = tensor.name in self.importance.names
         columns = self.importance.columns(tensor.name) if known else [None] * tensor.n_matrices
         scaled = scale_of(tensor, format_name, self.names) is not None
         decoded = [

@@ -11,11 +11,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from calibration.fisher import FisherFactors
+from calibration.imatrix_file import load_imatrix
 from calibration.sensitivity import SensitivityTable, load_sensitivity, save_sensitivity
 from converter import convert as convert_from_python
 from converter.cli import main
 from converter.job import Job, Stopped, tool_identity
-from converter.model_map import describe
+from converter.model_map import describe, read_rows
 from converter.pipeline import run
 from converter.progress import Progress
 from converter.sensitivity import CANDIDATE_FORMATS, weights_sha256
@@ -23,6 +24,7 @@ from converter.source import open_checkpoint
 from formats.gguf_file import read_gguf
 from formats.registry import get_format
 from profiles.schema import load_profile, preset_names
+from profiles.vocabulary import Role
 from tests.converter.test_sizes import some_importance
 
 SHORT = ["--calibration", "embedded", "--samples", "128", "--sequence-length", "16", "--effort", "fast", "--no-quality"]
@@ -44,7 +46,7 @@ def some_sensitivity(model: Path, path: Path) -> Path:
     }
     factors = FisherFactors(
         rows={t.name: np.ones((t.n_matrices, t.n_rows // t.n_matrices)) for t in tensors},
-        columns={t.name: np.ones((t.n_matrices, t.n_columns)) for t in tensors},
+        columns={t.name: random.lognormal(0, 1, (t.n_matrices, t.n_columns)) for t in tensors},
         gradient_magnitude={t.name: float(random.random()) for t in tensors},
         activation_variance=dict.fromkeys(losses, 1.0),
         weight_magnitude=dict.fromkeys(losses, 1.0),
@@ -103,6 +105,25 @@ def test_a_size_is_met_to_the_byte(measured, tmp_path, size):
     assert fields["bitwright.budget.size"].contents() == n_bytes
     assert fields["bitwright.budget.predicted_kld"].contents() == planned["predicted_kld"]
     assert fields["bitwright.sensitivity.corpus"].contents() == "some"
+
+
+def test_columns_count_by_what_an_error_in_them_costs(measured, tmp_path):
+    """The embedding too, whose inputs no matrix of importance knows."""
+    table = load_sensitivity(tmp_path / "sensitivity.safetensors")
+    columns = load_imatrix(tmp_path / "importance.gguf").with_costs(table.factors.columns).columns
+    output_of("--target-size", "900K", "--output", tmp_path / "m.gguf", *measured)
+    checkpoint = open_checkpoint(str(measured[-1]))
+    specs = {tensor.name: tensor for tensor in describe(checkpoint).tensors}
+    checked = set()
+    for tensor in read_gguf(tmp_path / "m.gguf").tensors:
+        block_format = get_format(tensor.ggml_type.name)
+        if block_format.block_size > 1 and not tensor.scales:
+            rows = read_rows(checkpoint, specs[tensor.name], 0, tensor.n_rows)
+            expected = block_format.encode(rows, columns(tensor.name)[0], "fast")
+            np.testing.assert_array_equal(tensor.read(0, tensor.n_rows), expected)
+            assert not np.array_equal(expected, block_format.encode(rows, None, "fast"))
+            checked.add(specs[tensor.name].role)
+    assert Role.EMBEDDING in checked and len(checked) > 5
 
 
 def test_a_file_with_second_level_scales_is_as_long_as_planned(measured, tmp_path):
