@@ -6,8 +6,9 @@ recipe       llama.cpp's mix of types, with the codes of ggml's C encoder
 allocation   types chosen by measured sensitivity under the recipe's size, still with ggml's codes
 codes        the same types with our codes
 weighed      the same with columns weighed by what an error in them costs, as where a conversion measures sensitivity
-refined      types chosen with two rounds of refinement
-feedback     the same with error feedback
+refined      with two rounds of refinement
+feedback     instead, with error feedback
+protected    instead, with what protects super weights as far as it is measured to help
 
 All have the same importance. Texts and measure are those of bench_kld; results go into a file of JSON lines, and the
 same command continues there.
@@ -19,6 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -48,7 +50,7 @@ from scripts.bench_kld import (
 from scripts.llama_cpp_recipes import FILE_TYPES, recipe
 from scripts.smollm2 import build
 
-STEPS = ("recipe", "allocation", "codes", "weighed", "refined", "feedback")
+STEPS = ("recipe", "allocation", "codes", "weighed", "refined", "feedback", "protected")
 DEFAULT_TYPES = "IQ1_S,IQ2_XXS,IQ2_M,IQ3_XXS,Q3_K_M,Q4_K_M"
 
 
@@ -111,9 +113,14 @@ class Bench:
             if "weighed" in wanted:
                 path = self._written(profile_of(chosen, "allocated"), "best", weighed=True)
                 yield self._measured(file_type, "weighed", path)
-        for step in ("refined", "feedback"):
+        options: dict[str, dict[str, Any]] = {
+            "refined": {"refine": 2},
+            "feedback": {"error_feedback": True},
+            "protected": {"protect_super_weights": "auto"},
+        }
+        for step, changed in options.items():
             if step in wanted:
-                yield self._measured(file_type, step, self._converted(limit, error_feedback=step == "feedback"))
+                yield self._measured(file_type, step, self._converted(limit, **changed))
 
     def _written(self, profile: QuantizationProfile, effort: Effort, weighed: bool = False) -> Path:
         importance = self.importance.with_costs(self.costs if weighed else {})
@@ -125,7 +132,7 @@ class Bench:
         with ggmls_codes(*blocks):
             return self._written(profile_of(formats, name), "best")
 
-    def _converted(self, limit: int, error_feedback: bool) -> Path:
+    def _converted(self, limit: int, **changed: Any) -> Path:
         shutil.rmtree(self.directory / "converted", ignore_errors=True)
         output = self.directory / "converted" / "model.gguf"
         convert(
@@ -135,12 +142,11 @@ class Bench:
             imatrix=self.imatrix,
             sensitivity=self.sensitivity,
             target_size=limit,
-            refine=2,
-            error_feedback=error_feedback,
             calibration=str(write_text(self.directory / "calibration.txt", CALIBRATION_TEXTS)),
             samples=CALIBRATION_SAMPLES,
             quality=False,
             quiet=True,
+            **{"protect_super_weights": "off", **changed},
         )
         return output
 
