@@ -1,0 +1,88 @@
+"""Time and peak memory of SmoothQuant W8A8, whole commands: ours and llm-compressor's in alternation.
+
+    make .venv-llmcompressor/.ready
+    .venv/bin/python -m scripts.bench_smoothquant --model .cache/smollm2-wide
+
+Both calibrate on the same samples with alpha 0.5 and write a directory; ours decodes and verifies every tensor of it
+too. Peak memory is the operating system's figure for the process. llm-compressor holds the model in each of the dtypes.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import click
+
+from calibration.corpus import load_corpus
+from converter.calibrate import load_tokenizer
+from converter.report import table
+
+
+@dataclass(frozen=True)
+class Measured:
+    seconds: float
+    peak_bytes: int
+
+
+def run(command: list[str], given: str = "") -> Measured:
+    """A process from start to end, with `given` on its standard input."""
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as stdin, tempfile.TemporaryFile("w+") as stderr:
+        stdin.write(given)
+        stdin.seek(0)
+        process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.DEVNULL, stderr=stderr)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            stderr.seek(0)
+            raise SystemExit(f"{command[0]} failed:\n{stderr.read()[-2000:]}")
+    return Measured(time.perf_counter() - start, usage.ru_maxrss * 1024)
+
+
+@click.command(help=__doc__)
+@click.option("--model", type=click.Path(path_type=Path), default=Path(".cache/smollm2-wide"), show_default=True)
+@click.option("--peer", type=click.Path(path_type=Path), default=Path(".venv-llmcompressor/bin/python"))
+@click.option("--dtypes", default="float32,bfloat16", show_default=True, help="Of llm-compressor's model.")
+@click.option("--samples", default=128, show_default=True)
+@click.option("--sequence-length", default=256, show_default=True)
+@click.option("--rounds", default=3, show_default=True)
+def main(model: Path, peer: Path, dtypes: str, samples: int, sequence_length: int, rounds: int) -> None:
+    tokens = load_corpus("embedded", load_tokenizer(model), samples, sequence_length).tokens.tolist()
+    measured: dict[str, list[Measured]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / "out"
+        ours = [sys.executable, "-m", "converter", "--profile", "smoothquant-w8a8", "--calibration", "embedded"]
+        ours += ["--no-chat", "--samples", str(samples), "--sequence-length", str(sequence_length), "--no-quality"]
+        job = {"model": str(model.absolute()), "output": str(output), "scheme": "W8A8", "alpha": 0.5, "tokens": tokens}
+        commands = {"Bitwright": ([*ours, "--output", str(output), str(model)], "")}
+        for dtype in dtypes.split(","):
+            script = str(Path(__file__).with_name("llmcompressor_directory.py"))
+            commands[f"llm-compressor, {dtype}"] = ([str(peer), script], json.dumps(job | {"dtype": dtype}))
+        for _ in range(rounds):
+            for name, (command, given) in commands.items():
+                for path in Path(scratch).iterdir():
+                    shutil.rmtree(path)
+                measured.setdefault(name, []).append(run(command, given))
+                last = measured[name][-1]
+                click.echo(f"{name}: {last.seconds:.1f} s, {last.peak_bytes / 2**20:.0f} MiB", err=True)
+    medians = {name: (median(m.seconds for m in of), median(m.peak_bytes for m in of)) for name, of in measured.items()}
+    first = medians["Bitwright"]
+    click.echo(
+        table(
+            ["written by", "seconds", "ours is faster", "peak MiB", "ours of its memory"],
+            [
+                [name, f"{s:.1f}", f"{s / first[0]:.1f}x", f"{peak / 2**20:.0f}", f"{first[1] / peak:.2f}"]
+                for name, (s, peak) in medians.items()
+            ],
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
