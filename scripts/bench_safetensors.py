@@ -5,8 +5,8 @@ defaults on the same calibration samples.
     make .venv-llmcompressor/.ready
     .venv/bin/python -m scripts.bench_safetensors --model .cache/smollm2 --peer .venv-llmcompressor/bin/python
 
-With --planted the model is one that computes the same, but in whose layers one channel of what attention and MLP are
-given is 128 times as large.
+The model is taken in bfloat16, llm-compressor's default. With --planted it is one that computes the same, but in whose
+layers one channel of what attention and MLP are given is 128 times as large.
 
 Every directory is written by `convert`, or by llm-compressor's oneshot, and evaluated by the same code: the weights
 that are decoded from its files, INT8 products by exact integers, FP8 and FP4 inputs rounded as the format says.
@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import numpy as np
@@ -41,6 +42,9 @@ from converter.target import Candidate
 from formats.errors import ConvertError
 from profiles.modules import plan_modules
 from profiles.schema import parse_profile
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -136,13 +140,25 @@ class Bench:
         return str(path)
 
 
-def plant(model: Path, directory: Path) -> Path:
-    """The model with one channel of every norm's output PLANTED times as large, and the columns that read it as much
-    smaller: a power of two, so that nothing else changes."""
+def in_bfloat16(model: Path, directory: Path, planted: bool) -> Path:
+    """A copy of the model."""
+    import torch
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(model, directory)
     weights = load_file(directory / "model.safetensors")
+    if planted:
+        plant(weights)
+    weights = {name: values.to(torch.bfloat16) for name, values in weights.items()}
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
+    return directory
+
+
+def plant(weights: "dict[str, torch.Tensor]") -> None:
+    """Makes one channel of every norm's output PLANTED times as large, and the columns that read it as much smaller: a
+    power of two, so that nothing else changes."""
     readers = {"input_layernorm": "self_attn.{}_proj", "post_attention_layernorm": "mlp.{}_proj"}
     for name in [name for name in weights if name.endswith("layernorm.weight")]:
         layer, norm, _ = name.rsplit(".", 2)
@@ -151,8 +167,6 @@ def plant(model: Path, directory: Path) -> Path:
         for reader in ("q", "k", "v", "gate", "up"):
             if (column := f"{layer}.{readers[norm].format(reader)}.weight") in weights:
                 weights[column][:, channel] /= PLANTED
-    save_file(weights, directory / "model.safetensors", {"format": "pt"})
-    return directory
 
 
 def _copy(source: Path, target: Path, *names: str) -> None:
@@ -190,7 +204,7 @@ def main(
     job = Job(str(model), profile, calibration="embedded", samples=128, sequence_length=calibration_length)
     shown = [ROWS[int(i)] for i in rows.split(",")] if rows else list(ROWS)
     with tempfile.TemporaryDirectory() as directory:
-        model = plant(model, Path(directory) / "model") if planted else model
+        model = in_bfloat16(model, Path(directory) / "model", planted)
         bench = Bench(model, Path(directory), job, corpus)
         chat = uses_chat(job, bench.model_map)
         tokens = load_corpus("embedded", tokenizer, 128, calibration_length, chat=chat).tokens
