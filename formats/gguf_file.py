@@ -197,6 +197,8 @@ class GgufFile(GGUFReader):
             if field.name in tensors:
                 raise ValueError(f"the tensor {field.name!r} is there twice")
             shape = tuple(int(n) for n in dimensions[::-1])
+            if 0 in shape:
+                raise ValueError(f"the tensor {field.name!r} has no elements")
             ggml_type, block_size, type_size = _geometry(int(type_id[0]))
             if shape[-1] % block_size:
                 raise ValueError(f"rows of {shape[-1]} in {field.name!r} are no multiple of {block_size}")

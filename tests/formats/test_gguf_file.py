@@ -112,3 +112,11 @@ def test_random_damage_never_escapes_as_another_exception(tmp_path):
                 tensor.read(0, tensor.n_rows)
         except ConvertError:
             pass
+
+
+@pytest.mark.parametrize("shape", [(0, 1), (3, 0), (0,)])
+def test_a_tensor_without_elements_is_refused(tmp_path, shape):
+    (layout,) = lay_out("m.gguf", METADATA, [TensorEntry("a.weight", shape, GGMLQuantizationType.F32, 0)])
+    path, _ = write(tmp_path, layout)
+    with pytest.raises(ConvertError, match="'a.weight' has no elements"):
+        read_gguf(path)
