@@ -118,5 +118,5 @@ def test_random_damage_never_escapes_as_another_exception(tmp_path):
 def test_a_tensor_without_elements_is_refused(tmp_path, shape):
     (layout,) = lay_out("m.gguf", METADATA, [TensorEntry("a.weight", shape, GGMLQuantizationType.F32, 0)])
     path, _ = write(tmp_path, layout)
-    with pytest.raises(ConvertError, match="'a.weight' has no elements"):
+    with pytest.raises(ConvertError, match=r"'a\.weight' has no elements"):
         read_gguf(path)
