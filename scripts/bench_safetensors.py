@@ -218,7 +218,7 @@ def main(
                 )
                 click.echo("  ".join(cells[-1]), err=True)
         source = np.exp(bench.baseline.scores(bench.checkpoint)[0].mean())
-    n_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+        n_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     cells.insert(0, ["16 bit", "source", f"{source:.3f}", "0", "100.0%", f"{n_bytes / 2**20:.1f} MiB"])
     click.echo(table(["scheme", "written by", "perplexity", "mean KLD", "same top token", "size"], cells))
 
