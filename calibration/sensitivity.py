@@ -116,6 +116,8 @@ def load_sensitivity(path: Path) -> SensitivityTable:
 
 def _table(where: str, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> SensitivityTable:
     names, formats = (_unique_strings(where, header, key) for key in ("tensors", "formats"))
+    if not isinstance(header.get("factors"), dict):
+        raise _KIND.damaged(where, "the identity of its factors is absent")
     sampled = header.get("sampled_rows")
     if not isinstance(sampled, list) or len(sampled) != len(names) or not all(_is_count(n) for n in sampled):
         raise _KIND.damaged(where, "sampled_rows are not one number a tensor")
@@ -136,7 +138,7 @@ def _table(where: str, header: dict[str, Any], arrays: dict[str, np.ndarray]) ->
         rows={name: array(f"rows/{name}") for name in names},
         columns={name: array(f"columns/{name}") for name in names},
         **magnitudes,
-        **_KIND.fields(where, header.get("factors"), _FACTORS_IDENTITY),
+        **_KIND.fields(where, header["factors"], _FACTORS_IDENTITY),
         where=where,
     )
     if arrays:

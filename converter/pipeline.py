@@ -75,12 +75,12 @@ def decide(surveyed: Surveyed, evidence: Evidence | None) -> Prepared:
     job, checkpoint, model_map = surveyed.job, surveyed.checkpoint, surveyed.model_map
     importance = None
     if job.profile.needs_sensitivity or job.imatrix is not None:
-        importance = _planned_importance(surveyed, evidence)
+        importance = _weighed_importance(surveyed, evidence)
     target = surveyed.target
     plan = target.plan(surveyed, evidence, importance)
     if importance is None and target.needs_statistics(job, plan):
         surveyed = _with_corpus(surveyed)
-        importance = _planned_importance(surveyed, evidence)
+        importance = _weighed_importance(surveyed, evidence)
     elif target.reads_text_later(job, plan):
         surveyed = _with_corpus(surveyed, even_with_imatrix=True)
     if job.imatrix is not None and importance is not None:
@@ -97,7 +97,8 @@ def decide(surveyed: Surveyed, evidence: Evidence | None) -> Prepared:
     return prepared
 
 
-def _planned_importance(surveyed: Surveyed, evidence: Evidence | None) -> ImportanceMatrix:
+def _weighed_importance(surveyed: Surveyed, evidence: Evidence | None) -> ImportanceMatrix:
+    """What is planned to be used, with the costs of columns where these were measured."""
     importance = planned_importance(surveyed.job, surveyed.checkpoint, surveyed.model_map)
     return importance if evidence is None else importance.with_costs(evidence.columns)
 

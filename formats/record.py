@@ -74,10 +74,8 @@ class RecordKind:
             )
         return header
 
-    def fields(self, where: str, header: Any, kinds: Mapping[str, tuple[type, ...]]) -> dict[str, Any]:
+    def fields(self, where: str, header: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> dict[str, Any]:
         """These keys of a header, each of one of its types. Raises ConvertError otherwise."""
-        if not isinstance(header, dict):
-            raise self.damaged(where, "its description lacks an object")
         for key, allowed in kinds.items():
             if key not in header or type(header[key]) not in allowed:
                 raise self.damaged(where, f"{key} is {header.get(key)!r}")

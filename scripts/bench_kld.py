@@ -11,7 +11,6 @@ predictions of the beginning of philosophy.txt.
 """
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ import numpy as np
 from calibration.control import never, silent
 from calibration.imatrix_file import load_imatrix
 from calibration.importance import ImportanceMatrix
+from calibration.sensitivity import load_sensitivity
 from converter.artifact import artifact_layout, artifact_metadata
 from converter.calibrate import check_importance
 from converter.encode import Encoder
@@ -36,6 +36,7 @@ from converter.progress import Progress
 from converter.source import open_checkpoint
 from converter.write import ArtifactWriter
 from formats.block_format import Effort
+from formats.journal import append_line
 from formats.registry import FORMATS, get_format
 from profiles.assign import assign
 from profiles.schema import QuantizationProfile, parse_profile
@@ -284,6 +285,7 @@ def measure(
 @click.option("--effort", default="best", show_default=True, type=click.Choice(["best", "fast"]), help="Of ours.")
 @click.option("--chunks", default=16, show_default=True, type=click.IntRange(1), help="Chunks of 512 tokens.")
 @click.option("--imatrix", type=click.Path(exists=True, path_type=Path), help="Instead of the default importance.")
+@click.option("--sensitivity", type=click.Path(exists=True, path_type=Path), help="Weigh columns by its costs.")
 @click.option("--text", type=click.Path(exists=True, path_type=Path), help="To predict, instead of the default text.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Append each result to it, a line a format.")
 def main(
@@ -292,6 +294,7 @@ def main(
     effort: Effort,
     chunks: int,
     imatrix: Path | None,
+    sensitivity: Path | None,
     text: Path | None,
     json_path: Path | None,
 ) -> None:
@@ -300,6 +303,8 @@ def main(
     CACHE.mkdir(parents=True, exist_ok=True)
     model = model or build(Path(".cache/smollm2-wide"), wide=True)
     importance = load_imatrix(imatrix or default_importance(model))
+    if sensitivity is not None:
+        importance = importance.with_costs(load_sensitivity(sensitivity).factors.columns)
     words = text.read_text(encoding="utf-8") if text else packaged_text(EVALUATION_TEXT)
     with tempfile.TemporaryDirectory(dir=CACHE) as directory:
         source = Source(model, words, chunks, Path(directory))
@@ -308,8 +313,7 @@ def main(
             result = measure(model, name, effort, importance, source, Path(directory))
             print(result.line(), flush=True)
             if json_path is not None:
-                with json_path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(result)) + "\n")
+                append_line(json_path, asdict(result))
 
 
 if __name__ == "__main__":

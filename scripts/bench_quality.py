@@ -32,6 +32,7 @@ from converter.model_map import describe
 from converter.pipeline import prepare
 from converter.source import open_checkpoint
 from formats.block_format import Effort
+from formats.journal import append_line, read_lines
 from profiles.schema import QuantizationProfile, load_profile, parse_profile
 from scripts.bench_kld import (
     CACHE,
@@ -63,8 +64,7 @@ class Result:
     score: Score
 
     @staticmethod
-    def from_line(line: str) -> "Result":
-        fields = json.loads(line)
+    def from_dict(fields: dict[str, Any]) -> "Result":
         return Result(**fields | {"score": Score(**fields["score"])})
 
 
@@ -185,8 +185,7 @@ def table(results: list[Result]) -> Iterator[str]:
 def main(model: Path | None, types: str, steps: str, chunks: int, json_path: Path) -> None:
     CACHE.mkdir(parents=True, exist_ok=True)
     model = model or build(Path(".cache/smollm2-wide"), wide=True)
-    results = [Result.from_line(line) for line in json_path.read_text().splitlines()] if json_path.exists() else []
-    results = [r for r in results if r.chunks == chunks]
+    results = [Result.from_dict(entry) for entry in read_lines(json_path) if entry["chunks"] == chunks]
     with tempfile.TemporaryDirectory(dir=CACHE) as directory:
         bench = None
         for file_type in types.split(","):
@@ -196,8 +195,7 @@ def main(model: Path | None, types: str, steps: str, chunks: int, json_path: Pat
             bench = bench or Bench(model, chunks, Path(directory))
             for result in bench.steps(file_type, wanted):
                 results.append(result)
-                with json_path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(result)) + "\n")
+                append_line(json_path, asdict(result))
     print("\n".join(table(results)))
 
 

@@ -11,7 +11,6 @@ Results go into a JSON file, a line each, and the same command continues there. 
 package dataset-build, and is of the split that calibration does not see.
 """
 
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +35,7 @@ from converter.progress import Progress
 from converter.protect import Protector, apply
 from converter.source import open_checkpoint
 from formats.block_format import Effort
+from formats.journal import append_line, read_lines
 from profiles.assign import assign
 from profiles.protection import Mode
 from profiles.schema import parse_profile
@@ -206,8 +206,7 @@ def lines(results: list[Result]) -> Iterator[str]:
 )
 def main(models: str, scopes: str, formats: str, samples: int, effort: Effort, json_path: Path) -> None:
     json_path.parent.mkdir(parents=True, exist_ok=True)
-    text = json_path.read_text(encoding="utf-8") if json_path.exists() else ""
-    results = [Result(**json.loads(line)) for line in text.splitlines()]
+    results = [Result(**entry) for entry in read_lines(json_path)]
     known = {(r.model, r.scope, r.format, r.imatrix, r.way) for r in results}
     for name in models.split(","):
         directory = smollm2.build(Path(".cache/smollm2-wide"), wide=True) if name == "real" else planted_model()
@@ -220,8 +219,7 @@ def main(models: str, scopes: str, formats: str, samples: int, effort: Effort, j
                             if (name, scope, format_name, imatrix, way) in known:
                                 continue
                             results.append(bench.measure(scope, format_name, imatrix, way))
-                            with json_path.open("a", encoding="utf-8") as file:
-                                file.write(json.dumps(asdict(results[-1])) + "\n")
+                            append_line(json_path, asdict(results[-1]))
     print("\n".join(lines(results)))
 
 

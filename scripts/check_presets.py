@@ -21,6 +21,7 @@ from converter.calibrate import load_tokenizer
 from converter.model_map import describe
 from converter.source import open_checkpoint
 from converter.verify import DecodedArtifact
+from formats.journal import append_line, read_lines
 from profiles.schema import load_profile, preset_names
 from scripts.smollm2 import build
 
@@ -96,14 +97,12 @@ def line(result: dict[str, Any]) -> str:
 def main(model: Path | None, presets: tuple[str, ...], samples: int, **options: Path | None) -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     bench = Bench(model or build(Path(".cache/smollm2-wide"), wide=True), samples, options)
-    done = [json.loads(text) for text in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    finished = {(result["preset"], result["target_bpw"]): result for result in done}
+    finished = {(result["preset"], result["target_bpw"]): result for result in read_lines(RESULTS)}
     click.echo("| preset | MB | bits per weight | mean KLD | perplexity | top-1 % |\n|---|---|---|---|---|---|")
     for preset, bpw in runs(presets):
         if (preset, bpw) not in finished:
             finished[preset, bpw] = bench.run(preset, bpw)
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finished[preset, bpw]) + "\n")
+            append_line(RESULTS, finished[preset, bpw])
         click.echo(line(finished[preset, bpw]))
     if finished:
         result = next(iter(finished.values()))

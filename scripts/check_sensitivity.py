@@ -9,7 +9,6 @@ the split that calibration never sees, and the second half of every sample is sc
 there, and the same command goes on where it was stopped.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from converter.model_map import describe, read_rows, restore
 from converter.report import table
 from converter.sensitivity import check_sensitivity, decode_encoded
 from converter.source import open_checkpoint
+from formats.journal import append_line, read_lines
 from formats.registry import get_format
 from profiles.assign import scale_of
 from profiles.vocabulary import ModelMap, TensorSpec
@@ -180,8 +180,8 @@ class Results:
     def __init__(self, path: Path, identity: Mapping[str, object]):
         self.path = path
         if not path.exists():
-            path.write_text(json.dumps(identity) + "\n")
-        first, *lines = map(json.loads, path.read_text().splitlines())
+            append_line(path, identity)
+        first, *lines = read_lines(path)
         if first != identity:
             raise SystemExit(f"{path} holds the results of another table or text; name another file with --results")
         self.all = [Result(**line) for line in lines]
@@ -191,8 +191,7 @@ class Results:
 
     def add(self, result: Result) -> None:
         self.all.append(result)
-        with self.path.open("a") as file:
-            file.write(json.dumps(asdict(result)) + "\n")
+        append_line(self.path, asdict(result))
         click.echo(f"{result.what} {result.format}: {result.measured:.5f}, predicted {result.predicted:.5f}", err=True)
 
 

@@ -5,7 +5,6 @@ calibration has seen: plain passages, and passages as conversations by the model
 over samples, so a length is run once, over all samples, and the fewer samples are its first ones.
 """
 
-import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from converter.pipeline import run
 from converter.progress import Progress
 from converter.source import open_checkpoint
 from converter.verify import DecodedArtifact
+from formats.journal import append_line
 from profiles.schema import parse_profile
 
 EVALUATION_SAMPLES, EVALUATION_LENGTH = 16, 512
@@ -117,8 +117,7 @@ def main(model: Path, base: str, samples: str, lengths: str, cache: Path, json_p
                 click.echo(f"{kind:>12} {n:>8} {length:>7} {n * length:>9} | {plain:>11.4f} {talk:>14.4f}")
                 row = {"format": base, "chat": chat, "samples": n, "length": length, "plain": plain, "talk": talk}
                 if json_path:
-                    with json_path.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                    append_line(json_path, row)
     progress.close()
 
 

@@ -142,7 +142,7 @@ def tampered(path: Path, change) -> Path:
         (lambda arrays, header: header.update(sampled_rows=[True, 2]), "sampled_rows"),
         (lambda arrays, header: header.update(effort="slow"), "unknown"),
         (lambda arrays, header: header.update(architecture=None), "architecture is None"),
-        (lambda arrays, header: header.pop("factors"), "lacks an object"),
+        (lambda arrays, header: header.pop("factors"), "identity of its factors"),
         (lambda arrays, header: header["factors"].update(samples="many"), "samples is 'many'"),
         (lambda arrays, header: header["factors"].update(samples=True), "samples is True"),
         (lambda arrays, header: header["factors"].update(labels="wrong"), "'wrong'"),
