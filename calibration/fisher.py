@@ -4,20 +4,19 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from calibration.control import Progress, ShouldStop, never, silent
 from calibration.gradient_sums import by_tensor
 from calibration.importance import work_bytes
+from calibration.labels import Labels
 from formats.errors import ConvertError
 
 if TYPE_CHECKING:
     from calibration.corpus import Corpus
     from calibration.weights import WeightSource
-
-Labels = Literal["sampled", "text"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from calibration.checkpointing import NOT_STARTED
 from calibration.control import Interrupted, Progress, ShouldStop, never, silent
-from calibration.fisher import Labels
+from calibration.labels import Labels, draw
 from calibration.micro_batches import most_samples
 from calibration.observer import Observer
 from calibration.stream import LayerStream
@@ -161,18 +161,6 @@ class GradientStream:
 
     def _commit(self, layers_done: int, complete: bool = False) -> None:
         self._checkpoint.commit(layers_done, self.observer.to_arrays(), complete)
-
-
-def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """One index for every row of probabilities [n, k], by inversion of the cumulated ones at uniform numbers [n] of
-    [0, 1): int64 [n]. Sums are float64: float32 would never reach the tail of a large vocabulary."""
-    device = probabilities.device
-    if device.type == "mps":  # it has no float64
-        probabilities = probabilities.cpu()
-    cumulated = probabilities.double().cumsum(-1)
-    threshold = uniform.to(cumulated.device)[:, None] * cumulated[:, -1:]
-    drawn = torch.searchsorted(cumulated, threshold, right=True)[:, 0]
-    return drawn.clamp_(max=probabilities.shape[-1] - 1).to(device)
 
 
 class _LookedUp(TorchFunctionMode):

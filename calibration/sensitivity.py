@@ -15,7 +15,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from calibration.fisher import FisherFactors, Labels
+from calibration.fisher import FisherFactors
+from calibration.labels import Labels
 from formats.block_format import Effort
 from formats.errors import ConvertError
 from formats.record import RecordKind

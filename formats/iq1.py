@@ -22,8 +22,8 @@ from formats.block_format import Effort
 from formats.grids import points
 from formats.iq_kernels import SIGNED
 from formats.iq_packing import pack_half, pack_nibbles, unpack_half, unpack_nibbles
-from formats.iq_search import Layout, search_efforts, search_rows
-from formats.parts import PointBlocks, PointParts
+from formats.iq_search import search_efforts, search_rows
+from formats.parts import Layout, PointBlocks, PointParts
 
 BLOCK_SIZE = 256
 IQ1_S_TYPE_SIZE, IQ1_M_TYPE_SIZE = 50, 56

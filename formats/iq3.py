@@ -32,8 +32,8 @@ from formats.iq_packing import (
     unpack_nibbles,
     unpack_signs_and_scales,
 )
-from formats.iq_search import Layout, search_efforts, search_rows
-from formats.parts import PointBlocks, PointParts
+from formats.iq_search import search_efforts, search_rows
+from formats.parts import Layout, PointBlocks, PointParts
 
 BLOCK_SIZE = 256
 IQ3_XXS_TYPE_SIZE, IQ3_S_TYPE_SIZE = 98, 110

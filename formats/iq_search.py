@@ -8,24 +8,9 @@ from formats.block_format import Effort
 from formats.encoding import to_blocks
 from formats.grids import codebook
 from formats.iq_kernels import N_LANES, N_UNITS, search
+from formats.parts import Layout
 
 BLOCK_SIZE = 256
-
-
-class Layout(NamedTuple):
-    """What tells the formats apart.
-
-    signs: SIGNED, FREE or PARITY; n_variants: 1 or 2; span: groups that share a variant.
-    n_sub: sub-blocks of a super-block; top_code: highest code of their scales.
-    unit: a scale is d * unit * (2 code + 1).
-    """
-
-    signs: int
-    n_variants: int
-    span: int
-    n_sub: int
-    top_code: np.float32
-    unit: np.float32
 
 
 class SearchEffort(NamedTuple):

@@ -7,12 +7,9 @@ serve all formats: a scale times a level, or a scale times a point of a codebook
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from formats.iq_search import Layout
 
 
 class ScalarParts(NamedTuple):
@@ -47,6 +44,22 @@ class ScalarBlocks:
     fixed_unit: bool = False
 
 
+class Layout(NamedTuple):
+    """What tells the formats whose weights are points of a codebook apart.
+
+    signs: SIGNED, FREE or PARITY; n_variants: 1 or 2; span: groups that share a variant.
+    n_sub: sub-blocks of a super-block; top_code: highest code of their scales.
+    unit: a scale is d * unit * (2 code + 1).
+    """
+
+    signs: int
+    n_variants: int
+    span: int
+    n_sub: int
+    top_code: np.float32
+    unit: np.float32
+
+
 class PointParts(NamedTuple):
     """What formats.iq_search.search_rows returns.
 
@@ -65,7 +78,7 @@ class PointBlocks:
     """A format whose groups of weights are scaled points of the codebook of that name; open, close: as above."""
 
     codebook: str
-    layout: "Layout"
+    layout: Layout
     open: Callable[[np.ndarray], PointParts]
     close: Callable[[PointParts], np.ndarray]
 
