@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from calibration.histogram import FIRST_CODE, FLOAT32_SHIFT, N_BINS, N_MAGNITUDES
+from calibration.histogram import FLOAT32_SHIFT, N_BINS, N_CODES, N_MAGNITUDES, by_bins
 from formats.errors import ConvertError
 
 # Rows that are kept of a parameter's inputs, over all its matrices, and of one matrix at least; and at most of one
@@ -173,24 +173,21 @@ def _sums(rows: torch.Tensor) -> InputSums:
     """Of one matrix; rows: float32 [n, n_columns]. Counts of a bin are integers, so no order of adding matters."""
     found = InputSums.empty(1, rows.shape[1])
     if len(rows):
-        minima, maxima = rows.aminmax(dim=0)
+        minima, maxima = rows.amin(dim=0), rows.amax(dim=0)  # several times as fast as aminmax
         peaks = torch.maximum(-rows.amin(dim=1), rows.amax(dim=1))
         found.minima[0], found.maxima[0] = minima.cpu().numpy(), maxima.cpu().numpy()
         found.squares[0] = rows.square().sum(0).cpu().numpy()
         found.counts[0] = len(rows)
         found.totals[0] = float(rows.sum())
-        found.values[0] = _counts(rows.reshape(-1), N_BINS, N_MAGNITUDES)
-        found.peaks[0] = _counts(peaks, N_MAGNITUDES + 1, 0)
+        found.values[0] = _counts(rows.reshape(-1))
+        found.peaks[0] = _counts(peaks)[N_MAGNITUDES:]
     return found
 
 
-def _counts(values: torch.Tensor, n_bins: int, zero: int) -> np.ndarray:
-    """Values by the bins of calibration.histogram, `zero` being the bin of zero: int64 [n_bins]."""
-    bits = values.contiguous().view(torch.int32)
-    place = ((bits & 0x7FFFFFFF) >> FLOAT32_SHIFT).sub_(FIRST_CODE - 1).clamp_(0, N_MAGNITUDES)
-    if zero:
-        place = torch.where(bits < 0, -place, place)
-    return torch.bincount(place.add_(zero), minlength=n_bins).cpu().numpy()
+def _counts(values: torch.Tensor) -> np.ndarray:
+    """Values by the bins of calibration.histogram: int64 [N_BINS]."""
+    codes = values.contiguous().view(torch.int32) >> FLOAT32_SHIFT
+    return by_bins(torch.bincount(codes.bitwise_and_(N_CODES - 1), minlength=N_CODES).cpu().numpy())
 
 
 def _some_rows(rows: torch.Tensor) -> np.ndarray:

@@ -28,14 +28,15 @@ def static_range(
     symmetric: bool = True,
     percentile: float = DEFAULT_PERCENTILE,
 ) -> tuple[float, float]:
-    """(low, high) of the inputs of one of a tensor's matrices; of one that no token reached, of all together.
+    """(low, high) of the inputs of one of a tensor's matrices; of one that no token reached, or none of those
+    that the histogram counts, of all together.
 
     absmax: everything that was seen. average: the range of a micro-batch, exponentially smoothed over all of them.
     percentile: what that share of all values does not leave. mse: the part of absmax's range with the least mean
     squared error of rounding and cutting off, by the histogram, on this grid. symmetric: both ends equally far from
     zero.
     """
-    if not inputs.counts[matrix]:
+    if not inputs.values[matrix].any():
         inputs, matrix = inputs.together(), 0
     low, high = float(inputs.minima[matrix].min()), float(inputs.maxima[matrix].max())
     if method == "average":

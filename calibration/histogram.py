@@ -15,8 +15,25 @@ MANTISSA_BITS = 5
 N_MAGNITUDES = 2 * OCTAVES_EACH_WAY << MANTISSA_BITS
 N_BINS = 2 * N_MAGNITUDES + 1
 FLOAT32_SHIFT = 23 - MANTISSA_BITS
-# What the shifted bits of 2**-16 are; float32 stores exponents with a bias of 127.
-FIRST_CODE = (127 - OCTAVES_EACH_WAY) << MANTISSA_BITS
+N_CODES = 1 << (32 - FLOAT32_SHIFT)
+"""A float32 is counted by its leading bits: sign, exponent and 5 bits of the mantissa."""
+# What these bits are of 2**-16; float32 stores exponents with a bias of 127.
+_FIRST_CODE = (127 - OCTAVES_EACH_WAY) << MANTISSA_BITS
+
+
+def _bins() -> np.ndarray:
+    """The bin of every code: int64 [N_CODES]."""
+    codes = np.arange(N_CODES)
+    places = np.clip((codes & (N_CODES // 2 - 1)) - (_FIRST_CODE - 1), 0, N_MAGNITUDES)
+    return N_MAGNITUDES + np.where(codes < N_CODES // 2, places, -places)
+
+
+_BINS = _bins()
+
+
+def by_bins(codes: np.ndarray) -> np.ndarray:
+    """Counts of codes, int64 [N_CODES], by bins: int64 [N_BINS]. Sums of less than 2**53 are exact."""
+    return np.bincount(_BINS, weights=codes, minlength=N_BINS).astype(np.int64)
 
 
 def _edges() -> np.ndarray:

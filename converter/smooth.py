@@ -11,7 +11,7 @@ from calibration.corpus import Corpus
 from calibration.smoothing import SmoothQuantConfig
 from converter.calibrate import calibration_text, load_tokenizer, observed_names, runnable
 from converter.checkpoint import Checkpoint
-from converter.job import SAMPLES_RANGE, Job
+from converter.job import Job
 from converter.kv_cache import smoothed_caches
 from converter.progress import Progress
 from converter.smooth_search import SmoothedGroup, Smoother
@@ -24,9 +24,9 @@ ACTIVATIONS_FILE = "activations.safetensors"
 SMOOTHING_FILE = "smoothing.safetensors"
 SMOOTHED_ACTIVATIONS_FILE = "activations-smoothed.safetensors"
 
-# The smoothed model is looked at on as many samples as a calibration has at least: for the histograms, of which a
-# hundred million values tell enough. What is known by channel comes from all samples.
-_SAMPLES_SEEN_AGAIN = SAMPLES_RANGE[0]
+# The smoothed model is looked at again for its histograms alone, of which some million values and thousands of tokens
+# tell enough: on so many tokens, of that many texts at least. What is known by channel comes from all samples.
+_TOKENS_SEEN_AGAIN, _SAMPLES_SEEN_AGAIN = 8192, 16
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def smooth(
             view,
             view.location,
             activation_names(running_map),
-            _corpus(job, running, running_map, _SAMPLES_SEEN_AGAIN),
+            _corpus(job, running, running_map, max(_SAMPLES_SEEN_AGAIN, _TOKENS_SEEN_AGAIN // job.sequence_length)),
             work_dir=work_dir / "calibration-smoothed",
             model=checkpoint.model_id,
             revision=checkpoint.revision,

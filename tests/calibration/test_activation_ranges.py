@@ -81,6 +81,14 @@ def test_an_expert_without_tokens_has_the_range_of_all():
         assert static_range(inputs, 2, method) == static_range(inputs, 0, method)
 
 
+def test_an_expert_that_only_the_first_look_reached_has_the_range_of_all():
+    """Of a smoothed model's experts a second look, at fewer tokens, may lack one."""
+    inputs = seen(heavy(), n_matrices=2)
+    inputs.counts[1], inputs.minima[1], inputs.maxima[1] = 5, -0.1, 0.1
+    for method in ("average", "percentile", "mse"):
+        assert static_range(inputs, 1, method) == static_range(inputs.together(), 0, method) != (0, 0)
+
+
 def test_inputs_that_are_always_zero_have_no_range():
     inputs = seen(np.zeros((2, 10, 8)))
     for method in ("absmax", "percentile", "mse"):
