@@ -1,4 +1,4 @@
-"""Convert a real model with every preset whose target is a GGUF, and print what each makes of it.
+"""Convert a real model with every preset, and print what each makes of it.
 
     python -m scripts.check_presets --imatrix .cache/smollm2-wide.gguf --sensitivity TABLE [--preset NAME ...] [MODEL]
 
@@ -19,8 +19,8 @@ from calibration.quality import Baseline
 from converter import convert
 from converter.calibrate import load_tokenizer
 from converter.model_map import describe
+from converter.quality import open_candidate
 from converter.source import open_checkpoint
-from converter.verify import DecodedArtifact
 from formats.journal import append_line, read_lines
 from profiles.schema import load_profile, preset_names
 from scripts.smollm2 import build
@@ -28,6 +28,8 @@ from scripts.smollm2 import build
 WORK = Path(".cache/check-presets")
 RESULTS = WORK / "results.jsonl"
 SEQUENCE_LENGTH = 512
+# A directory wants more of its inputs than an importance matrix has.
+DIRECTORY_CALIBRATION = {"samples": 128, "sequence_length": 256}
 # Bits per weight for the preset that asks for a target.
 BUDGETS = (2.5, 3.5, 4.5)
 
@@ -36,7 +38,7 @@ Run = tuple[str, float | None]
 
 def runs(presets: tuple[str, ...]) -> list[Run]:
     """The presets to run, with the target of those that need one."""
-    names = presets or tuple(name for name in preset_names() if load_profile(name).target == "gguf")
+    names = presets or preset_names()
     return [(name, bpw) for name in names for bpw in (BUDGETS if load_profile(name).base is None else (None,))]
 
 
@@ -54,12 +56,14 @@ class Bench:
         """Size, quality and seconds of one preset."""
         directory = WORK / preset
         shutil.rmtree(directory, ignore_errors=True)
-        report = convert(
-            str(self.model), preset, directory / "m.gguf", target_bpw=bpw, quality=False, quiet=True, **self.options
-        )
-        plan = json.loads((directory / "m.bitwright" / "plan.json").read_text())
-        paths = [Path(file["path"]) for file in report["artifact"]["files"]]
-        source, candidate, kld, agree = self.baseline.scores(DecodedArtifact(paths, self.model_map), preset)
+        profile = load_profile(preset)
+        output = directory / ("model.gguf" if profile.target == "gguf" else "model")
+        options = self.options if profile.target == "gguf" else DIRECTORY_CALIBRATION
+        report = convert(str(self.model), preset, output, target_bpw=bpw, quality=False, quiet=True, **options)
+        plan = json.loads((directory / "model.bitwright" / "plan.json").read_text())
+        opened = open_candidate(output, self.model_map)
+        scores = self.baseline.scores(opened.weights, preset, arithmetic=opened.arithmetic)
+        source, candidate, kld, agree = scores[:4]
         shutil.rmtree(directory)
         return {
             "preset": preset,

@@ -15,7 +15,7 @@ from calibration.control import never
 from calibration.corpus import EMBEDDED, Corpus, load_corpus
 from calibration.imatrix_file import load_imatrix, save_imatrix
 from calibration.importance import ImportanceMatrix, compute_importance
-from calibration.quality import QualityReport, compare
+from calibration.quality import Baseline
 from converter.calibrate import load_tokenizer, observed_names
 from converter.job import Job
 from converter.model_map import describe
@@ -38,6 +38,12 @@ class Study:
         self.model_map = describe(self.checkpoint)
         self.tokenizer = load_tokenizer(self.checkpoint.location)
         cache.mkdir(parents=True, exist_ok=True)
+        self.baselines = {chat: self._baseline(chat) for chat in (False, True)}
+
+    def _baseline(self, chat: bool) -> Baseline:
+        corpus = load_corpus(EMBEDDED, self.tokenizer, EVALUATION_SAMPLES, EVALUATION_LENGTH, split="test", chat=chat)
+        work_dir = self.cache / ("talk" if chat else "text")
+        return Baseline(self.checkpoint, self.checkpoint.location, corpus, work_dir=work_dir)
 
     def importance(self, samples: list[int], length: int, chat: bool) -> dict[int, Path]:
         """The importance of the first so many samples, for each of these numbers."""
@@ -62,11 +68,10 @@ class Study:
                 progress=self.progress,
             )
 
-    def quality(self, imatrix: Path, base: str, chat: bool) -> QualityReport:
-        """The divergence of the model in that format, encoded with this importance."""
+    def divergences(self, imatrix: Path, base: str) -> tuple[float, float]:
+        """The mean divergence of the model in that format, encoded with this importance: on text, on conversations."""
         text = f'description = "the layers in {base}"\ngood_for = "studies"\nbase = "{base}"\n'
         text += '[[rule]]\nroles = ["embedding", "output"]\nformat = "Q8_0"\n'
-        corpus = load_corpus(EMBEDDED, self.tokenizer, EVALUATION_SAMPLES, EVALUATION_LENGTH, split="test", chat=chat)
         with tempfile.TemporaryDirectory() as directory:
             job = Job(
                 model=str(self.checkpoint.location),
@@ -78,14 +83,8 @@ class Study:
             )
             run(job, self.progress, never)
             artifact = DecodedArtifact([Path(directory) / "model.gguf"], self.model_map)
-            return compare(
-                self.checkpoint,
-                artifact,
-                self.checkpoint.location,
-                corpus,
-                work_dir=Path(directory) / "quality",
-                progress=self.progress,
-            )
+            plain, talk = (self.baselines[chat].scores(artifact)[2].mean() for chat in (False, True))
+        return float(plain), float(talk)
 
 
 def _sum(a: ImportanceMatrix, b: ImportanceMatrix) -> ImportanceMatrix:
@@ -98,9 +97,22 @@ def _sum(a: ImportanceMatrix, b: ImportanceMatrix) -> ImportanceMatrix:
 @click.option("--format", "base", default="IQ2_XS", show_default=True, help="Of the layers; embedding and output Q8_0.")
 @click.option("--samples", default="128,512,1024", show_default=True, help="Numbers of samples, with commas between.")
 @click.option("--lengths", default="128,512,2048", show_default=True, help="Tokens in a sample.")
+@click.option(
+    "--kinds", default="plain,chat", show_default=True, help="Of calibration: with the chat template or without."
+)
+@click.option("--most-tokens", type=int, help="Leave out what is longer in all.")
 @click.option("--cache", type=click.Path(path_type=Path), default=Path(".cache/study-calibration"))
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Append each row to it.")
-def main(model: Path, base: str, samples: str, lengths: str, cache: Path, json_path: Path | None) -> None:
+def main(
+    model: Path,
+    base: str,
+    samples: str,
+    lengths: str,
+    kinds: str,
+    most_tokens: int | None,
+    cache: Path,
+    json_path: Path | None,
+) -> None:
     """Print mean KL divergence on plain text and on conversations for every amount and kind of calibration."""
     progress = Progress()
     study = Study(model, cache, progress)
@@ -110,10 +122,11 @@ def main(model: Path, base: str, samples: str, lengths: str, cache: Path, json_p
         f"{'calibration':>12} {'samples':>8} {'length':>7} {'tokens':>9} | {'plain text':>11} {'conversations':>14}"
     )
     for length in [int(n) for n in lengths.split(",")]:
-        for chat in (False, True):
-            for n, path in study.importance(numbers, length, chat).items():
-                plain, talk = (study.quality(path, base, of_chat).mean_kld for of_chat in (False, True))
-                kind = "chat" if chat else "plain"
+        fitting = [n for n in numbers if most_tokens is None or n * length <= most_tokens]
+        for kind in kinds.split(",") if fitting else ():
+            chat = kind == "chat"
+            for n, path in study.importance(fitting, length, chat).items():
+                plain, talk = study.divergences(path, base)
                 click.echo(f"{kind:>12} {n:>8} {length:>7} {n * length:>9} | {plain:>11.4f} {talk:>14.4f}")
                 row = {"format": base, "chat": chat, "samples": n, "length": length, "plain": plain, "talk": talk}
                 if json_path:
