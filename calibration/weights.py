@@ -4,8 +4,8 @@ Most are stored under the parameter's own name. Two things differ: a model that 
 prefix, and the experts of a layer, which transformers keeps in one 3-D parameter, are stored one by one.
 """
 
-from collections.abc import Collection
-from typing import Protocol
+from collections.abc import Collection, Iterable, Iterator
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -36,6 +36,14 @@ class WeightSource(Protocol):
 
     def read(self, name: str) -> np.ndarray:
         """The whole tensor, float32; the matrices of a 3-D tensor may come as one [n_rows, n_columns]."""
+
+
+@runtime_checkable
+class BlockSource(Protocol):
+    """A source that gives a tensor in parts, too, and never holds all of it."""
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """The tensor as `read` has it, in parts of some rows."""
 
 
 class ParameterReader:
@@ -73,25 +81,28 @@ class ParameterReader:
         for target, names in zip(values if len(matrices) > 1 else [values], matrices, strict=True):
             rows, first = target.view(-1, like.shape[-1]), 0
             for name in names:
-                part = torch.from_numpy(self.source.read(name))
-                part = part.view(-1, part.shape[-1])
-                last = first + len(part)
-                if part.shape[1] != rows.shape[1] or last > len(rows):
-                    raise _wrong_shape(name, part, rows)
-                rows[first:last] = part
-                first = last
+                for block in self._blocks(name):
+                    part = torch.from_numpy(block).view(-1, block.shape[-1])
+                    last = first + len(part)
+                    if part.shape[1] != rows.shape[1] or last > len(rows):
+                        raise _wrong_shape(name, (last, part.shape[1]), rows)
+                    rows[first:last] = part
+                    first = last
             if first != len(rows):
-                raise _wrong_shape(names[-1], part, rows)
+                raise _wrong_shape(names[-1], (first, rows.shape[1]), rows)
         return values.to(device)
+
+    def _blocks(self, name: str) -> Iterable[np.ndarray]:
+        return self.source.blocks(name) if isinstance(self.source, BlockSource) else [self.source.read(name)]
 
 
 def n_matrices(parameter: torch.Tensor) -> int:
     return parameter.shape[0] if parameter.dim() == 3 else 1
 
 
-def _wrong_shape(name: str, part: torch.Tensor, rows: torch.Tensor) -> ConvertError:
+def _wrong_shape(name: str, stored: tuple[int, int], rows: torch.Tensor) -> ConvertError:
     return ConvertError(
-        f"{list(part.shape)} values are stored for a place of {list(rows.shape)}",
+        f"{list(stored)} values are stored for a place of {list(rows.shape)}",
         name,
         "fetch config.json and the weights again, from the same revision",
     )

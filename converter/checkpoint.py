@@ -1,7 +1,7 @@
 """A Checkpoint: a model as it is stored, whose tensors stay on disk until rows of them are asked for."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,6 +19,7 @@ INDEX_NAME = "model.safetensors.index.json"
 # numpy has no bfloat16: its bits are read as uint16 and become the upper half of a float32.
 _NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 DTYPE_BYTES = {name: np.dtype(dtype).itemsize for name, dtype in _NUMPY_DTYPES.items()}
+_BLOCK_WEIGHTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,12 @@ class Checkpoint:
         shape = (n_values,) if len(tensor.shape) < 2 else (stop - start, tensor.n_columns)
         return _to_float32(values, tensor.dtype).reshape(shape)
 
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """The whole tensor as `read` has it, in parts of some rows, for what need not hold all of it at once."""
+        tensor = self.tensors[name]
+        for start, stop in block_spans(tensor.n_rows, tensor.n_columns):
+            yield self.read(name, start, stop)
+
     def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
         """The rows of these indices, in their order: float32 [len(rows), n_columns]."""
         tensor = self.tensors[name]
@@ -124,6 +131,12 @@ class Checkpoint:
             else:
                 entries.append((path.name, path.stat().st_size, _weights_identity(path)))
         return sorted(entries)
+
+
+def block_spans(n_rows: int, n_columns: int) -> Iterator[tuple[int, int]]:
+    """The rows of a tensor in parts of about a million weights: (first row, the one after the last)."""
+    step = max(1, _BLOCK_WEIGHTS // n_columns)
+    return ((start, min(start + step, n_rows)) for start in range(0, n_rows, step))
 
 
 def is_metadata_file(name: str) -> bool:

@@ -4,14 +4,14 @@ them."""
 import json
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from converter.checkpoint import INDEX_NAME
+from converter.checkpoint import INDEX_NAME, block_spans
 from converter.safetensors_source import SINGLE_NAME
 from formats.bfloat16 import bfloat16
 from formats.cache_scheme import SCALE_DTYPE, SCALE_SHAPE
@@ -97,6 +97,19 @@ class DirectoryArtifact:
             return scheme.decode(self.encoded(name), (shape[0], shape[1]))
         return to_float32(self._read(name, format_name, shape), format_name)
 
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """What `read` has, in parts of the rows that a checkpoint's blocks have."""
+        format_name, shape = self.tensors[name]
+        n_columns = shape[-1] if shape else 1
+        n_rows = prod(shape) // n_columns
+        whole = None if self.scheme(name) is None else self.read(name)
+        for start, stop in block_spans(n_rows, n_columns):
+            if whole is not None:
+                yield whole[start:stop]
+            else:
+                part = self._values(name, format_name, shape, start * n_columns, (stop - start) * n_columns)
+                yield to_float32(part, format_name).reshape(-1, n_columns)
+
     def cache_scales(self) -> dict[int, tuple[float, float]]:
         """Layer -> the scales of its keys and of its values; empty where caches stay in 16 bits."""
         found: dict[int, dict[str, float]] = {}
@@ -111,15 +124,20 @@ class DirectoryArtifact:
         return {layer: (scales["k"], scales["v"]) for layer, scales in found.items()}
 
     def _read(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        return self._values(name, dtype, shape, 0, prod(shape)).reshape(shape)
+
+    def _values(self, name: str, dtype: str, shape: tuple[int, ...], first: int, n_values: int) -> np.ndarray:
+        """Some values of a tensor that is stored as this dtype and shape."""
         if name not in self._stored:
             raise self._damaged(f"lacks the tensor {name!r}")
         path, found, offset = self._stored[name]
         if (found["dtype"], tuple(found["shape"])) != (dtype, shape):
             raise self._damaged(f"has {name!r} as {found['dtype']} {found['shape']}, and not {dtype} {list(shape)}")
-        values = np.fromfile(path, NUMPY_DTYPES[dtype], prod(shape), offset=offset)
-        if values.size != prod(shape):
+        kind = NUMPY_DTYPES[dtype]
+        values = np.fromfile(path, kind, n_values, offset=offset + first * kind.itemsize)
+        if values.size != n_values:
             raise self._damaged(f"ends inside of the tensor {name!r}")
-        return values.reshape(shape)
+        return values
 
     def _damaged(self, what: str) -> ConvertError:
         return ConvertError(f"the directory {what}", str(self.directory), "write the artifact again")

@@ -32,13 +32,21 @@ def verify_directory(
     errors = []
     total, done = sum(int(np.prod(shape)) * 4 for _, shape in artifact.tensors.values()), 0
     for name, (format_name, shape) in artifact.tensors.items():
-        decoded, source = artifact.read(name), checkpoint.read(name).reshape(shape)
-        if artifact.scheme(name) is None and not np.array_equal(decoded, _rounded(source, format_name)):
-            raise _failed(name, f"is not what the source is in {format_name}", directory)
-        if not np.isfinite(decoded).all():
-            raise _failed(name, "decodes to values that are not finite", directory)
-        errors.append(_error(name, format_name, decoded, source, _columns(importance, names.get(name)), directory))
-        done += decoded.nbytes
+        kept = artifact.scheme(name) is None
+        sums = np.zeros(4)  # squared error, squared weight, and both weighted
+        columns = _columns(importance, names.get(name))
+        for stored, source in zip(artifact.blocks(name), checkpoint.blocks(name), strict=True):
+            decoded = stored.reshape(source.shape)
+            if kept and not np.array_equal(decoded, _rounded(source, format_name)):
+                raise _failed(name, f"is not what the source is in {format_name}", directory)
+            if not np.isfinite(decoded).all():
+                raise _failed(name, "decodes to values that are not finite", directory)
+            sums += _sums(decoded, source, columns)
+        relative, weighted = (sums[i] / sums[i + 1] if sums[i + 1] else float(sums[i] > 0) for i in (0, 2))
+        if weighted > 1:
+            raise _failed(name, f"is further from the source than zeros are (weighted error {weighted:.3g})", directory)
+        errors.append(TensorError(name, format_name, float(relative), float(weighted)))
+        done += int(np.prod(shape)) * 4
         progress("verify", done, total, "B")
     return errors
 
@@ -46,8 +54,7 @@ def verify_directory(
 def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
     """float32 values as a kept tensor of this dtype holds them."""
     encode, decode = KEPT_CODECS[dtype]
-    columns = values.shape[-1] if values.ndim else 1
-    return decode(encode(np.ascontiguousarray(values).reshape(-1, columns))).reshape(values.shape)
+    return decode(encode(values.reshape(-1, values.shape[-1]))).reshape(values.shape)
 
 
 def _columns(importance: ImportanceMatrix | None, place: tuple[str, int] | None) -> np.ndarray | None:
@@ -56,24 +63,12 @@ def _columns(importance: ImportanceMatrix | None, place: tuple[str, int] | None)
     return importance.columns(place[0])[place[1]]
 
 
-def _error(
-    name: str,
-    format_name: str,
-    decoded: np.ndarray,
-    source: np.ndarray,
-    columns: np.ndarray | None,
-    directory: Path,
-) -> TensorError:
-    decoded = decoded.reshape(-1, decoded.shape[-1] if decoded.ndim else 1)
-    source = source.reshape(decoded.shape)
-    squared_error = np.square(decoded - source, dtype=np.float64).sum(axis=0)
-    squared_weight = np.square(source, dtype=np.float64).sum(axis=0)
-    weights = np.ones(decoded.shape[1]) if columns is None else columns
-    sums = [squared_error.sum(), squared_weight.sum(), squared_error @ weights, squared_weight @ weights]
-    relative, weighted = (sums[i] / sums[i + 1] if sums[i + 1] else float(sums[i] > 0) for i in (0, 2))
-    if weighted > 1:
-        raise _failed(name, f"is further from the source than zeros are (weighted error {weighted:.3g})", directory)
-    return TensorError(name, format_name, float(relative), float(weighted))
+def _sums(decoded: np.ndarray, source: np.ndarray, columns: np.ndarray | None) -> np.ndarray:
+    """Squared error and squared weights, both plain and weighted by columns: float64 [4]."""
+    squares = [
+        np.square(of, dtype=np.float64).reshape(-1, of.shape[-1]).sum(axis=0) for of in (decoded - source, source)
+    ]
+    return np.array([of.sum() for of in squares] + [of.sum() if columns is None else of @ columns for of in squares])
 
 
 def _failed(name: str, what: str, directory: Path) -> ConvertError:

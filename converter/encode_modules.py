@@ -7,7 +7,6 @@ import numpy as np
 
 from calibration.importance import ImportanceMatrix
 from converter.checkpoint import Checkpoint
-from converter.encode import CHUNK_WEIGHTS
 from formats.errors import ConvertError
 from formats.plain import decode_bf16, decode_f16, decode_f32, encode_bf16, encode_f16, encode_f32
 from formats.schemes import Scheme
@@ -95,12 +94,10 @@ class ModuleEncoder:
 
     def _kept(self, planned: PlannedModule) -> Iterator[np.ndarray]:
         name = planned.tensor.name
-        stored = self.checkpoint.tensors[name]
+        n_columns = self.checkpoint.tensors[name].n_columns
         encode, _ = KEPT_CODECS[planned.format]
-        step = max(1, CHUNK_WEIGHTS // stored.n_columns)
-        for start in range(0, stored.n_rows, step):
-            rows = self.checkpoint.read(name, start, min(start + step, stored.n_rows))
-            yield encode(rows.reshape(-1, stored.n_columns)).reshape(-1)
+        for rows in self.checkpoint.blocks(name):
+            yield encode(rows.reshape(-1, n_columns)).reshape(-1)
 
     def _columns(self, name: str) -> np.ndarray | None:
         if self.importance is None or name not in self.names:

@@ -26,7 +26,7 @@ SMOOTHED_ACTIVATIONS_FILE = "activations-smoothed.safetensors"
 
 # The smoothed model is looked at again for its histograms alone, of which some million values and thousands of tokens
 # tell enough: on so many tokens, of that many texts at least. What is known by channel comes from all samples.
-_TOKENS_SEEN_AGAIN, _SAMPLES_SEEN_AGAIN = 8192, 16
+_TOKENS_SEEN_AGAIN, _SAMPLES_SEEN_AGAIN = 4096, 8
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from calibration.activations import ActivationStatistics, InputRows
 from calibration.control import Interrupted, Progress, ShouldStop
 from calibration.smoothing import Products, SmoothQuantConfig, choose_alpha, output_error, smoothing_factors
 from converter.checkpoint import Checkpoint
-from converter.encode import CHUNK_WEIGHTS
 from converter.smoothed import Folding, SmoothedCheckpoint
 from converter.smoothing_groups import Link, SmoothingGroup
 from formats.plain import decode_bf16, encode_bf16
@@ -166,10 +165,8 @@ class _Measured:
         return None
 
     def _column_peaks(self, name: str) -> np.ndarray:
-        tensor = self._view.tensors[name]
-        peaks, step = np.zeros(tensor.n_columns, np.float32), max(1, CHUNK_WEIGHTS // tensor.n_columns)
-        for start in range(0, tensor.n_rows, step):
-            part = self._view.read(name, start, min(start + step, tensor.n_rows))
+        peaks = np.zeros(self._view.tensors[name].n_columns, np.float32)
+        for part in self._view.blocks(name):
             np.maximum(peaks, np.abs(part).max(axis=0), out=peaks)
         return peaks
 
