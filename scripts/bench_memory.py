@@ -1,4 +1,5 @@
-"""Peak memory and throughput of a conversion of a llama of 7B shape, with an importance matrix given.
+"""Peak memory and throughput of a conversion of a llama of 7B shape: to a GGUF with an importance matrix given, or to a
+safetensors directory with all that its profile wants of the calibration (128 samples of --sequence-length tokens).
 
 The checkpoint is synthetic: random float16 weights, the same 64 MiB over and over (an encoder cannot tell), or, with
 --sparse, a file of holes that takes no disk and holds zeros. The conversion runs in a process of its own, whose peak
@@ -22,6 +23,7 @@ from calibration.importance import ImportanceMatrix
 from converter.model_map import describe
 from converter.progress import size_text
 from converter.source import open_checkpoint
+from profiles.schema import load_profile
 from scripts.smollm2 import VOCABULARY, build
 
 WIDTH, MLP_WIDTH, N_HEADS = 4096, 11008, 32
@@ -126,8 +128,9 @@ def write_importance(directory: Path, path: Path) -> None:
 @click.option("--layers", default=32, show_default=True, help="Fewer make a smaller model of the same shapes.")
 @click.option("--sparse", is_flag=True, help="Holes instead of random weights.")
 @click.option("--effort", default="best", show_default=True)
+@click.option("--sequence-length", default=16, show_default=True, help="Of the calibration of a directory.")
 @click.option("--directory", default=".cache/bench-memory", type=click.Path(path_type=Path), show_default=True)
-def main(profile: str, layers: int, sparse: bool, effort: str, directory: Path) -> None:
+def main(profile: str, layers: int, sparse: bool, effort: str, sequence_length: int, directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     model = directory / "llama-7b-shape"
     tokenizer = build(Path(".cache/smollm2"))
@@ -136,10 +139,20 @@ def main(profile: str, layers: int, sparse: bool, effort: str, directory: Path) 
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(tokenizer / name, model)
         write_checkpoint(model, layers, sparse)
-        write_importance(model, directory / "importance.gguf")
-        importance, output = directory / "importance.gguf", directory / "out.gguf"
         command = [sys.executable, "-m", "converter", "--profile", profile, "--effort", effort, "--no-quality"]
-        command += ["--json", "--imatrix", str(importance), "--output", str(output), str(model)]
+        if load_profile(profile).target == "gguf":
+            write_importance(model, directory / "importance.gguf")
+            command += ["--imatrix", str(directory / "importance.gguf"), "--output", str(directory / "out.gguf")]
+        else:
+            command += [
+                "--samples",
+                "128",
+                "--sequence-length",
+                str(sequence_length),
+                "--output",
+                str(directory / "out"),
+            ]
+        command += ["--json", str(model)]
         start = time.monotonic()
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         seconds = time.monotonic() - start
@@ -148,9 +161,10 @@ def main(profile: str, layers: int, sparse: bool, effort: str, directory: Path) 
         n_weights = sum(int(np.prod(shape)) for shape in shapes(layers).values())
         encode_seconds = report["seconds"]["encode"]
         print(f"source {size_text(report['source']['bytes'])}, artifact {size_text(report['artifact']['bytes'])}")
-        print(f"peak resident memory {size_text(peak)} on {os.cpu_count()} cores")
+        share = peak / report["source"]["bytes"]
+        print(f"peak resident memory {size_text(peak)}, {share:.2f} of the source, on {os.cpu_count()} cores")
         print(f"encode {encode_seconds:.0f} s, {n_weights / encode_seconds / 1e6:.1f} M weights/s")
-        print(f"whole run {seconds:.0f} s")
+        print(f"whole run {seconds:.0f} s: {report['seconds']}")
     finally:
         shutil.rmtree(directory)
 

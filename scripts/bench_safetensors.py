@@ -6,7 +6,8 @@ defaults on the same calibration samples.
     .venv/bin/python -m scripts.bench_safetensors --model .cache/smollm2 --peer .venv-llmcompressor/bin/python
 
 The model is taken in bfloat16, llm-compressor's default. With --planted it is one that computes the same, but in whose
-layers one channel of what attention and MLP are given is 128 times as large.
+layers one channel of what attention and MLP are given is 128 times as large. With --adapt ours falls back to finer
+schemes where the inputs of a matrix cannot bear its own, as a conversion does; llm-compressor has no such thing.
 
 Every directory is written by `convert`, or by llm-compressor's oneshot, and evaluated by the same code: the weights
 that are decoded from its files, INT8 products by exact integers, FP8 and FP4 inputs rounded as the format says.
@@ -75,7 +76,8 @@ PLANTED = 128
 
 
 class Bench:
-    def __init__(self, model: Path, scratch: Path, calibration: Job, corpus: Corpus):
+    def __init__(self, model: Path, scratch: Path, calibration: Job, corpus: Corpus, adapt: bool):
+        self.adapt = adapt
         self.model, self.scratch, self.calibration, self.corpus = model, scratch, calibration, corpus
         self.checkpoint: Checkpoint = open_checkpoint(str(model))
         self.model_map = describe(self.checkpoint)
@@ -136,7 +138,7 @@ class Bench:
     def _profile(self, row: Row) -> str:
         path = self.scratch / f"{row.scheme}.toml"
         head = 'description = "d"\ngood_for = "g"\ntarget = "safetensors"\n'
-        path.write_text(f'{head}base = "{row.scheme}"\n[activations]\nadapt = false\n')
+        path.write_text(f'{head}base = "{row.scheme}"\n[activations]\nadapt = {str(self.adapt).lower()}\n')
         return str(path)
 
 
@@ -188,6 +190,7 @@ def _copy(source: Path, target: Path, *names: str) -> None:
 @click.option("--peer", type=click.Path(path_type=Path), help="Python of an environment with llm-compressor.")
 @click.option("--peer-dtype", default="auto", show_default=True, help="In which llm-compressor holds the model.")
 @click.option("--planted", is_flag=True, help="Plant an outlier first.")
+@click.option("--adapt", is_flag=True, help="Let ours fall back to finer schemes.")
 def main(
     model: Path,
     calibration_length: int,
@@ -197,6 +200,7 @@ def main(
     peer: Path | None,
     peer_dtype: str,
     planted: bool,
+    adapt: bool,
 ) -> None:
     tokenizer = load_tokenizer(model)
     corpus = load_corpus("embedded", tokenizer, samples, sequence_length, split="test")
@@ -205,7 +209,7 @@ def main(
     shown = [ROWS[int(i)] for i in rows.split(",")] if rows else list(ROWS)
     with tempfile.TemporaryDirectory() as directory:
         model = in_bfloat16(model, Path(directory) / "model", planted)
-        bench = Bench(model, Path(directory), job, corpus)
+        bench = Bench(model, Path(directory), job, corpus, adapt)
         chat = uses_chat(job, bench.model_map)
         tokens = load_corpus("embedded", tokenizer, 128, calibration_length, chat=chat).tokens
         cells = []
