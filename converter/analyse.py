@@ -1,13 +1,13 @@
 """The stage `analyse`: what every format costs every tensor, measured where the profile decides by it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from calibration.control import ShouldStop
-from calibration.fisher import compute_fisher
+from calibration.fisher import FisherFactors, compute_fisher
 from calibration.importance import ImportanceMatrix
-from calibration.layer_score import layer_scores
+from calibration.layer_score import ScoreWeights, layer_scores
 from calibration.sensitivity import SensitivityTable, load_sensitivity, save_sensitivity
 from converter.calibrate import calibration_text, load_tokenizer, runnable
 from converter.checkpoint import Checkpoint
@@ -39,7 +39,7 @@ def analyse(
     """Measure what the job's profile decides by."""
     formats = formats_to_measure(job.profile, [rule.format for rule in job.overrides])
     path = measure_sensitivity(job, checkpoint, model_map, importance, formats, work_dir, progress, should_stop)
-    return evidence_of(load_sensitivity(path), checkpoint, model_map)
+    return evidence_of(load_sensitivity(path), checkpoint, model_map, job.profile.score)
 
 
 def measure_sensitivity(
@@ -89,6 +89,12 @@ def measure_sensitivity(
     return path
 
 
+def measured_factors(job: Job, work_dir: Path) -> FisherFactors | None:
+    """The Fisher factors of a table that the job names or has measured, None without one."""
+    path = job.sensitivity or work_dir / SENSITIVITY_FILE
+    return load_sensitivity(path).factors if path.exists() else None
+
+
 def matrices_of(model_map: ModelMap) -> dict[str, tuple[str, int]]:
     """Checkpoint tensor -> (GGUF tensor, matrix index), for every matrix that may be quantized."""
     return {
@@ -116,7 +122,7 @@ def found_evidence(job: Job, checkpoint: Checkpoint, model_map: ModelMap, in_wor
     assert job.work_dir is not None
     path = job.work_dir / SENSITIVITY_FILE
     if evidence is None and path.exists():
-        evidence = evidence_of(load_sensitivity(path), checkpoint, model_map)
+        evidence = evidence_of(load_sensitivity(path), checkpoint, model_map, job.profile.score)
     if evidence is not None and job.refine:
         return _corrected(evidence, job.work_dir)
     return evidence
@@ -134,17 +140,20 @@ def given_evidence(job: Job, checkpoint: Checkpoint, model_map: ModelMap) -> Evi
     """From the file that the job names. Raises ConvertError for a file of another model."""
     if job.sensitivity is None:
         return None
-    return evidence_of(load_sensitivity(job.sensitivity), checkpoint, model_map)
+    return evidence_of(load_sensitivity(job.sensitivity), checkpoint, model_map, job.profile.score)
 
 
-def evidence_of(table: SensitivityTable, checkpoint: Checkpoint, model_map: ModelMap) -> Evidence:
-    """What decisions take from a table. Raises ConvertError for a table of another model."""
+def evidence_of(
+    table: SensitivityTable, checkpoint: Checkpoint, model_map: ModelMap, score: Mapping[str, float] | None = None
+) -> Evidence:
+    """What decisions take from a table; score: fields of ScoreWeights that are not the usual ones. Raises ConvertError
+    for a table of another model, and for shares of a score that are all zero."""
     check_sensitivity(table, checkpoint, model_map)
     factors = table.factors
     layers = {tensor.name: tensor.layer for tensor in model_map.tensors if tensor.layer is not None}
     return Evidence(
         table.losses,
-        layer_scores(factors, layers),
+        layer_scores(factors, layers, ScoreWeights(**(score or {}))),
         table.where,
         factors.columns,
         {

@@ -75,6 +75,12 @@ def check_importance(importance: ImportanceMatrix, model_map: ModelMap, plan: Pl
     """
     shapes = {tensor.name: (tensor.n_matrices, tensor.n_columns) for tensor in model_map.tensors}
     for name, sums in importance.sums.items():
+        if name in shapes and sums.shape[1] == shapes[name][1] and len(sums) < shapes[name][0]:
+            raise ConvertError(
+                f"the importance matrix is partial: it has {len(sums)} of the {shapes[name][0]} experts of this tensor",
+                f"{where}, tensor {name}",
+                "compute a complete one with `convert imatrix MODEL`, or leave out --imatrix",
+            )
         if name not in shapes or sums.shape != shapes[name]:
             has = f"[{', '.join(map(str, shapes[name]))}]" if name in shapes else "no such tensor"
             raise ConvertError(

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from calibration.control import ShouldStop, never
 from calibration.imatrix_file import load_imatrix, save_imatrix
 from calibration.importance import ImportanceMatrix
-from converter.adapt_activations import adapt_activations, uses_activations
+from converter.adapt_activations import ActivationFindings, adapt_activations, uses_activations
 from converter.artifact import file_name
 from converter.calibrate import calibrate
 from converter.checkpoint import Checkpoint
@@ -17,6 +17,7 @@ from converter.directory_artifact import DirectoryArtifact
 from converter.directory_verify import verify_directory
 from converter.encode_modules import ModuleEncoder
 from converter.job import Job, default_work_dir
+from converter.keep_out import KeptOut, directory_coverage, keep_out, keeps_out, refuse_other_ways
 from converter.kv_cache import cache_lines
 from converter.modules import describe_modules, directory_name, gguf_names, stored_dtypes
 from converter.progress import Progress
@@ -35,6 +36,11 @@ from profiles.modules import EXPERT_ROLES, PlannedModule, plan_modules, repair_l
 from profiles.plan import Plan
 from profiles.schema import QuantizationProfile
 from profiles.vocabulary import ModelMap
+
+
+class Findings(NamedTuple):
+    kept: KeptOut
+    activations: ActivationFindings
 
 
 class DirectoryTarget:
@@ -68,7 +74,7 @@ class DirectoryTarget:
         return plan.uses_importance or uses_activations(job, plan)
 
     def reads_text_later(self, job: Job, plan: Plan) -> bool:
-        return uses_activations(job, plan)
+        return uses_activations(job, plan) or keeps_out(job)
 
     def layouts(self, surveyed: Surveyed, plan: Plan, importance: ImportanceMatrix | None) -> list[Layout]:
         return [*directory_layouts(plan, surveyed.job.shard_bytes)]
@@ -107,11 +113,14 @@ class DirectoryTarget:
         progress: Progress,
         should_stop: ShouldStop,
     ) -> Adapted:
-        return adapt_activations(prepared, importance, work_dir, progress, should_stop)
+        kept = keep_out(prepared, importance, work_dir, progress, should_stop)
+        adapted = adapt_activations(kept.prepared, importance, work_dir, progress, should_stop)
+        notes = tuple(f"{decision['tensor']}: {decision['why']}" for decision in kept.decisions)
+        return replace(adapted, found=Findings(kept, adapted.found), notes=(*notes, *adapted.notes))
 
     def adapted_before(self, prepared: Prepared) -> Prepared:
         assert prepared.job.work_dir is not None
-        return adapt_activations(prepared, None, prepared.job.work_dir, Progress(quiet=True), never).prepared
+        return self.adapt(prepared, prepared.importance, prepared.job.work_dir, Progress(quiet=True), never).prepared
 
     def write(
         self,
@@ -128,7 +137,8 @@ class DirectoryTarget:
             | ({"cache_scales": list(row.cache_scales)} if row.cache_scales else {})
             for row in plan.tensors
         ]
-        ranges, scales = adapted.found.ranges, {scale.name: scale.bits for scale in adapted.found.caches}
+        found = adapted.found.activations
+        ranges, scales = found.ranges, {scale.name: scale.bits for scale in found.caches}
         said = recipe(prepared.job, prepared.checkpoint, plan, importance)
         with ModuleEncoder(
             prepared.checkpoint, plan, importance, names, ranges, scales, prepared.job.n_threads
@@ -153,7 +163,10 @@ class DirectoryTarget:
         errors = verify_directory(
             paths[0].parent, artifact, prepared.checkpoint, adapted.importance, gguf_names(prepared.model_map), progress
         )
-        return errors, {"super_weight_coverage": None, "protection": [], "feedback": None, **adapted.found.report}
+        kept, tolerance = adapted.found.kept, prepared.job.protection.tolerance
+        covered = directory_coverage(kept.report, artifact, prepared.checkpoint, prepared.model_map, tolerance)
+        found = {"super_weight_coverage": covered, "protection": kept.decisions, "feedback": None}
+        return errors, found | adapted.found.activations.report
 
     def candidate(self, adapted: Adapted, paths: list[Path], work_dir: Path) -> Candidate:
         artifact = DirectoryArtifact.of_plan(paths[0].parent, adapted.prepared.plan)
@@ -186,12 +199,12 @@ def _runtime_notes(plan: Plan) -> list[str]:
 
 def _refuse_options(job: Job) -> None:
     """Options that say something of a GGUF, for a profile that makes a directory."""
+    refuse_other_ways(job)
     refused = {
         "--output": job.output is not None and job.output.suffix == ".gguf",
         "--sensitivity": job.sensitivity is not None,
         "--lm-eval": bool(job.lm_eval),
         "--error-feedback": job.error_feedback,
-        "--protect-super-weights": job.protect_super_weights not in (None, "off"),
     }
     for option, given in refused.items():
         if given:

@@ -11,14 +11,21 @@ from calibration.sensitivity import load_sensitivity, save_sensitivity
 from converter import DEFAULT_PROFILE
 from converter.analyse import measure_sensitivity
 from converter.calibrate import calibrate
-from converter.job import Job, WorkDirectory, default_work_dir, stops_cleanly, tool_identity
+from converter.job import (
+    Job,
+    WorkDirectory,
+    calibration_file_sha256,
+    default_work_dir,
+    stops_cleanly,
+    tool_identity,
+)
 from converter.model_map import describe
 from converter.preflight import check_samples
 from converter.progress import Progress
 from converter.sensitivity import CANDIDATE_FORMATS
 from converter.smooth import observe
 from converter.source import open_checkpoint
-from converter.super_weights import look_for_super_weights
+from converter.super_weights import known_super_weights
 from formats.errors import ConvertError
 from formats.gguf_file import read_gguf
 from profiles.schema import load_profile
@@ -43,6 +50,7 @@ def write_importance(
     super_weights: bool = False,
     sensitivity: bool = False,
     activations: bool = False,
+    fresh: bool = False,
     **options: Any,
 ) -> list[Path]:
     """Write the importance matrix of a model, or a matrix that exists in the format of the output's suffix; returns the
@@ -50,7 +58,8 @@ def write_importance(
 
     super_weights: look for them too, and keep with the matrix what was found. sensitivity: measure what every format
     costs every tensor too, and write it beside the output, with the suffix .sensitivity.safetensors. activations: write
-    statistics of the matrices' inputs instead. options: fields of converter.job.Job.
+    statistics of the matrices' inputs instead. fresh: start over in a work directory that holds other work. options:
+    fields of converter.job.Job.
     Raises ConvertError; the same call continues an interrupted computation.
     """
     if activations:
@@ -68,12 +77,15 @@ def write_importance(
     work = WorkDirectory(work_dir)
     with work.locked(), stops_cleanly(work_dir, job.command):
         checkpoint = checkpoint.with_weights()
+        if fresh:
+            work.clear()
         work.claim(
             {
                 "tool": tool_identity(),
                 "model": checkpoint.model_id,
                 "files": [list(entry) for entry in checkpoint.files()],
                 "calibration": job.calibration,
+                "calibration_file": calibration_file_sha256(job),
                 "samples": job.samples,
                 "sequence_length": job.sequence_length,
                 "seed": job.seed,
@@ -85,18 +97,18 @@ def write_importance(
             save_activations(output, observe(job, checkpoint, model_map, work_dir, progress, should_stop))
             return [output]
         importance = calibrate(job, checkpoint, model_map, work_dir, progress, should_stop)
+        written = [output]
+        if sensitivity:
+            measured = measure_sensitivity(
+                job, checkpoint, model_map, importance, CANDIDATE_FORMATS, work_dir, progress, should_stop
+            )
+            written.append(output.with_suffix(".sensitivity.safetensors"))
+            save_sensitivity(written[1], load_sensitivity(measured))
         if super_weights:
-            found = look_for_super_weights(job, checkpoint, model_map, work_dir, progress, should_stop)
+            found = known_super_weights(job, checkpoint, model_map, None, work_dir, progress, should_stop)
             importance = replace(importance, super_weights=found)
         save_imatrix(output, importance)
-        if not sensitivity:
-            return [output]
-        measured = measure_sensitivity(
-            job, checkpoint, model_map, importance, CANDIDATE_FORMATS, work_dir, progress, should_stop
-        )
-        table = output.with_suffix(".sensitivity.safetensors")
-        save_sensitivity(table, load_sensitivity(measured))
-        return [output, table]
+        return written
 
 
 def _check_activations(model: str, output: Path, more: bool) -> None:

@@ -154,6 +154,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def calibration_file_sha256(job: Job) -> str | None:
+    """Of the text file that the job calibrates on, None where it names a corpus."""
+    path = Path(job.calibration) if job.calibration else None
+    return file_sha256(path) if path is not None and path.is_file() else None
+
+
 class WorkDirectory:
     """The directory that holds a job's checkpoints.
 

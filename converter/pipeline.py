@@ -27,7 +27,15 @@ from converter.breakdown import layer_rows
 from converter.calibrate import check_importance, planned_importance
 from converter.directory_target import DirectoryTarget
 from converter.gguf_target import GgufTarget
-from converter.job import UNDECIDED, Job, WorkDirectory, file_sha256, stops_cleanly, tool_identity
+from converter.job import (
+    UNDECIDED,
+    Job,
+    WorkDirectory,
+    calibration_file_sha256,
+    file_sha256,
+    stops_cleanly,
+    tool_identity,
+)
 from converter.metadata import source_card
 from converter.model_map import describe
 from converter.page import report_page
@@ -86,6 +94,8 @@ def decide(surveyed: Surveyed, evidence: Evidence | None) -> Prepared:
     if job.imatrix is not None and importance is not None:
         check_importance(importance, model_map, plan, str(job.imatrix))
     notes = (*surveyed.notes, *target.notes(job, plan))
+    if job.imatrix is not None and importance is not None and importance.model not in (None, checkpoint.model_id):
+        notes += (f"{job.imatrix} was computed of {importance.model}, and this model is {checkpoint.model_id}",)
     prepared = Prepared(surveyed.job, checkpoint, model_map, target, notes, plan, importance)
     if (
         job.shard_bytes is not None
@@ -143,9 +153,7 @@ def fingerprint(known: Surveyed) -> dict[str, Any]:
         "calibration": importance.corpus if importance else None,
         "error_feedback": job.error_feedback,
         "moments": moments_of,
-        "calibration_file": file_sha256(Path(job.calibration))
-        if job.calibration and Path(job.calibration).is_file()
-        else None,
+        "calibration_file": calibration_file_sha256(job),
         "samples": job.samples,
         "sequence_length": job.sequence_length,
         "seed": job.seed,

@@ -27,7 +27,7 @@ from converter.progress import Progress
 from converter.rescale_search import choose_factors
 from converter.rescaling import rescale_rows
 from converter.super_weights import RESULT as FOUND
-from converter.super_weights import check_super_weights, look_for_super_weights, measuring_text
+from converter.super_weights import known_super_weights, load_super_weights, measuring_text
 from formats.errors import ConvertError
 from formats.registry import get_format
 from formats.whole_file import whole_file
@@ -121,11 +121,7 @@ def protect(
     """
     if not job.protection.looks(plan):
         return Protected(plan, model_map)
-    report = None if importance is None else importance.super_weights
-    if report is None:
-        report = look_for_super_weights(job, checkpoint, model_map, work_dir, progress, should_stop)
-    else:
-        check_super_weights(report, checkpoint, model_map)
+    report = known_super_weights(job, checkpoint, model_map, importance, work_dir, progress, should_stop)
     result = work_dir / RESULT
     if not result.exists():
         watched = {"progress": progress, "should_stop": should_stop}
@@ -177,7 +173,7 @@ def protected_before(job: Job, model_map: ModelMap, plan: Plan, importance: Impo
         return Protected(plan, model_map)
     report = None if importance is None else importance.super_weights
     if report is None:
-        report = SuperWeightReport.from_json(found.read_text(encoding="utf-8"), str(found))
+        report = load_super_weights(found)
     return _apply(load_decisions(result), job, report, plan, model_map)
 
 

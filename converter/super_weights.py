@@ -1,13 +1,16 @@
 """The stage `super weights`: looks for them in a checkpoint, and remembers what was found."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from calibration.control import ShouldStop
 from calibration.corpus import Corpus, load_corpus
 from calibration.fisher import FisherFactors
+from calibration.importance import ImportanceMatrix
 from calibration.super_weights import SuperWeightReport
+from converter.analyse import measured_factors
 from converter.calibrate import calibration_text, load_tokenizer, runnable
 from converter.checkpoint import Checkpoint
 from converter.job import Job
@@ -36,9 +39,10 @@ def look_for_super_weights(
     should_stop: ShouldStop,
     factors: FisherFactors | None = None,
 ) -> SuperWeightReport:
-    """What the job's model has of super weights. It stays in the work directory and is not looked for again."""
+    """What the job's model has of super weights, by spikes and, where the Fisher factors are known, by gradients. It
+    stays in the work directory and is not looked for again by the same criteria."""
     result = work_dir / RESULT
-    if not result.exists():
+    if not result.exists() or (factors is not None and "gradients" not in load_super_weights(result).criteria):
         from calibration.spikes import PROMPT_LENGTH, DownProjection, prompt_tokens
         from calibration.super_weight_search import find_super_weights
 
@@ -67,7 +71,30 @@ def look_for_super_weights(
         )
         with whole_file(result, "record of super weights") as file:
             file.write(report.to_json().encode())
-    return SuperWeightReport.from_json(result.read_text(encoding="utf-8"), str(result))
+    return load_super_weights(result)
+
+
+def load_super_weights(path: Path) -> SuperWeightReport:
+    """What an earlier search has left."""
+    return SuperWeightReport.from_json(path.read_text(encoding="utf-8"), str(path))
+
+
+def known_super_weights(
+    job: Job,
+    checkpoint: Checkpoint,
+    model_map: ModelMap,
+    importance: ImportanceMatrix | None,
+    work_dir: Path,
+    progress: Progress,
+    should_stop: ShouldStop,
+) -> SuperWeightReport:
+    """What the importance says of them, or else what a search finds. Raises ConvertError for a report of another
+    model."""
+    if importance is not None and importance.super_weights is not None:
+        check_super_weights(importance.super_weights, checkpoint, model_map)
+        return importance.super_weights
+    factors = measured_factors(job, work_dir)
+    return look_for_super_weights(job, checkpoint, model_map, work_dir, progress, should_stop, factors)
 
 
 def measuring_text(job: Job, tokenizer: Any) -> Corpus:
@@ -118,9 +145,17 @@ def super_weight_coverage(
             if part.axis == "column" and (part.matrix, part.index) == (weight.matrix, weight.column)
         )
         decoded = float(stored[weight.tensor].decode(row, row + 1)[0, weight.column]) * back
-        error = abs(decoded - weight.value) / abs(weight.value)
         place = {key: getattr(weight, key) for key in ("tensor", "matrix", "row", "column", "value")}
-        rows.append({**place, "decoded": decoded, "relative_error": error, "within": error <= tolerance})
+        rows.append((place, decoded))
+    return coverage(rows, tolerance)
+
+
+def coverage(decoded: Sequence[tuple[dict[str, Any], float]], tolerance: float) -> dict[str, Any]:
+    """Plain data of super weights, each with its place and value, and what it is decoded to."""
+    rows = []
+    for place, value in decoded:
+        error = abs(value - place["value"]) / abs(place["value"])
+        rows.append({**place, "decoded": value, "relative_error": error, "within": error <= tolerance})
     return {
         "confirmed": len(rows),
         "within": sum(row["within"] for row in rows),

@@ -41,6 +41,7 @@ raise_to      = "Q6_K"                  # the format of "raise"
 """
 
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -51,12 +52,12 @@ from profiles.protection import Protection, parse_protection
 from profiles.rules import LayerQuantizationConfig, parse_rule
 from profiles.strict import known_keys, number, tables
 from profiles.target import Target, format_name, parse_target
-from profiles.tiers import Tier, parse_tiers
+from profiles.tiers import Tier, parse_score, parse_tiers
 
 PRESETS = Path(__file__).parent / "presets"
 _TOP_KEYS = (
     *("description", "good_for", "extends", "target", "base", "tier", "rule"),
-    *("budget", "activations", "protection"),
+    *("score", "budget", "activations", "protection"),
 )
 
 
@@ -65,7 +66,8 @@ class QuantizationProfile:
     """A named set of decisions, independent of any model.
 
     base: None where a budget decides. text: the TOML it was read from; inherited: that of the presets it extends, the
-    first one first. Both are part of a job's identity.
+    first one first. Both are part of a job's identity. score: shares of what layers are ranked by for tiers, where they
+    are not the usual ones.
     """
 
     name: str
@@ -76,6 +78,7 @@ class QuantizationProfile:
     text: str
     target: Target = "gguf"
     tiers: tuple[Tier, ...] = ()
+    score: Mapping[str, float] = field(default_factory=dict)
     budget: Budget | None = None
     protection: Protection = field(default_factory=Protection)
     activations: ActivationRules = field(default_factory=ActivationRules)
@@ -140,6 +143,7 @@ def parse_profile(text: str, name: str, where: str, _extending: tuple[str, ...] 
         text=text,
         target=target,
         tiers=tiers or _of(parent, "tiers"),
+        score=parse_score(table.get("score", {}), f"{where}, key score", _of(parent, "score")),
         budget=budget,
         activations=_activations(table, where, target, parent),
         protection=parse_protection(table.get("protection", {}), f"{where}, key protection", _of(parent, "protection")),

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from math import floor
 
 from formats.errors import ConvertError
-from profiles.strict import known_keys, number
+from profiles.strict import known_keys, number, one_table
 from profiles.target import Target, format_name
 
 _TIER_KEYS = ("share", "format")
+_SCORE_KEYS = ("gradient_magnitude", "activation_variance", "weight_magnitude")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,17 @@ def parse_tiers(tables: Sequence[dict], where: str, target: Target) -> tuple[Tie
             f"the shares of the tiers add up to {total:g}", f"{where}, key tier", "they are shares of 1: lower some"
         )
     return tuple(tiers)
+
+
+def parse_score(table: object, where: str, inherited: Mapping[str, float]) -> dict[str, float]:
+    """What a layer's score is blended from, name -> share, from its TOML table, on top of what it inherits. A share of
+    0 leaves it out."""
+    table = one_table(table, where, "score")
+    known_keys(table, _SCORE_KEYS, where)
+    shares = {key: 0.0 if value in (0, 0.0) else number(value, f"{where}, key {key}") for key, value in table.items()}
+    if not any({**dict.fromkeys(_SCORE_KEYS, 1.0), **inherited, **shares}.values()):
+        raise ConvertError("a score of nothing ranks no layers", where, "give one of the shares a number above 0")
+    return {**inherited, **shares}
 
 
 def tiers_of_layers(tiers: Sequence[Tier], scores: Mapping[int, float]) -> dict[int, Tier]:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -241,6 +242,30 @@ def test_an_importance_matrix_of_another_model_is_refused(single, tmp_path, name
     failed = convert("--imatrix", tmp_path / "other.gguf", "--output", tmp_path / "m.gguf", single)
     assert failed.exit_code == 1
     assert "of another model" in failed.stderr and name in failed.stderr
+
+
+def test_an_importance_matrix_that_lacks_experts_is_refused_as_partial(tiny, tmp_path):
+    save_imatrix(tmp_path / "partial.gguf", importance_of((2, 64), "blk.0.ffn_up_exps.weight"))
+    failed = convert("--imatrix", tmp_path / "partial.gguf", "--output", tmp_path / "m.gguf", tiny("qwen3_moe"))
+    assert failed.exit_code == 1
+    assert "is partial: it has 2 of the" in failed.stderr and "blk.0.ffn_up_exps.weight" in failed.stderr
+
+
+def test_a_format_that_needs_importance_is_refused_without_that_of_its_tensor(tiny, tmp_path):
+    save_imatrix(tmp_path / "some.gguf", importance_of((1, 256), "blk.0.attn_q.weight"))
+    arguments = ["--imatrix", tmp_path / "some.gguf", "--set", "mlp_up=IQ1_S", "--output", tmp_path / "m.gguf"]
+    failed = convert(*arguments, tiny("llama-256"))
+    assert failed.exit_code == 1
+    assert "IQ1_S cannot be encoded without importance" in failed.stderr and "blk.0.ffn_up.weight" in failed.stderr
+
+
+def test_the_importance_matrix_of_a_model_of_another_name_is_said(single, tmp_path):
+    matrix = replace(importance_of((1, 256), "blk.0.attn_q.weight"), model="org/other")
+    save_imatrix(tmp_path / "other.gguf", matrix)
+    options = ["--profile", "uniform-8bit", "--no-quality", "--output", tmp_path / "m.gguf"]
+    done = convert("--imatrix", tmp_path / "other.gguf", *options, single)
+    assert done.exit_code == 0
+    assert "was computed of org/other" in done.stderr
 
 
 def test_another_jobs_work_directory_is_refused_with_the_difference(tiny, tmp_path):

@@ -232,7 +232,7 @@ def invoke(*arguments: object) -> Result:
         (["--profile", "fp8", "--target-size", "1M"], "makes a safetensors directory"),
         (["--profile", "fp8", "--lm-eval", "arc_easy"], "--lm-eval is for a GGUF"),
         (["--profile", "fp8", "--sensitivity", "s.safetensors"], "--sensitivity is for a GGUF"),
-        (["--profile", "fp8", "--protect-super-weights", "pin"], "--protect-super-weights is for a GGUF"),
+        (["--profile", "fp8", "--protect-super-weights", "pin"], "pin protects super weights in a GGUF"),
         (["--profile", "fp8", "--output", "x.gguf"], "--output is for a GGUF"),
         (["--profile", "fp8", "--set", "mlp_down=W8A9"], "unknown scheme 'W8A9'"),
         (["--profile", "fp8", "--set", "mlp_down=Q4_K"], "unknown scheme 'Q4_K'"),

@@ -9,8 +9,9 @@ import pytest
 from calibration.control import Interrupted
 from calibration.fisher import FisherFactors
 from calibration.importance import ImportanceMatrix
-from calibration.layer_score import layer_scores
+from calibration.layer_score import ScoreWeights, layer_scores
 from calibration.sensitivity import SensitivityTable, save_sensitivity
+from converter.analyse import evidence_of
 from converter.checkpoint import Checkpoint
 from converter.inspect import inspect_file, inspect_text
 from converter.model_map import describe, read_rows, restore
@@ -244,3 +245,14 @@ def test_inspect_prints_losses_and_layer_scores(tiny, tmp_path):
     (line,) = (line for line in lines if line.startswith("blk.3.ffn_down.weight"))
     losses = table.losses["blk.3.ffn_down.weight"]
     assert line.split()[1:] == ["4", *(f"{1000 * losses[name]:.3g}" for name in ("IQ2_XXS", "Q4_0", "Q4_K"))]
+
+
+def test_a_profiles_score_ranks_the_layers(tiny, tmp_path):
+    checkpoint, model_map = opened(tiny("llama-256"))
+    table = build(tiny("llama-256"), tmp_path / "journal", formats=("Q4_0",), sampled_rows=4)
+    magnitudes = {name: float(i) for i, name in enumerate(table.factors.weight_magnitude)}
+    table = replace(table, factors=replace(table.factors, weight_magnitude=magnitudes))
+    layers = {tensor.name: tensor.layer for tensor in model_map.tensors if tensor.layer is not None}
+    given = evidence_of(table, checkpoint, model_map, {"gradient_magnitude": 0.0, "activation_variance": 0.0})
+    assert given.layer_scores == layer_scores(table.factors, layers, ScoreWeights(0, 0, 0.2))
+    assert given.layer_scores != evidence_of(table, checkpoint, model_map).layer_scores

@@ -224,3 +224,16 @@ def test_sizes(text, n_bytes):
 def test_what_is_no_size(text):
     with pytest.raises(ConvertError, match="is no size"):
         parse_size(text, "--split-size")
+
+
+def test_a_score_of_its_own_is_on_top_of_the_inherited_one():
+    head = 'description = "d"\ngood_for = "g"\nextends = "importance-tiers"\n'
+    profile = parse_profile(f"{head}[score]\ngradient_magnitude = 1\nweight_magnitude = 0\n", "p", "p.toml")
+    assert profile.score == {"gradient_magnitude": 1.0, "weight_magnitude": 0.0}
+    for keys, what in (
+        ("gradient = 1", "unknown key 'gradient'"),
+        ("gradient_magnitude = -1", "a positive number"),
+        ("gradient_magnitude = 0\nactivation_variance = 0\nweight_magnitude = 0", "ranks no layers"),
+    ):
+        with pytest.raises(ConvertError, match=what):
+            parse_profile(f"{head}[score]\n{keys}\n", "p", "p.toml")
