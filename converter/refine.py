@@ -5,7 +5,8 @@ out and its divergence measured; then, for each part of the model, once more wit
 What the divergence falls by is what the part costs among the errors of all others. Its ratio to the part's prediction
 corrects the losses of the part's tensors, in all formats, and another plan is made under the corrected losses. If it
 is better its parts are measured in turn; if not, the next plan is made with half of the correction. Of the plans that
-were measured the best one stays.
+were measured the best one stays: the one of the least divergence; where a divergence alone is the goal, the smallest
+that stays below it.
 
 A part is one role in a third of the layers; embedding and output are parts of their own.
 """
@@ -28,6 +29,7 @@ from converter.progress import Progress
 from converter.target import Prepared
 from converter.verify import DecodedArtifact
 from converter.write import ArtifactWriter
+from formats.errors import ConvertError
 from formats.journal import append_line, read_lines
 from formats.whole_file import whole_file
 from profiles.evidence import Evidence
@@ -95,24 +97,35 @@ def refine(
     factors: dict[str, float] = {}
     seen: set[str] = set()
     for step in range(rounds + 1):
-        prepared = decide(evidence.corrected(factors))
+        try:
+            prepared = decide(evidence.corrected(factors))
+        except ConvertError:
+            if best is None:
+                raise
+            break  # by what has been measured the goal is out of reach, and the best of what there was stays
         if prepared.plan.digest() in seen:
             break
         seen.add(prepared.plan.digest())
         trials = trials or _Trials(prepared, importance, work_dir, progress, should_stop)
         measured = trials.divergence(prepared)
         progress.say(f"refinement {step} of {rounds}: {measured:.4f} nats a token, measured")
-        if best is None or measured < best.divergence:
+        rank = _rank(prepared, measured)
+        if best is None or rank < best.rank:
             predicted = _predicted(prepared.plan, evidence.corrected(factors))
-            best = _Best(measured, sum(predicted.values()), factors)
+            best = _Best(rank, measured, sum(predicted.values()), factors, _only_goal(prepared))
             share = FIRST_SHARE
             change = {} if step == rounds else _change(prepared, predicted, measured, trials)
         else:
             share /= 2
-        factors = {name: best.factors.get(name, 1.0) * change[name] ** share for name in change}
+        # All of what is wrong in sum, which decides how much a divergence takes; of what is wrong among parts a share.
+        factors = {
+            name: best.factors.get(name, 1.0) * best.scale * (of_part / best.scale) ** share
+            for name, of_part in change.items()
+        }
     assert best is not None
-    scale = best.divergence / best.predicted if best.predicted > 0 else 1.0
-    factors = {name: scale * factor for name, factor in best.factors.items()}
+    factors = dict(best.factors)
+    if not best.meets_its_goal:  # scaled, the losses would lead to another plan, which nobody has measured
+        factors = {name: best.scale * factor for name, factor in factors.items()}
     with whole_file(work_dir / CORRECTIONS_FILE, "refinement") as file:
         file.write(json.dumps({"divergence": best.divergence, "factors": factors}, indent=1).encode())
     shutil.rmtree(work_dir / "refinement", ignore_errors=True)
@@ -135,12 +148,39 @@ def _predicted(plan: Plan, evidence: Evidence) -> dict[str, float]:
     return losses
 
 
-class _Best(NamedTuple):
-    """The plan of the least divergence: measured, predicted, and the factors of its evidence."""
+def _rank(prepared: Prepared, measured: float) -> tuple[bool, float]:
+    """The lower the better. First comes whether the plan misses a divergence that is the only goal; of those that do
+    not the smallest is the best, and of all others the one that diverges least."""
+    goal = _only_goal(prepared)
+    if goal is None or measured > goal:
+        return goal is not None, measured
+    return False, float(prepared.file_bytes)
 
+
+def _only_goal(prepared: Prepared) -> float | None:
+    """The divergence that was asked for where no size was."""
+    assert prepared.plan.spent is not None
+    budget = prepared.plan.spent.budget
+    return budget.kld if budget.size is None and budget.bpw is None else None
+
+
+class _Best(NamedTuple):
+    """The best plan: how good, its divergence measured and predicted, and the factors of its evidence. goal: see
+    _only_goal."""
+
+    rank: tuple[bool, float]
     divergence: float
     predicted: float
     factors: dict[str, float]
+    goal: float | None
+
+    @property
+    def scale(self) -> float:
+        return self.divergence / self.predicted if self.predicted > 0 else 1.0
+
+    @property
+    def meets_its_goal(self) -> bool:
+        return self.goal is not None and self.divergence <= self.goal
 
 
 class _Trials:

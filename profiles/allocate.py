@@ -1,6 +1,6 @@
 """Meeting a budget: the format of every tensor it is free to choose, by what each costs in bytes and in divergence."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,6 +72,7 @@ def loss_of(evidence: Evidence, tensor: TensorSpec, format_name: str) -> float:
 
 def group_tensors(
     free: Sequence[TensorSpec],
+    decided: Mapping[str, tuple[TensorSpec, str]],
     budget: Budget,
     evidence: Evidence,
     size_of: SizeOf,
@@ -80,19 +81,30 @@ def group_tensors(
 ) -> list[Group]:
     """The free tensors with their options, in groups where the budget wants some alike.
 
+    decided: name -> tensor and format, of those that are not free: what should be like them has their format.
     with_importance: names of the tensors whose columns have an importance. tied: the embedding is the output head too.
-    Raises ConvertError for a tensor that no format of the budget suits.
+    Raises ConvertError for a tensor that no format of the budget suits, and for decided ones that are not alike.
     """
     members: dict[object, list[TensorSpec]] = {}
     for tensor in free:
-        alike = next((roles for roles in budget.alike if tensor.role in roles and tensor.layer is not None), None)
-        members.setdefault((alike, tensor.layer) if alike else tensor.name, []).append(tensor)
+        members.setdefault(_group_key(tensor, budget), []).append(tensor)
+    given: dict[object, dict[str, str]] = {}
+    for tensor, name in decided.values():
+        given.setdefault(_group_key(tensor, budget), {})[name] = tensor.name
     groups = []
-    for tensors in members.values():
+    for key, tensors in members.items():
         allowed = [set(_formats_of(tensor, budget, with_importance, tied)) for tensor in tensors]
         names = [name for name in budget.formats if all(name in formats for formats in allowed)]
         if not names:
             raise _nothing_suits(tensors, budget, tied)
+        if fixed := given.get(key):
+            names = list(fixed)
+            if len(names) > 1 or not all(get_format(names[0]).fits(tensor.n_columns) for tensor in tensors):
+                raise ConvertError(
+                    f"tensors that should share a format cannot: rules give {_text(fixed)}",
+                    f"{budget.where}, key alike, tensor {tensors[0].name}",
+                    "name one format for all of them, or leave them out of `alike`",
+                )
         groups.append(
             Group(
                 tuple(tensors),
@@ -102,6 +114,16 @@ def group_tensors(
             )
         )
     return groups
+
+
+def _group_key(tensor: TensorSpec, budget: Budget) -> object:
+    """The same for tensors that share a format."""
+    alike = next((roles for roles in budget.alike if tensor.role in roles and tensor.layer is not None), None)
+    return (alike, tensor.layer) if alike else tensor.name
+
+
+def _text(formats: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} to {tensor}" for name, tensor in formats.items())
 
 
 def _formats_of(tensor: TensorSpec, budget: Budget, with_importance: Collection[str], tied: bool) -> list[str]:

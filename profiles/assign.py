@@ -158,11 +158,14 @@ class _Assigner:
     ) -> Plan:
         """The best plan within the budget, whose rules and overrides stay as they are."""
         assert self.evidence is not None
-        free = [t for t in self.model_map.tensors if t.quantizable and self._decided(t) is None]
+        matrices = [t for t in self.model_map.tensors if t.quantizable]
+        free = [t for t in matrices if self._decided(t) is None]
+        fixed = {t.name: (t, _fitting(t, *of).format) for t in matrices if (of := self._decided(t)) is not None}
         whole_file = budget.bpw is None
         count = file_bytes if whole_file and file_bytes is not None else lambda plan: plan.n_bytes
         groups = group_tensors(
             free,
+            fixed,
             budget,
             self.evidence,
             self._file_bytes_of if whole_file else self._bytes_of,

@@ -90,10 +90,6 @@ def parse_budget(table: object, where: str, inherited: Budget | None = None) -> 
     )
 
 
-def default_budget() -> Budget:
-    return parse_budget({}, "the default budget")
-
-
 def _refuse_two_sizes(size: int | None, bpw: float | None, where: str) -> None:
     if size is not None and bpw is not None:
         raise ConvertError("a size and bits per weight are two sizes for one file", where, "give one of them")

@@ -47,7 +47,7 @@ from pathlib import Path
 
 from formats.errors import ConvertError, nearest
 from profiles.activations import ActivationRules, parse_activations
-from profiles.budget import Budget, default_budget, parse_budget
+from profiles.budget import Budget, parse_budget
 from profiles.protection import Protection, parse_protection
 from profiles.rules import LayerQuantizationConfig, parse_rule
 from profiles.strict import known_keys, number, tables
@@ -107,7 +107,9 @@ class QuantizationProfile:
         for number_of in (bpw, kld):
             if number_of is not None:
                 number(number_of, where)
-        return replace(self, budget=(self.budget or default_budget()).aiming_at(size, bpw, kld, where))
+        budget = self.budget or load_profile("budget").budget  # whose floors hold for whatever has none of its own
+        assert budget is not None
+        return replace(self, budget=budget.aiming_at(size, bpw, kld, where))
 
 
 def parse_profile(text: str, name: str, where: str, _extending: tuple[str, ...] = ()) -> QuantizationProfile:

@@ -96,6 +96,43 @@ def test_the_best_plan_that_was_measured_stays(measured, tmp_path, monkeypatch):
     assert np.isfinite(total) and total > 0
 
 
+class Measured:
+    """In the place of trials: what is measured is twice what the table says."""
+
+    def __init__(self, evidence):
+        self.evidence, self.plans = evidence, {}
+
+    def divergence(self, prepared, exact=()):
+        rows = [p for p in prepared.plan.tensors if p.tensor.name not in set(exact)]
+        losses = (self.evidence.losses.get(p.tensor.name, {}).get(p.format, 0.0) for p in rows)
+        found = 2 * sum(losses)
+        if not exact:
+            self.plans[prepared.plan.digest()] = found, prepared.file_bytes
+        return found
+
+
+@pytest.mark.parametrize("kld", [0.3, 3.0])
+def test_for_a_divergence_the_smallest_plan_that_meets_it_stays(measured, tmp_path, monkeypatch, kld):
+    surveyed, evidence, importance = measured
+    losses = {n: {f: kld * loss for f, loss in of.items()} for n, of in evidence.losses.items()}
+    total = sum(min(of.values()) for of in losses.values()) + sum(max(of.values()) for of in losses.values())
+    goal = total / 4
+    evidence = replace(evidence, losses=losses)
+    profile = load_profile("budget").aiming_at(None, None, goal, "test")
+    surveyed = replace(surveyed, job=replace(surveyed.job, target_size=None, target_kld=goal, profile=profile))
+    trials = Measured(evidence)
+    monkeypatch.setattr("converter.refine._Trials", lambda *args: trials)
+    (tmp_path / "work").mkdir()
+    first = decide(surveyed, evidence).plan.digest()
+    refined = refine(
+        lambda e: decide(surveyed, e), evidence, importance, 3, tmp_path / "work", Progress(quiet=True), lambda: False
+    )
+    chosen = decide(surveyed, refined).plan.digest()
+    assert trials.plans[first][0] > goal  # the table promised too much
+    good = {digest: n_bytes for digest, (found, n_bytes) in trials.plans.items() if found <= goal}
+    assert chosen in good and good[chosen] == min(good.values())
+
+
 def test_stopped_anywhere_it_ends_the_same(measured, tmp_path):
     surveyed, evidence, importance = measured
     results = []

@@ -136,6 +136,31 @@ def test_floors_by_role_hold_for_what_a_tied_embedding_stands_for():
     assert any(get_format(row.format).bits_per_weight < 4 for row in untied.tensors)
 
 
+def test_what_rules_decide_binds_what_is_to_be_like_it():
+    rule = '[[rule]]\nroles = ["mlp_up"]\nlayers = ["first:2"]\nformat = "Q5_K"\n'
+    plan = within('bpw = 4\nalike = [["mlp_gate", "mlp_up"]]', rules=rule)
+    formats = {row.tensor.name: row.format for row in plan.tensors}
+    for layer in range(8):
+        assert formats[f"blk.{layer}.ffn_gate.weight"] == formats[f"blk.{layer}.ffn_up.weight"]
+    assert formats["blk.1.ffn_gate.weight"] == "Q5_K"
+    both = rule + rule.replace("mlp_up", "mlp_down").replace("Q5_K", "Q4_K")
+    with pytest.raises(
+        ConvertError, match=r"should share a format cannot: rules give Q5_K to blk\.0\.ffn_up\.weight, Q4_K"
+    ):
+        within('bpw = 4\nalike = [["mlp_gate", "mlp_up", "mlp_down"]]', rules=both)
+
+
+def test_any_profile_with_a_target_has_the_floors_of_the_preset():
+    def least_in_attention(plan: Plan) -> float:
+        rows = [row for row in plan.tensors if row.tensor.role.startswith("attention_")]
+        return min(get_format(row.format).bits_per_weight for row in rows)
+
+    of = model_map()
+    profile = load_profile("uniform-8bit").aiming_at(None, 2.4, None, "test")
+    plan = assign(profile, of, evidence=evidence(of), with_importance={t.name for t in of.tensors})
+    assert least_in_attention(plan) > 2 > least_in_attention(within("bpw = 2.4"))
+
+
 def test_groups_that_are_to_be_alike_are():
     groups = '[["attention_query", "attention_key", "attention_value"], ["mlp_gate", "mlp_up"]]'
     plan = within(f'size = "2M"\nalike = {groups}')
