@@ -142,8 +142,11 @@ def _weight_magnitudes(
     source: "WeightSource", names: Mapping[str, tuple[str, int]], found: Collection[str]
 ) -> dict[str, float]:
     """The mean magnitude of the weights of every tensor."""
-    means: dict[str, list[float]] = {}
+    from calibration.weights import blocks_of
+
+    sums, counts = dict.fromkeys(found, 0.0), dict.fromkeys(found, 0)
     for name, (tensor, _) in names.items():
-        if tensor in found:
-            means.setdefault(tensor, []).append(float(np.abs(source.read(name)).mean(dtype=np.float64)))
-    return {tensor: float(np.mean(means[tensor])) for tensor in found}
+        for block in blocks_of(source, name) if tensor in sums else ():
+            sums[tensor] += float(np.abs(block).sum(dtype=np.float64))
+            counts[tensor] += block.size
+    return {tensor: sums[tensor] / counts[tensor] for tensor in found}

@@ -46,6 +46,11 @@ class BlockSource(Protocol):
         """The tensor as `read` has it, in parts of some rows."""
 
 
+def blocks_of(source: WeightSource, name: str) -> Iterable[np.ndarray]:
+    """A tensor in as small parts as the source gives it in."""
+    return source.blocks(name) if isinstance(source, BlockSource) else [source.read(name)]
+
+
 class ParameterReader:
     """Reads parameters by their name in the model; tied: the head is the embedding."""
 
@@ -81,7 +86,7 @@ class ParameterReader:
         for target, names in zip(values if len(matrices) > 1 else [values], matrices, strict=True):
             rows, first = target.view(-1, like.shape[-1]), 0
             for name in names:
-                for block in self._blocks(name):
+                for block in blocks_of(self.source, name):
                     part = torch.from_numpy(block).view(-1, block.shape[-1])
                     last = first + len(part)
                     if part.shape[1] != rows.shape[1] or last > len(rows):
@@ -91,9 +96,6 @@ class ParameterReader:
             if first != len(rows):
                 raise _wrong_shape(names[-1], (first, rows.shape[1]), rows)
         return values.to(device)
-
-    def _blocks(self, name: str) -> Iterable[np.ndarray]:
-        return self.source.blocks(name) if isinstance(self.source, BlockSource) else [self.source.read(name)]
 
 
 def n_matrices(parameter: torch.Tensor) -> int:

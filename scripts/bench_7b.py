@@ -37,13 +37,19 @@ ALL_LAYERS, ALL_SAMPLES, ALL_TOKENS = 32, 512, 512
 
 
 class LayerClock:
-    """should_stop that notes when it is asked, which is after every layer."""
+    """should_stop that notes when it is asked, which is after every layer, and the peak of a GPU's memory until then:
+    torch's own figure starts anew with every layer, whose micro-batches are fitted to what is free."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.peak_on_gpu = 0
 
     def __call__(self) -> bool:
+        import torch
+
         self.times.append(time.monotonic())
+        if torch.cuda.is_available():
+            self.peak_on_gpu = max(self.peak_on_gpu, torch.cuda.max_memory_allocated())
         return False
 
 
@@ -67,10 +73,7 @@ def calibrate(
             threads=threads,
             should_stop=clock,
         )
-    import torch
-
-    on_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, on_gpu, clock.times
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, clock.peak_on_gpu, clock.times
 
 
 def seconds_per_layer(times: list[float]) -> float:

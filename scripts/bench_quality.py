@@ -178,13 +178,12 @@ def table(results: list[Result]) -> Iterator[str]:
     "--json",
     "json_path",
     type=click.Path(path_type=Path),
-    default=CACHE / "quality.jsonl",
-    show_default=True,
-    help="Results; what is there is not measured again.",
+    help="Results; what is there is not measured again.  [default: in the cache, by the model's name]",
 )
-def main(model: Path | None, types: str, steps: str, chunks: int, json_path: Path) -> None:
+def main(model: Path | None, types: str, steps: str, chunks: int, json_path: Path | None) -> None:
     CACHE.mkdir(parents=True, exist_ok=True)
     model = model or build(Path(".cache/smollm2-wide"), wide=True)
+    json_path = json_path or CACHE / f"quality-{model.name}.jsonl"
     results = [Result.from_dict(entry) for entry in read_lines(json_path) if entry["chunks"] == chunks]
     with tempfile.TemporaryDirectory(dir=CACHE) as directory:
         bench = None

@@ -7,7 +7,8 @@ for the down projections or `layers` for all matrices of the layers, while the r
 weights that the search has found are protected in one way: not at all, raised to Q6_K with their tensor, pinned within
 5 %, or rescaled.
 
-Results go into a JSON file, a line each, and the same command continues there. The text to measure on comes with the
+Results go into a file of JSON lines in the cache, one for each number of samples and effort, and the same command
+continues there. The text to measure on comes with the
 package dataset-build, and is of the split that calibration does not see.
 """
 
@@ -201,11 +202,9 @@ def lines(results: list[Result]) -> Iterator[str]:
 @click.option("--formats", default=",".join(FORMATS), show_default=True)
 @click.option("--samples", default=8, show_default=True, help="Of 512 tokens; the second half of each is scored.")
 @click.option("--effort", default="fast", show_default=True, type=click.Choice(["best", "fast"]))
-@click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), default=CACHE / "results.jsonl", show_default=True
-)
-def main(models: str, scopes: str, formats: str, samples: int, effort: Effort, json_path: Path) -> None:
-    json_path.parent.mkdir(parents=True, exist_ok=True)
+def main(models: str, scopes: str, formats: str, samples: int, effort: Effort) -> None:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    json_path = CACHE / f"results-{samples}-{effort}.jsonl"
     results = [Result(**entry) for entry in read_lines(json_path)]
     known = {(r.model, r.scope, r.format, r.imatrix, r.way) for r in results}
     for name in models.split(","):

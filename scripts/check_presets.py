@@ -26,7 +26,6 @@ from profiles.schema import load_profile, preset_names
 from scripts.smollm2 import build
 
 WORK = Path(".cache/check-presets")
-RESULTS = WORK / "results.jsonl"
 SEQUENCE_LENGTH = 512
 # A directory wants more of its inputs than an importance matrix has.
 DIRECTORY_CALIBRATION = {"samples": 128, "sequence_length": 256}
@@ -101,12 +100,13 @@ def line(result: dict[str, Any]) -> str:
 def main(model: Path | None, presets: tuple[str, ...], samples: int, **options: Path | None) -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     bench = Bench(model or build(Path(".cache/smollm2-wide"), wide=True), samples, options)
-    finished = {(result["preset"], result["target_bpw"]): result for result in read_lines(RESULTS)}
+    results = WORK / f"results-{bench.model.name}-{samples}.jsonl"
+    finished = {(result["preset"], result["target_bpw"]): result for result in read_lines(results)}
     click.echo("| preset | MB | bits per weight | mean KLD | perplexity | top-1 % |\n|---|---|---|---|---|---|")
     for preset, bpw in runs(presets):
         if (preset, bpw) not in finished:
             finished[preset, bpw] = bench.run(preset, bpw)
-            append_line(RESULTS, finished[preset, bpw])
+            append_line(results, finished[preset, bpw])
         click.echo(line(finished[preset, bpw]))
     if finished:
         result = next(iter(finished.values()))

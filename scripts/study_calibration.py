@@ -49,6 +49,8 @@ class Study:
         """The importance of the first so many samples, for each of these numbers."""
         paths = {n: self.cache / f"{n}x{length}-{'chat' if chat else 'plain'}.gguf" for n in samples}
         corpus = load_corpus(EMBEDDED, self.tokenizer, max(samples), length, chat=chat)
+        if len(corpus.tokens) < max(samples):
+            raise SystemExit(f"the text has {len(corpus.tokens)} samples of {length} tokens, not {max(samples)}")
         total, start = None, 0
         for n in sorted(samples):
             if not paths[n].exists():
@@ -115,7 +117,7 @@ def main(
 ) -> None:
     """Print mean KL divergence on plain text and on conversations for every amount and kind of calibration."""
     progress = Progress()
-    study = Study(model, cache, progress)
+    study = Study(model, cache / model.name, progress)
     numbers = [int(n) for n in samples.split(",")]
     click.echo(f"{base}, effort fast; mean KLD over {EVALUATION_SAMPLES} samples of {EVALUATION_LENGTH} tokens")
     click.echo(
