@@ -53,6 +53,10 @@ def load_artifact(first: Path, work_dir: Path | None, progress: Progress) -> Fin
     Raises ConvertError for an artifact without a report, one that is not as its report says, and for files that are too
     large for the Hub.
     """
+    if first.is_dir():
+        raise ConvertError(
+            "directories are not published yet, GGUFs are", str(first), "send it with `hf upload REPOSITORY DIRECTORY`"
+        )
     paths = artifact_files(first)
     for path in paths:
         if path.stat().st_size > LARGEST_FILE_BYTES:

@@ -103,6 +103,8 @@ def publish(
 
     token = stored_token()
     repository = HubRepository(target.repository, progress.say, token, patient=not dry_run)
+    if not dry_run:
+        repository.check_rights()  # before every byte of the artifact is read
     finished = load_artifact(artifact, work_dir, progress)
     state, base = _look(repository, target, finished.report, note, dry_run)
     stem = repository_stem(finished, target.name)

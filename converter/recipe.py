@@ -9,7 +9,7 @@ from typing import Any
 from calibration.importance import ImportanceMatrix
 from converter.checkpoint import Checkpoint
 from converter.job import Job, file_sha256, tool_identity
-from formats.moment_factor import DAMPING
+from formats.moment_factor import DAMPING, ORDER
 from profiles.budget import Budget
 from profiles.plan import Plan
 from profiles.schema import load_profile, preset_names
@@ -50,6 +50,7 @@ def recipe(
     }
     if plan.error_feedback:
         entries |= {"error_feedback": "rounding in turn and descent", "error_feedback.damping": f"{DAMPING:g}"}
+        entries["error_feedback.order"] = ORDER
     if importance is not None:
         entries |= {
             "calibration.model": importance.model or "",

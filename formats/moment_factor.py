@@ -13,6 +13,9 @@ from formats.products import Run, cholesky
 DAMPING = 0.02
 """Share of the off-diagonal second moments that is taken away."""
 
+ORDER = "descending second moments"
+"""In which columns are rounded."""
+
 # A column's second moment is at least this share of the mean: inputs that were never seen do not weigh nothing.
 _LEAST_MOMENT = 1e-6
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil, floor, log10
 
 import numpy as np
 
@@ -204,6 +205,23 @@ def _size(n_bytes: float) -> str:
     return f"{n_bytes:.0f} B"
 
 
+def _enough(value: float) -> str:
+    """At least the value, in four digits: what is asked for when it is typed again can be had."""
+    digits = 3 - floor(log10(value)) if value > 0 else 0
+    return f"{ceil(value * 10.0**digits - 1e-9) / 10.0**digits:.4g}"
+
+
+def _point(size: float, kld: float, budget: Budget, fixed: Fixed) -> str:
+    """A point of the frontier in the unit of the goal."""
+    divergence = f"(KLD {_enough(kld)})"
+    if budget.bpw is not None:
+        return f"{_enough(8 * size / fixed.n_weights)} bpw {divergence}"
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if size >= factor:
+            return f"{_enough(size / factor)} {unit} {divergence}"
+    return f"{_enough(size / 1e3)} KB {divergence}"
+
+
 def _infeasible(
     n_bytes: list[np.ndarray],
     losses: list[np.ndarray],
@@ -230,7 +248,7 @@ def _infeasible(
         what = f"the least predicted KL divergence is {points[-1, 1]:.4g}, and {budget.kld:g} is asked for"
         nearest = [tuple(point) for point in points[-2:]]
     lines = [f"{_size(size):>10}  KLD {kld:.4g}" for size, kld in _sampled(points)]
-    feasible = " or ".join(f"{_size(size)} (KLD {kld:.4g})" for size, kld in nearest)
+    feasible = " or ".join(_point(size, kld, budget, fixed) for size, kld in nearest)
     return ConvertError(
         f"the budget cannot be met: {what}",
         budget.where,

@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass, field
 from math import fsum
 
 from formats.block_format import Effort
-from formats.moment_factor import DAMPING
+from formats.moment_factor import DAMPING, ORDER
 from formats.pins import Pin
 from formats.registry import get_format
 from profiles.budget import Budget
@@ -153,5 +153,5 @@ class Plan:
         super weights, scales of caches, effort and error feedback."""
         keys = ("tensor", "shape", "format", "pins", "rescaled", "kept_out", "cache_scales")
         decided = [[row[key] for key in keys] for row in self.rows()]
-        feedback = [DAMPING] if self.error_feedback else []
+        feedback = [DAMPING, ORDER] if self.error_feedback else []
         return hashlib.sha256(json.dumps([self.effort, decided, *feedback]).encode()).hexdigest()

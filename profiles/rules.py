@@ -55,7 +55,10 @@ def in_range(layer: int, n_layers: int, text: str) -> bool:
     start, stop = _share(first), _share(last)
     if start is not None and stop is not None and start < stop:
         return ceil(start * n_layers) <= layer < ceil(stop * n_layers)
-    return int(first) <= layer <= int(last or first)
+    bounds = int(first), int(last) if "-" in text else int(first)
+    if bounds[0] > bounds[1]:
+        raise ValueError(text)
+    return bounds[0] <= layer <= bounds[1]
 
 
 def _share(text: str) -> Fraction | None:

@@ -23,6 +23,8 @@ from huggingface_hub.utils import close_session
 from converter import publication
 from converter.cli import main
 from converter.job import default_work_dir, file_sha256
+from converter.progress import Progress
+from formats.errors import ConvertError
 from tests.converter.writable_hub import SIGNATURE, Account, Fault, Repository, WritableHub, serve
 
 ROOT = Path(__file__).parents[2]
@@ -606,3 +608,10 @@ def test_options_of_pushing_alone(tiny):
     assert done.exit_code == 1 and "--push-to org/name" in done.stderr
     done = convert("--push-to", TO, "--split-size", "30GB", tiny("llama"))
     assert done.exit_code == 1 and "at most 20 GB" in done.stderr
+
+
+def test_a_directory_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "w8a8").mkdir()
+    with pytest.raises(ConvertError, match="directories are not published yet") as raised:
+        publication.load_artifact(tmp_path / "w8a8", None, Progress(quiet=True))
+    assert "hf upload" in raised.value.remedy

@@ -237,9 +237,20 @@ def test_the_two_nearest_points_are_feasible():
         within('size = "2M"\nkld = 0.001')
     nearest = raised.value.remedy.partition(";")[0]
     assert nearest.startswith("nearest: 2 MB (KLD ") or nearest.startswith("nearest: 1.99")
-    other = float(nearest.rpartition(" or ")[2].partition(" MB")[0]) * 1e6
-    plan = within(f'size = "{round(other * 1.001)}"\nkld = 0.001')
+    other = nearest.rpartition(" or ")[2].partition(" MB")[0]
+    plan = within(f'size = "{other}M"\nkld = 0.001')
     assert plan.predicted_kld <= 0.001
+
+
+@pytest.mark.parametrize("goal", ['size = "300K"', "bpw = 0.9", "kld = 1e-9\nformats = ['Q*_K']"])
+def test_what_is_called_nearest_can_be_asked_for(goal):
+    with pytest.raises(ConvertError) as raised:
+        within(goal)
+    for point in raised.value.remedy.partition(";")[0].removeprefix("nearest: ").split(" or "):
+        size, unit, _, kld = point.replace(")", "").split()
+        rest = goal.partition("\n")[2]
+        retyped = f"bpw = {size}" if unit == "bpw" else f'size = "{size}{unit}"'
+        within(f"kld = {kld}\n{rest}" if goal.startswith("kld") else f"{retyped}\n{rest}")
 
 
 def test_a_size_and_a_divergence_that_agree():

@@ -63,6 +63,8 @@ def test_ranges(text, layers):
         ),
         (HEAD + '[[rule]]\nroles = ["mlp_*"]\nlayer = "all"\nformat = "Q4_K"', "unknown key 'layer'", "'layers'"),
         (HEAD + '[[rule]]\nroles = ["mlp_*"]\nlayers = "frist:2"\nformat = "Q4_K"', "no range of layers", "first:2"),
+        (HEAD + '[[rule]]\nroles = ["mlp_*"]\nlayers = "7-3"\nformat = "Q4_K"', "no range of layers", "4-7"),
+        (HEAD + '[[rule]]\nroles = ["mlp_*"]\nlayers = "12-"\nformat = "Q4_K"', "no range of layers", "4-7"),
         (HEAD + '[[rule]]\nformat = "Q4_K"', "a rule needs", "add what is missing"),
         (HEAD + '[[rule]]\nroles = "mlp_*"\ntensors = "blk.*"\nformat = "Q4_K"', "a rule needs", "add"),
         (HEAD + "[[rule]]\nroles = 3\nformat = 'Q4_K'", "a text or a list", "write"),
