@@ -80,6 +80,7 @@ class Study:
                 profile=parse_profile(text, base.lower(), "study"),
                 output=Path(directory) / "model.gguf",
                 imatrix=imatrix,
+                protect_super_weights="off",
                 quality=False,
                 effort="fast",
             )
