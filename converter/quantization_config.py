@@ -95,7 +95,7 @@ def _activations(scheme: ActivationScheme) -> dict[str, Any]:
 def _ignored(modules: Sequence[str], others: set[str]) -> list[str]:
     """Names, exact for the text model; what lies outside of it by its first parts."""
     first = sorted({_first_parts(name) for name in others})
-    inside = [name if _PLAIN.fullmatch(name) else _pattern(name, "") for name in modules if name not in others]
+    inside = [name if _PLAIN.fullmatch(name) else _pattern(name) for name in modules if name not in others]
     return [*inside, *(f"re:.*{re.escape(part)}.*" for part in first)]
 
 
@@ -123,7 +123,9 @@ def _patterns(modules: Sequence[str], rows: Sequence[PlannedModule]) -> list[str
     return patterns
 
 
-def _pattern(template: str, layer: str) -> str:
-    """re: over a module's name from "layers" on; all indices but the first, the layer's, are free."""
-    end = template[max(0, template.find("layers.#.")) :]
+def _pattern(name: str, layer: str = "") -> str:
+    """re: over a module's name from "layers" on, or over its last part where it is in no layer. layer: stands for the
+    first # of a template; all other # are free."""
+    start = name.find("layers.")
+    end = name[start if start >= 0 else name.rfind(".") + 1 :]
     return "re:.*" + re.escape(end).replace(r"\#", layer, 1).replace(r"\#", r"\d+") + "$"

@@ -1,6 +1,7 @@
 """quantization_config: compressed-tensors parses it, and gives every module the scheme that the plan gives it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from compressed_tensors.quantization import QuantizationConfig
@@ -71,6 +72,17 @@ def test_layers_of_their_own_are_told_apart_also_beyond_nine():
     plan = planned('base = "FP8"', modules(12), "model.layers.1.mlp.down_proj.weight=W8A8")
     check(plan)
     check(plan, rename=lambda name: name.replace("model.layers", "model.language_model.layers"))
+
+
+@pytest.mark.parametrize("stored", ["model.language_model.", "language_model.model."])
+def test_what_is_kept_of_a_model_with_images_is_found_under_the_prefix_of_any_runtime(stored):
+    of = modules(12)
+    tensors = tuple(replace(t, name=t.name.replace("model.", stored, 1)) for t in of.tensors)
+    head = replace(tensors[-1], name="language_model.lm_head.weight")
+    plan = planned('base = "FP8"', replace(of, tensors=(*tensors[:-1], head)), "*layers.1.mlp.down_proj.weight=BF16")
+    check(plan)
+    for prefix in ("model.", "model.language_model.", "language_model.model."):
+        check(plan, rename=lambda name, prefix=prefix: name.replace(stored, prefix).replace("language_model.lm_", "lm_"))
 
 
 def test_experts_and_routers():
