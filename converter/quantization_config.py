@@ -1,8 +1,9 @@
 """`quantization_config` of a directory's config.json, in the words that compressed-tensors' schema allows.
 
 Every group of modules that share a scheme is one entry of config_groups. One scheme throughout is said as everybody
-does: the target "Linear", and an `ignore` list of what is kept. Several schemes have targets that name their modules,
-by regular expressions over the ends of the names: runtimes put different prefixes in front of the same module.
+does: the target "Linear", the output head where it is quantized, and an `ignore` list of what is kept. Several schemes
+have targets that name their modules, by regular expressions over the ends of the names: runtimes put different prefixes
+in front of the same module.
 """
 
 import re
@@ -41,7 +42,10 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
         ignore.append("lm_head" if all(_PLAIN.fullmatch(name) for name in linear) else "re:.*lm_head$")
     schemes = [get_scheme(name, "plan") for name in groups]
     formats = {scheme.format for scheme in schemes}
-    targets = [["Linear"]] if len(groups) == 1 else [_patterns(modules, rows) for modules in groups.values()]
+    targets = [_patterns(modules, rows) for modules in groups.values()]
+    if len(groups) == 1:
+        heads = [row.module for row in rows if row.scheme is not None and row.tensor.role is Role.OUTPUT]
+        targets = [["Linear", *_patterns(heads, rows)]]  # vLLM's class of an output head is no Linear
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else _MIXED,

@@ -129,6 +129,14 @@ def test_several_schemes_in_one_directory(tiny, tmp_path):
     np.testing.assert_array_equal(ours(artifact, model, tmp_path / "work"), theirs(artifact))
 
 
+def test_a_quantized_output_head_is_read(tiny, tmp_path):
+    model = tiny("llama-256")
+    text = 'base = "W4A16_G32"\n[[rule]]\nroles = ["output"]\nformat = "W4A16_G32"'
+    artifact, _ = convert(model, tmp_path, text)
+    assert DirectoryArtifact.of_recipe(artifact).tensors["lm_head.weight"][0] == "W4A16_G32"
+    np.testing.assert_array_equal(ours(artifact, model, tmp_path / "work"), theirs(artifact))
+
+
 def test_plan_and_files_agree_to_the_byte_and_shards_do(tiny, tmp_path):
     model = tiny("llama-256")
     arguments = ["--profile", "w4a16", "--split-size", "300K", "--no-quality", "--output", str(tmp_path / "a")]

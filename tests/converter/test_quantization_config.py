@@ -54,6 +54,13 @@ def test_one_scheme_is_said_as_everybody_does():
     assert data["format"] == "int-quantized" and data["kv_cache_scheme"] is None
 
 
+def test_an_output_head_is_named_as_no_runtime_s_linear_layer():
+    config = check(planned('base = "W4A16"', modules(), "output=W4A16", "mlp_down=W4A16_G32", "mlp_*=W4A16"))
+    assert any(match_name("language_model.lm_head", t) for g in config.config_groups.values() for t in g.targets)
+    config = check(planned('base = "W8A16_CHANNEL"', modules(), "output=W8A16_CHANNEL"))
+    assert config.config_groups["group_0"].targets == ["Linear", "re:.*lm_head$"] and config.ignore == []
+
+
 def test_a_cache_is_said_as_runtimes_read_it():
     config = check(planned('base = "W4A16"\n[activations]\nkv_cache = "FP8"', modules()))
     scheme = config.kv_cache_scheme
