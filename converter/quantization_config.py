@@ -20,6 +20,9 @@ from profiles.vocabulary import Role
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert, in a module's name
 # The names that a text model's modules have in every runtime.
 _PLAIN = re.compile(r"(model\.layers\..*|lm_head)")
+# An expert's matrix, by what a checkpoint may call it and what vLLM looks up instead.
+_OF_EXPERT = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_EXPERT = re.compile(rf"(?<=\\\.)({'|'.join(_OF_EXPERT)})$")  # in an escaped name
 _MIXED = "mixed-precision"
 
 
@@ -39,7 +42,7 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
     linear = [row.module for row in kept if len(row.tensor.shape) == 2 and row.tensor.role is not Role.EMBEDDING]
     ignore = _ignored(linear, others={row.module for row in kept if row.tensor.role is Role.OTHER})
     if plan_is_tied(rows):
-        ignore.append("lm_head" if all(_PLAIN.fullmatch(name) for name in linear) else "re:.*lm_head$")
+        ignore.append("lm_head" if all(map(_is_plain, linear)) else "re:.*lm_head$")
     schemes = [get_scheme(name, "plan") for name in groups]
     formats = {scheme.format for scheme in schemes}
     targets = [_patterns(modules, rows) for modules in groups.values()]
@@ -99,8 +102,13 @@ def _activations(scheme: ActivationScheme) -> dict[str, Any]:
 def _ignored(modules: Sequence[str], others: set[str]) -> list[str]:
     """Names, exact for the text model; what lies outside of it by its first parts."""
     first = sorted({_first_parts(name) for name in others})
-    inside = [name if _PLAIN.fullmatch(name) else _pattern(name) for name in modules if name not in others]
+    inside = [name if _is_plain(name) else _pattern(name) for name in modules if name not in others]
     return [*inside, *(f"re:.*{re.escape(part)}.*" for part in first)]
+
+
+def _is_plain(name: str) -> bool:
+    """Whether every runtime calls the module so."""
+    return _PLAIN.fullmatch(name) is not None and name.rpartition(".")[2] not in _OF_EXPERT
 
 
 def _first_parts(name: str) -> str:
@@ -128,8 +136,9 @@ def _patterns(modules: Sequence[str], rows: Sequence[PlannedModule]) -> list[str
 
 
 def _pattern(name: str, layer: str = "") -> str:
-    """re: over a module's name from "layers" on, or over its last part where it is in no layer. layer: stands for the
-    first # of a template; all other # are free."""
+    """re: over a module's name from "layers" on, or over its last part where it is in no layer; an expert's by either
+    of its names. layer: stands for the first # of a template; all other # are free."""
     start = name.find("layers.")
     end = name[start if start >= 0 else name.rfind(".") + 1 :]
-    return "re:.*" + re.escape(end).replace(r"\#", layer, 1).replace(r"\#", r"\d+") + "$"
+    escaped = re.escape(end).replace(r"\#", layer, 1).replace(r"\#", r"\d+")
+    return "re:.*" + _EXPERT.sub(lambda match: f"(?:{match[0]}|{_OF_EXPERT[match[0]]})", escaped) + "$"

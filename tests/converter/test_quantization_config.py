@@ -1,6 +1,7 @@
 """quantization_config: compressed-tensors parses it, and gives every module the scheme that the plan gives it."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -88,14 +89,32 @@ def test_what_is_kept_of_a_model_with_images_is_found_under_the_prefix_of_any_ru
     head = replace(tensors[-1], name="language_model.lm_head.weight")
     plan = planned('base = "FP8"', replace(of, tensors=(*tensors[:-1], head)), "*layers.1.mlp.down_proj.weight=BF16")
     check(plan)
+    check(plan, rename=lambda name: name.replace("language_model.lm_head", "lm_head"))
     for prefix in ("model.", "model.language_model.", "language_model.model."):
-        check(plan, rename=lambda name, prefix=prefix: name.replace(stored, prefix).replace("language_model.lm_", "lm_"))
+        check(plan, rename=lambda name, prefix=prefix: name.replace(stored, prefix))
 
 
 def test_experts_and_routers():
     config = check(planned('base = "FP8"', modules(2, n_experts=3), "attention_*=W8A8"))
     assert "model.layers.0.mlp.gate" in (config.ignore or [])
     check(planned('base = "W8A8"', modules(2, n_experts=3)))
+
+
+def test_experts_are_found_under_either_of_their_names():
+    names = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+    def mixtral(name: str) -> str:
+        return re.sub(r"(?<=\.experts\.\d\.)\w+", lambda match: names[match[0]], name)
+
+    def looked_up(name: str) -> str:
+        return re.sub(r"w\d$", lambda match: next(n for n, stored in names.items() if stored == match[0]), name)
+
+    of = modules(2, n_experts=2)
+    of = replace(of, tensors=tuple(replace(t, name=mixtral(t.name)) for t in of.tensors))
+    for override in ("attention_*=W8A8", "model.layers.1.*experts*=BF16", "expert_*=BF16"):
+        plan = planned('base = "FP8"', of, override)
+        check(plan)
+        check(plan, rename=looked_up)
 
 
 def test_a_plan_without_schemes_has_no_configuration():
