@@ -287,9 +287,11 @@ def _bits(format_name: str) -> float:
     return get_scheme(format_name).bits_per_weight(1 << 13, 1 << 13)
 
 
-def _fineness(format_name: str) -> tuple[float, int, str]:
+def _fineness(format_name: str) -> tuple[float, int, bool, str]:
+    """Bits of the weights, then of the inputs, then whether every scale of these is measured when they are there."""
     if format_name in KEPT:
-        return _bits(format_name), _UNQUANTIZED_BITS, format_name
-    activations = get_scheme(format_name).activations
-    bits = round(_bits(format_name), 1)
-    return bits, _UNQUANTIZED_BITS if activations is None else activations.num_bits, format_name
+        return _bits(format_name), _UNQUANTIZED_BITS, True, format_name
+    bits, activations = round(_bits(format_name), 1), get_scheme(format_name).activations
+    if activations is None:
+        return bits, _UNQUANTIZED_BITS, True, format_name
+    return bits, activations.num_bits, activations.dynamic is True, format_name

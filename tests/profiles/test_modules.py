@@ -110,6 +110,13 @@ def test_what_runtimes_fuse_gets_the_finest_scheme_of_its_members():
     assert any("multiplied as one with k_proj, which is W8A8" in line for line in repair_lines(plan))
 
 
+@pytest.mark.parametrize("name", ["W8A8", "FP8"])
+def test_scales_that_are_measured_by_token_are_finer_than_static_ones(name):
+    for base, other in ((name, f"{name}_STATIC"), (f"{name}_STATIC", name)):
+        found = formats(planned(f'base = "{base}"', modules(), f"attention_value={other}"))
+        assert {found[f"model.layers.0.self_attn.{n}_proj.weight"] for n in "qkv"} == {name}
+
+
 def test_a_fallback_takes_its_group_along():
     plan = planned('base = "W8A8"', modules())
     dtypes = {row.tensor.name: "BF16" for row in plan.tensors}
