@@ -18,7 +18,7 @@ from converter.modules import gguf_names, stored_dtypes
 from converter.progress import Progress
 from converter.smooth import observe, smooth
 from converter.target import Adapted, Prepared
-from profiles.modules import PlannedModule, given_schemes
+from profiles.modules import EXPERT_ROLES, PlannedModule, fused_groups, given_schemes
 from profiles.plan import Plan
 from profiles.precision import Context, PrecisionChoice, choose_precisions
 from profiles.vocabulary import TensorSpec
@@ -105,8 +105,8 @@ def adapt_activations(
 def _adapted_plan(
     prepared: Prepared, seen: ActivationStatistics, errors: Mapping[str, float]
 ) -> tuple[Plan, list[PrecisionChoice]]:
-    """The plan after fallbacks, and what fell back, under the names by which `--set` finds it. errors: GGUF tensor ->
-    error of its output in INT8, of those that were measured."""
+    """The plan after fallbacks, what fell back, and what went along, under the names by which `--set` finds it.
+    errors: GGUF tensor -> error of its output in INT8, of those that were measured."""
     job, plan = prepared.job, prepared.plan
     rules = job.profile.activations
     if not rules.adapt:
@@ -135,7 +135,35 @@ def _adapted_plan(
     )
     fallen = [choice for choice in choices if choice.fell_back]
     changed = {name: (choice.scheme, choice.reason) for choice in fallen for name in sources[choice.tensor]}
-    return given_schemes(plan, changed, stored_dtypes(prepared.checkpoint)), fallen
+    adapted = given_schemes(plan, changed, stored_dtypes(prepared.checkpoint))
+    return adapted, [*fallen, *_gone_along(plan, adapted, sources, fallen)]
+
+
+def _gone_along(
+    plan: Plan, adapted: Plan, sources: Mapping[str, list[str]], fallen: list[PrecisionChoice]
+) -> list[PrecisionChoice]:
+    """What changed because it is multiplied as one with what fell back, be it that the user has named its scheme."""
+    before = {row.tensor.name: row for row in plan.tensors}
+    after = {row.tensor.name: row for row in adapted.tensors}
+    fused = {name: group for group in fused_groups(plan) for name in group}
+    fell = {name: choice for choice in fallen for name in sources[choice.tensor]}
+    found = []
+    for pattern, (name, *_) in sources.items():
+        row, wanted = after[name], before[name].format
+        if name in fell or row.format == wanted:
+            continue
+        with_it = [
+            choice
+            for other, choice in fell.items()
+            if other in fused.get(name, ())
+            or (
+                before[other].tensor.layer == row.tensor.layer
+                and {row.tensor.role, before[other].tensor.role} <= EXPERT_ROLES
+            )
+        ]
+        alternative = " ".join(dict.fromkeys(choice.alternative for choice in with_it))
+        found.append(PrecisionChoice(pattern, row.format, wanted, row.reason.rpartition("; ")[2], alternative))
+    return found
 
 
 def _range(

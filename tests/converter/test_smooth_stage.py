@@ -244,6 +244,11 @@ def test_a_conversion_names_what_fell_back_and_how_to_keep_it(planted, text, tmp
     assert gate in done.stderr and fallen[gate]["alternative"] in done.stderr
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert gate.removesuffix(".weight") in config["ignore"]
+    done = convert(*options, f"--set={up}=W8A8", "--output", tmp_path / "along", model)
+    (along,) = (choice for choice in json.loads(done.stdout)["precision"] if choice["tensor"] == up)
+    assert along["scheme"] == fallen[gate]["scheme"] and "multiplied as one with gate_proj" in along["reason"]
+    assert along["wanted"] == "W8A8" and along["alternative"] == fallen[gate]["alternative"]
+    assert f"{up}: {along['scheme']} instead of W8A8" in done.stderr
     keep = [f"--set={tensor}=W8A8" for tensor in fallen]
     assert fallen[gate]["alternative"] == f"--set '{gate}=W8A8'"
     done = convert(*options, *keep, "--output", tmp_path / "kept", model)
