@@ -69,6 +69,11 @@ class ImportanceMatrix:
     def with_costs(self, costs: Mapping[str, np.ndarray]) -> "ImportanceMatrix":
         return replace(self, costs=costs)
 
+    def divided(self, factors: Mapping[str, np.ndarray]) -> "ImportanceMatrix":
+        """Of the same model smoothed. factors: tensor -> [n_matrices, n_columns], what its inputs are divided by;
+        absent for 1."""
+        return replace(self, sums={n: s / np.square(factors[n]) if n in factors else s for n, s in self.sums.items()})
+
     def columns(self, name: str) -> np.ndarray:
         """The importance of every column: float32 [n_matrices, n_columns]; KeyError for an unknown tensor.
 

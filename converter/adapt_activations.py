@@ -73,7 +73,8 @@ def adapt_activations(
         seen = observe(job, prepared.checkpoint, prepared.model_map, work_dir, progress, should_stop)
     else:
         smoothed = smooth(job, prepared.checkpoint, prepared.model_map, config, work_dir, progress, should_stop)
-        seen, importance = smoothed.activations, smoothed.activations.importance()
+        seen, given = smoothed.activations, importance if job.imatrix is not None else None
+        importance = seen.importance() if given is None else given.divided(smoothed.smoothing.factors)
         errors = smoothed.errors
         prepared = replace(prepared, checkpoint=smoothed.checkpoint)
         report["smoothing"] = {

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.numpy import save_file
 
 from calibration.activation_file import load_activations
 from calibration.control import Interrupted, never
+from calibration.imatrix_file import save_imatrix
 from calibration.quality import Baseline
 from calibration.smoothing import SmoothQuantConfig
 from converter.cli import main
@@ -227,6 +229,27 @@ def test_integer_products_of_the_smoothed_model_are_the_sources_again(planted, s
     recovered = baseline.scores(smoothed[0.5].checkpoint, arithmetic=IntegerProducts({}))
     assert recovered[2].mean() < 0.2 * naive[2].mean()
     assert np.exp(recovered[1].mean() - recovered[0].mean()) == pytest.approx(1, abs=0.01)
+
+
+def test_importance_that_is_given_is_smoothed_and_used(planted, text, tmp_path):
+    profile = 'description = "d"\ngood_for = "g"\ntarget = "safetensors"\nbase = "W4A16_G32"\n'
+    (tmp_path / "p.toml").write_text(profile + "[activations]\nsmooth = true")
+    options = ["--profile", tmp_path / "p.toml", "--calibration", text, "--samples", 128, "--sequence-length", 32]
+    options += ["--no-chat", "--device", "cpu", "--no-quality", "--work-dir", tmp_path / "w"]
+
+    def written(name: str, *given: object) -> np.ndarray:
+        done = convert(*options, *given, "--fresh", "--output", tmp_path / name, planted)
+        assert done.exit_code == 0, done.stderr
+        return np.fromfile(tmp_path / name / "model.safetensors", np.uint8)
+
+    own = written("own")
+    seen = load_activations(tmp_path / "w" / "activations.safetensors").importance()
+    save_imatrix(tmp_path / "same.gguf", seen)
+    flat = {name: np.ones_like(sums) for name, sums in seen.sums.items()}
+    save_imatrix(tmp_path / "flat.gguf", replace(seen, sums=flat))
+    same, other = (written(name, "--imatrix", tmp_path / f"{name}.gguf") for name in ("same", "flat"))
+    assert (same != own).mean() < 1e-3
+    assert (other != own).mean() > 1e-2
 
 
 def test_a_conversion_names_what_fell_back_and_how_to_keep_it(planted, text, tmp_path):
