@@ -31,6 +31,11 @@ def partial_directory(output: Path) -> Path:
     return output.with_name(f".{output.name}.partial")
 
 
+def _replaced_directory(output: Path) -> Path:
+    """What was there before, until the new one is in its place."""
+    return output.with_name(f".{output.name}.replaced")
+
+
 def check_replaceable(output: Path) -> None:
     """Refuse to replace a directory that this tool did not write."""
     if output.exists() and not (output / RECIPE_NAME).is_file():
@@ -59,6 +64,7 @@ def write_directory(
     """
     journal, partial = work_dir / JOURNAL, partial_directory(output)
     if output.exists() and journal.exists() and not partial.exists() and _is_whole(output, recipe):
+        shutil.rmtree(_replaced_directory(output), ignore_errors=True)
         return directory_files(output)  # a run that was killed after the rename
     if not journal.exists() and partial.exists():
         shutil.rmtree(partial)  # of a job that was given up
@@ -116,9 +122,10 @@ def _put_in_place(partial: Path, output: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
     sync_directory(partial)
-    replaced = output.with_name(f".{output.name}.replaced")
+    replaced = _replaced_directory(output)
     if output.exists():  # --fresh
         check_replaceable(output)
+        shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed before it had removed it
         output.rename(replaced)
     partial.rename(output)
     sync_directory(output.parent)

@@ -187,8 +187,9 @@ _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["calibration.stream", "converter.pipeline", "converter.directory_target", "torch"])
 
 
-def _convert_slowly(model: str, name: str, output: str, stop_at: int) -> None:
-    """A conversion that kills itself when so many modules are encoded, or while the directory is completed."""
+def _convert_slowly(model: str, name: str, output: str, stop_at: int, fresh: bool = False) -> None:
+    """A conversion that kills itself when so many modules are encoded, or while the directory is completed: before
+    that, after it, when the old one has been moved away, and when the new one has taken its place."""
     from converter import directory
     from converter.encode_modules import ModuleEncoder
 
@@ -201,7 +202,17 @@ def _convert_slowly(model: str, name: str, output: str, stop_at: int) -> None:
         yield from encode(self, planned)
 
     ModuleEncoder.encode = counting
-    if stop_at < 0:
+    if stop_at in (-3, -4):
+        rename = Path.rename
+
+        def killed_beside(self, target):
+            moved = rename(self, target)
+            if self.suffix == ".partial" if stop_at == -4 else target.suffix == ".replaced":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return moved
+
+        Path.rename = killed_beside
+    elif stop_at < 0:
         in_place = directory._put_in_place
 
         def killed(partial, output):
@@ -210,7 +221,7 @@ def _convert_slowly(model: str, name: str, output: str, stop_at: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
         directory._put_in_place = killed
-    converter.convert(model, profile=name, output=output, **SHORT)
+    converter.convert(model, profile=name, output=output, fresh=fresh, **SHORT)
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(tiny, tmp_path):
@@ -228,6 +239,21 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tiny, tmp_path):
     converter.convert(str(model), profile=name, output=output, **SHORT)
     assert {p.name: p.read_bytes() for p in output.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
     assert [path.name for path in output.parent.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("stop_at", [-3, -4])
+def test_a_replacement_that_was_killed_is_made_up_for(tiny, tmp_path, stop_at, fresh):
+    model, output = str(tiny("llama")), tmp_path / "artifact"
+    converter.convert(model, profile="fp8", output=output, **SHORT)
+    whole = {path.name: path.read_bytes() for path in output.iterdir()}
+    process = _PROCESSES.Process(target=_convert_slowly, args=(model, "fp8", str(output), stop_at, True))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    converter.convert(model, profile="fp8", output=output, fresh=fresh, **SHORT)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == whole
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def invoke(*arguments: object) -> Result:
