@@ -1,7 +1,7 @@
 """The stage `write` of a safetensors directory: it appears complete, or not at all.
 
 It grows beside its final name, shard by shard and module by module as converter.write does it; configuration, tokenizer
-and recipe follow, and a rename completes it.
+and recipe follow, and once it is verified a rename completes it.
 """
 
 import json
@@ -57,7 +57,8 @@ def write_directory(
     progress: Progress,
     should_stop: ShouldStop,
 ) -> list[Path]:
-    """Write what is not there yet and return all files, those with the weights first.
+    """Write what is not there yet and return all files, those with the weights first: of the partial directory, or of
+    the output where an earlier call has completed it.
 
     quantization: of config.json. recipe: what RECIPE_NAME says beside the hashes of the files.
     Raises as ArtifactWriter does; a later call continues.
@@ -75,12 +76,25 @@ def write_directory(
     ArtifactWriter(encoder, layouts, partial, journal).write(progress, should_stop)
     try:
         _write_companions(partial, layouts, checkpoint, quantization, recipe)
-        _put_in_place(partial, output)
     except OSError as error:
-        raise ConvertError(
-            f"writing failed: {error}", str(error.filename or output), "make room, then run the same command again"
-        ) from None
+        raise _writing_failed(error, output) from None
+    return directory_files(partial)
+
+
+def complete_directory(output: Path) -> list[Path]:
+    """Give what write_directory has written its name, where it has not got it yet, and return all files."""
+    partial = partial_directory(output)
+    try:
+        if partial.exists():
+            _put_in_place(partial, output)
+    except OSError as error:
+        raise _writing_failed(error, output) from None
     return directory_files(output)
+
+
+def _writing_failed(error: OSError, output: Path) -> ConvertError:
+    remedy = "make room, then run the same command again"
+    return ConvertError(f"writing failed: {error}", str(error.filename or output), remedy)
 
 
 def directory_files(directory: Path) -> list[Path]:

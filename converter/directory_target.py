@@ -12,7 +12,7 @@ from converter.adapt_activations import ActivationFindings, adapt_activations, u
 from converter.artifact import file_name
 from converter.calibrate import calibrate
 from converter.checkpoint import Checkpoint
-from converter.directory import check_replaceable, partial_directory, write_directory
+from converter.directory import check_replaceable, complete_directory, partial_directory, write_directory
 from converter.directory_artifact import DirectoryArtifact
 from converter.directory_verify import verify_directory
 from converter.encode_modules import ModuleEncoder
@@ -167,6 +167,10 @@ class DirectoryTarget:
         covered = directory_coverage(kept.report, artifact, prepared.checkpoint, prepared.model_map, tolerance)
         found = {"super_weight_coverage": covered, "protection": kept.decisions, "feedback": None}
         return errors, found | adapted.found.activations.report
+
+    def complete(self, adapted: Adapted, paths: list[Path]) -> list[Path]:
+        assert adapted.prepared.job.output is not None
+        return complete_directory(adapted.prepared.job.output)
 
     def candidate(self, adapted: Adapted, paths: list[Path], work_dir: Path) -> Candidate:
         artifact = DirectoryArtifact.of_plan(paths[0].parent, adapted.prepared.plan)

@@ -153,6 +153,9 @@ class GgufTarget:
             feedback = feedback_report(prepared.job.work_dir / JOURNAL)
         return errors, {"super_weight_coverage": coverage, "protection": decisions, "feedback": feedback}
 
+    def complete(self, adapted: Adapted, paths: list[Path]) -> list[Path]:
+        return paths  # every file has got its name when it was whole
+
     def candidate(self, adapted: Adapted, paths: list[Path], work_dir: Path) -> Candidate:
         prepared = adapted.prepared
         _, model_map = runnable(prepared.checkpoint, prepared.model_map, work_dir)

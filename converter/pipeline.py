@@ -283,6 +283,7 @@ def _run_stages(
         paths = target.write(adapted, work_dir, progress, should_stop)
     with clock("verify"):
         errors, found = target.verify(adapted, paths, progress)
+        paths = target.complete(adapted, paths)
     quality = coherence = None
     if job.quality:
         from converter.guard import guard

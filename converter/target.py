@@ -186,6 +186,9 @@ class Target(Protocol):
     ) -> tuple[list[TensorError], dict[str, Any]]:
         """The error of every tensor as it can be read, and what else the report has of this kind of artifact."""
 
+    def complete(self, adapted: Adapted, paths: list[Path]) -> list[Path]:
+        """Give the verified artifact its name; returns its files as `write` does."""
+
     def candidate(self, adapted: Adapted, paths: list[Path], work_dir: Path) -> Candidate: ...
 
     def uniform_sizes(self, surveyed: Surveyed) -> list[dict[str, Any]]:

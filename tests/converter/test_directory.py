@@ -20,6 +20,8 @@ from converter.cli import main
 from converter.directory_artifact import DirectoryArtifact
 from converter.scheme_products import SchemeProducts
 from converter.source import open_checkpoint
+from formats.errors import ConvertError
+from formats.schemes import Scheme
 from tests.tiny_models import VOCAB_SIZE
 
 SHORT = {"samples": 128, "sequence_length": 16, "calibration": "embedded", "quality": False, "quiet": True}
@@ -239,6 +241,23 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tiny, tmp_path):
     converter.convert(str(model), profile=name, output=output, **SHORT)
     assert {p.name: p.read_bytes() for p in output.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
     assert [path.name for path in output.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_fails_verification_does_not_get_its_name(tiny, tmp_path, monkeypatch):
+    model, output = str(tiny("llama")), tmp_path / "artifact"
+    decode, looked_at = Scheme.decode, []
+
+    def broken(self, tensors, shape):
+        looked_at.append(output.exists())
+        return decode(self, tensors, shape) * np.float32(np.nan)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Scheme, "decode", broken)
+        with pytest.raises(ConvertError, match="verification failed"):
+            converter.convert(model, profile="fp8", output=output, **SHORT)
+    assert looked_at == [False] and not output.exists()
+    converter.convert(model, profile="fp8", output=output, **SHORT)
+    assert output.exists() and not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize("fresh", [False, True])
