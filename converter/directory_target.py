@@ -68,7 +68,7 @@ class DirectoryTarget:
         return plan_modules(profile, modules, stored_dtypes(surveyed.checkpoint))
 
     def notes(self, job: Job, plan: Plan) -> list[str]:
-        return [*repair_lines(plan), *cache_lines(plan), *_runtime_notes(plan)]
+        return [*repair_lines(plan), *cache_lines(plan), *_runtime_notes(plan), *_unseen_lines(job, plan)]
 
     def needs_statistics(self, job: Job, plan: Plan) -> bool:
         return plan.uses_importance or uses_activations(job, plan)
@@ -194,11 +194,28 @@ class DirectoryTarget:
 
 
 def _runtime_notes(plan: Plan) -> list[str]:
-    """What a runtime does not read."""
-    rows = [row for row in plan.tensors if isinstance(row, PlannedModule) and row.scheme is not None]
-    if any(row.scheme and row.scheme.format == "int-quantized" for row in rows if row.tensor.role in EXPERT_ROLES):
-        return ["transformers reads no INT8 experts with rounded inputs, vLLM does; FP8 and W4A16 load in both"]
-    return []
+    """What a runtime does not read, or not by itself."""
+    schemes = [(row.tensor.role, row.scheme) for row in plan.tensors if isinstance(row, PlannedModule) and row.scheme]
+    notes = []
+    if any(scheme.format == "int-quantized" for role, scheme in schemes if role in EXPERT_ROLES):
+        notes.append("transformers reads no INT8 experts with rounded inputs, vLLM does; FP8 and W4A16 load in both")
+    asymmetric = sorted({scheme.name for _, scheme in schemes if not scheme.weights.symmetric})
+    if asymmetric:
+        how = "quantization_config=CompressedTensorsConfig(dequantize=True)"
+        notes.append(f"transformers loads {', '.join(asymmetric)} with {how} only; vLLM as it is")
+    return notes
+
+
+def _unseen_lines(job: Job, plan: Plan) -> list[str]:
+    """Schemes that would fall back if anything had to be known of the inputs that they round."""
+    if not job.profile.activations.adapt or uses_activations(job, plan):
+        return []
+    schemes = {row.format: row.scheme for row in plan.tensors if isinstance(row, PlannedModule) and row.scheme}
+    rounding = sorted(name for name, scheme in schemes.items() if scheme.activations is not None)
+    if not rounding:
+        return []
+    why = "every scale is measured at run time, so inputs are not looked at and none falls back"
+    return [f"{', '.join(rounding)}: {why}; smooth (--alpha 0.5) to have them looked at"]
 
 
 def _refuse_options(job: Job) -> None:

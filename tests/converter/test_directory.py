@@ -298,6 +298,23 @@ def test_bad_options(tiny, options, what):
     assert failed.exit_code == 1 and what in failed.stderr and "remedy: " in failed.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "noted"),
+    [
+        (["--set", "*=FP8"], "FP8: every scale is measured at run time, so inputs are not looked at"),
+        (["--set", "*=FP8", "--alpha", "0.5"], ""),
+        (["--set", "mlp_down=FP8_STATIC"], ""),
+        (["--set", "*=W4A16_ASYM_G32"], "transformers loads W4A16_ASYM_G32 with quantization_config="),
+        (["--set", "*=W4A16_G32"], ""),
+    ],
+)
+def test_notes_of_a_plan(tiny, options, noted):
+    printed = " ".join(invoke("plan", "--profile", "fp8", *options, tiny("llama")).output.split())
+    assert noted in printed
+    assert ("not looked at" in printed) == ("not looked at" in noted)
+    assert ("dequantize=True" in printed) == ("transformers loads" in noted)
+
+
 def test_a_directory_that_is_there_is_not_replaced(tiny, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("precious")
