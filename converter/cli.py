@@ -337,7 +337,8 @@ def profiles() -> None:
 
 @profiles.command("list")
 def list_profiles() -> None:
-    """Every preset with what it does and when to use it."""
+    """Every preset with what it does and when to use it, and every scheme, which is a profile, too."""
+    from formats.schemes import SCHEMES
     from profiles.schema import load_profile, preset_names
 
     for name in preset_names():
@@ -345,13 +346,16 @@ def list_profiles() -> None:
         click.echo(f"{name}\n    {profile.description}\n    good for: {profile.good_for}")
         if profile.target == "safetensors":
             click.echo("    target: a safetensors directory for vLLM and transformers")
+    click.echo("schemes, each a profile of a safetensors directory:")
+    for name in SCHEMES:
+        click.echo(f"    {name:<16}  {load_profile(name).description}")
 
 
 @profiles.command("show")
 @click.argument("name")
 @fails_clearly
 def show_profile(name: str) -> None:
-    """The TOML of a preset: a starting point for a profile of your own."""
+    """The TOML of a preset or a scheme: a starting point for a profile of your own."""
     from profiles.schema import load_profile
 
     click.echo(load_profile(name).text, nl=False)

@@ -12,7 +12,7 @@ from converter.job import Job, file_sha256, tool_identity
 from formats.moment_factor import DAMPING, ORDER
 from profiles.budget import Budget
 from profiles.plan import Plan
-from profiles.schema import load_profile, preset_names
+from profiles.schema import load_profile, profile_names
 
 PROTECTION_RESERVE = 4096
 """Bytes of a budget that are kept for what a recipe says of super weights, which are found after the plan is made."""
@@ -121,7 +121,7 @@ def reproducing_arguments(job: Job, checkpoint: Checkpoint, reads_text: bool) ->
 
     reads_text: the job runs the model over the calibration text.
     """
-    preset = job.profile.name in preset_names() and load_profile(job.profile.name).text == job.profile.text
+    preset = job.profile.name in profile_names() and load_profile(job.profile.name).text == job.profile.text
     arguments = [f"--profile={job.profile.name if preset else profile_file(job.profile.name)}"]
     arguments += [f"--set={(rule.roles or rule.tensors)[0]}={rule.format}" for rule in job.overrides]
     for name, file in (("imatrix", job.imatrix), ("sensitivity", job.sensitivity)):

@@ -46,10 +46,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from formats.errors import ConvertError, nearest
+from formats.schemes import SCHEMES
 from profiles.activations import ActivationRules, parse_activations
 from profiles.budget import Budget, parse_budget
 from profiles.protection import Protection, parse_protection
 from profiles.rules import LayerQuantizationConfig, parse_rule
+from profiles.scheme_profile import scheme_toml
 from profiles.strict import known_keys, number, tables
 from profiles.target import Target, format_name, parse_target
 from profiles.tiers import Tier, parse_score, parse_tiers
@@ -191,8 +193,15 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
+def profile_names() -> list[str]:
+    """Of schemes and presets: a scheme and a preset may differ in their letter case alone."""
+    return [*SCHEMES, *preset_names()]
+
+
 def load_profile(name_or_path: str) -> QuantizationProfile:
-    """A preset by its name, or a TOML file by its path."""
+    """A preset or a scheme by its name, or a TOML file by its path."""
+    if name_or_path in SCHEMES:
+        return parse_profile(scheme_toml(name_or_path), name_or_path, name_or_path)
     path = Path(name_or_path)
     if path.suffix != ".toml":
         path = PRESETS / f"{name_or_path}.toml"
@@ -200,7 +209,7 @@ def load_profile(name_or_path: str) -> QuantizationProfile:
             raise ConvertError(
                 f"unknown profile {name_or_path!r}",
                 "--profile",
-                f"{nearest(name_or_path, preset_names())} `convert profiles list` describes each; "
+                f"{nearest(name_or_path, profile_names())} `convert profiles list` describes each; "
                 "a file of your own ends in .toml",
             )
     try:

@@ -69,6 +69,8 @@ def test_a_plan_needs_no_torch(tiny):
 def test_profiles_are_listed_and_shown():
     assert "mlp-low-precision" in convert("profiles", "list").stdout
     assert "base = " in convert("profiles", "show", "balanced-4bit").stdout
+    assert "W8A16_CHANNEL     weights in INT8, a scale for a row; inputs as" in convert("profiles", "list").stdout
+    assert 'base = "FP8_BLOCK"' in convert("profiles", "show", "FP8_BLOCK").stdout
     failed = convert("profiles", "show", "balanced")
     assert failed.exit_code == 1 and "did you mean" in failed.stderr
 

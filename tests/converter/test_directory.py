@@ -21,7 +21,7 @@ from converter.directory_artifact import DirectoryArtifact
 from converter.scheme_products import SchemeProducts
 from converter.source import open_checkpoint
 from formats.errors import ConvertError
-from formats.schemes import Scheme
+from formats.schemes import SCHEMES, Scheme
 from tests.tiny_models import VOCAB_SIZE
 
 SHORT = {"samples": 128, "sequence_length": 16, "calibration": "embedded", "quality": False, "quiet": True}
@@ -296,6 +296,14 @@ def invoke(*arguments: object) -> Result:
 def test_bad_options(tiny, options, what):
     failed = invoke("plan", *options, tiny("llama"))
     assert failed.exit_code == 1 and what in failed.stderr and "remedy: " in failed.stderr
+
+
+@pytest.mark.parametrize("name", list(SCHEMES))
+def test_every_scheme_is_a_profile(tiny, name):
+    planned = invoke("plan", "--profile", name, "--json", tiny("llama-256"))
+    assert planned.exit_code == 0, planned.stderr
+    formats = {row["format"] for row in json.loads(planned.stdout)["tensors"]}
+    assert name in formats
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,12 @@ def test_every_field_that_decides_bytes_is_an_option(here):
             assert option.partition("=")[0] in known
 
 
+@pytest.mark.parametrize("name", ["balanced-4bit", "FP8_BLOCK"])
+def test_what_is_known_by_its_name_needs_no_file(here, name):
+    checkpoint = open_checkpoint(str(here / "model"))
+    assert reproducing_arguments(Job("model", load_profile(name)), checkpoint, False)[0] == f"--profile={name}"
+
+
 def test_a_command_is_written_as_one_types_it():
     arguments = ["--profile=a b.toml", "--set=blk.*=Q4_K", "--no-chat", "org/model@0123"]
     assert command_text(arguments) == "convert --profile 'a b.toml' --set 'blk.*=Q4_K' --no-chat org/model@0123"

@@ -114,6 +114,24 @@ def test_unknown_profile_names_the_nearest():
         load_profile("balanced-4bits")
 
 
+@pytest.mark.parametrize("name", list(SCHEMES))
+def test_every_scheme_is_a_profile(name):
+    profile = load_profile(name)
+    assert (profile.name, profile.target, profile.base, profile.rules) == (name, "safetensors", name, ())
+    assert profile.description.startswith("weights in ")
+
+
+def test_descriptions_tell_schemes_apart():
+    assert len({load_profile(name).description for name in SCHEMES}) == len(SCHEMES)
+
+
+def test_a_preset_and_a_scheme_may_differ_in_letter_case_alone():
+    assert load_profile("nvfp4").target == "gguf" and load_profile("NVFP4").target == "safetensors"
+    for misspelt, meant in (("w8a16", "W8A16"), ("W8A16_CHANEL", "W8A16_CHANNEL"), ("Fp8", "fp8")):
+        with pytest.raises(ConvertError, match=f"did you mean '{meant}'"):
+            load_profile(misspelt)
+
+
 def test_missing_profile_file(tmp_path):
     with pytest.raises(ConvertError, match="cannot be read"):
         load_profile(str(tmp_path / "mine.toml"))
