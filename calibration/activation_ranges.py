@@ -46,10 +46,15 @@ def static_range(
     if method == "percentile":
         return _percentile(inputs.values[matrix], percentile / 100, low, high, symmetric)
     if method == "mse" and high > low:
-        errors = [range_error(inputs.values[matrix], low * part, high * part, grid) for part in _TRIED]
-        part = float(_TRIED[int(np.argmin(errors))])
+        part = best_part(inputs.values[matrix], low, high, grid)
         return low * part, high * part
     return low, high
+
+
+def best_part(counts: np.ndarray, low: float, high: float, grid: Grid = "int8") -> float:
+    """The part of a range with the least range_error."""
+    errors = [range_error(counts, low * part, high * part, grid) for part in _TRIED]
+    return float(_TRIED[int(np.argmin(errors))])
 
 
 def range_error(counts: np.ndarray, low: float, high: float, grid: Grid = "int8") -> float:

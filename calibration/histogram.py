@@ -31,6 +31,11 @@ def _bins() -> np.ndarray:
 _BINS = _bins()
 
 
+def counted(values: np.ndarray) -> np.ndarray:
+    """Counts of float32 values, by bins: int64 [N_BINS]."""
+    return by_bins(np.bincount(values.reshape(-1).view(np.uint32) >> FLOAT32_SHIFT, minlength=N_CODES))
+
+
 def by_bins(codes: np.ndarray) -> np.ndarray:
     """Counts of codes, int64 [N_CODES], by bins: int64 [N_BINS]. Sums of less than 2**53 are exact."""
     return np.bincount(_BINS, weights=codes, minlength=N_BINS).astype(np.int64)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from calibration.activation_ranges import best_part
+from calibration.histogram import counted
 from formats.errors import ConvertError
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ LARGEST_FACTOR = 2.0**13
 """Factors lie between its inverse and it, which leaves a float16 norm its precision."""
 
 _LARGEST = 127.0
+_LARGEST_STATIC = 127.5  # of what a stored scale is the range
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,9 @@ class Products:
     columns: np.ndarray
 
 
-def output_error(products: Sequence[Products], alpha: float | None) -> float:
+def output_error(products: Sequence[Products], alpha: float | None, static: bool = False) -> float:
     """The mean, over all matrices, of the relative squared error of their outputs when inputs (by row) and weights (by
-    row) are smoothed and rounded to INT8; alpha None: not smoothed.
+    row) are smoothed and rounded to INT8; alpha None: not smoothed. static: inputs have one stored scale.
 
     Every row of outputs counts relative to its own energy and the median row's together: neither a few rows of huge
     outputs nor many of tiny ones decide alone. Computed on one core.
@@ -94,7 +97,8 @@ def output_error(products: Sequence[Products], alpha: float | None) -> float:
             if alpha is not None:
                 factors = smoothing_factors(group.inputs, group.columns, alpha)
             scales, rows = torch.from_numpy(factors), torch.from_numpy(group.rows)
-            rounded = rounded_by_row(rows / scales)
+            peak = float((group.inputs / factors).max())
+            rounded = rounded_as_one(rows / scales, peak) if static else rounded_by_row(rows / scales)
             for weights in map(torch.from_numpy, group.weights):
                 wanted = rows @ weights.T
                 missed = rounded @ rounded_by_row(weights * scales).T - wanted
@@ -105,10 +109,10 @@ def output_error(products: Sequence[Products], alpha: float | None) -> float:
         return float(np.mean(errors))
 
 
-def choose_alpha(products: Sequence[Products]) -> tuple[float | None, dict[str, float]]:
-    """The alpha with the least output error, None for not smoothing at all; and the errors of all that was tried, by
+def choose_alpha(products: Sequence[Products], static: bool = False) -> tuple[float | None, dict[str, float]]:
+    """The alpha with the least output_error, None for not smoothing at all; and the errors of all that was tried, by
     name. Of equally good ones (to six digits, so that no order of summing decides) the one nearest the default."""
-    tried = {alpha: output_error(products, alpha) for alpha in (None, *ALPHA_GRID)}
+    tried = {alpha: output_error(products, alpha, static) for alpha in (None, *ALPHA_GRID)}
 
     def rank(alpha: float | None) -> tuple[float, float]:
         return float(f"{tried[alpha]:.6g}"), 2.0 if alpha is None else abs(alpha - DEFAULT_ALPHA)
@@ -121,6 +125,15 @@ def rounded_by_row(rows: "torch.Tensor") -> "torch.Tensor":
     scales = rows.abs().amax(dim=1, keepdim=True) / _LARGEST
     scales[scales == 0] = 1
     return (rows / scales).round() * scales
+
+
+def rounded_as_one(rows: "torch.Tensor", peak: float) -> "torch.Tensor":
+    """All rows rounded to INT8 under one scale, as static schemes do: float32 like rows. peak: the largest magnitude
+    that was seen; the range is the part of it that suits these rows best."""
+    if peak == 0:
+        return rows
+    scale = peak * best_part(counted(rows.numpy()), -peak, peak) / _LARGEST_STATIC
+    return (rows / scale).round().clamp(-128, 127) * scale
 
 
 @contextmanager

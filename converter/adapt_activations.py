@@ -72,7 +72,8 @@ def adapt_activations(
     if config is None:
         seen = observe(job, prepared.checkpoint, prepared.model_map, work_dir, progress, should_stop)
     else:
-        smoothed = smooth(job, prepared.checkpoint, prepared.model_map, config, work_dir, progress, should_stop)
+        static = _static_tensors(prepared)
+        smoothed = smooth(job, prepared.checkpoint, prepared.model_map, config, work_dir, progress, should_stop, static)
         seen, given = smoothed.activations, importance if job.imatrix is not None else None
         importance = seen.importance() if given is None else given.divided(smoothed.smoothing.factors)
         errors = smoothed.errors
@@ -101,6 +102,18 @@ def adapt_activations(
         *cache_notes(caches),
     )
     return Adapted(replace(prepared, plan=plan), importance, ActivationFindings(ranges, tuple(caches), report), notes)
+
+
+def _static_tensors(prepared: Prepared) -> set[str]:
+    """GGUF tensors whose inputs the plan rounds to INT8 under a stored scale."""
+    names = gguf_names(prepared.model_map)
+    return {
+        names[row.tensor.name][0]
+        for row in prepared.plan.tensors
+        if isinstance(row, PlannedModule) and row.scheme is not None and row.tensor.name in names
+        if row.scheme.activations is not None
+        if row.scheme.activations.type == "int" and row.scheme.activations.dynamic is False
+    }
 
 
 def _adapted_plan(

@@ -1,6 +1,6 @@
 """The stage `smooth`: activation statistics, SmoothQuant's factors from them, and the model that they make."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -56,9 +56,11 @@ def smooth(
     work_dir: Path,
     progress: Progress,
     should_stop: ShouldStop,
+    static: Collection[str] = (),
 ) -> Smoothed:
     """The job's model, smoothed. Statistics, factors and the statistics of the smoothed model stay in the work
-    directory and are not computed again; an interrupted pass over the model continues after its last layer.
+    directory and are not computed again; an interrupted pass over the model continues after its last layer. static: as
+    of Smoother.
 
     Raises ConvertError for a model whose architecture says of no tensor what feeds it, and for a matrix without
     statistics.
@@ -68,7 +70,7 @@ def smooth(
     groups = smoothing_groups(running, running_map)
     path = work_dir / SMOOTHING_FILE
     if not path.exists():
-        smoother = Smoother(running, before, _rows(work_dir))
+        smoother = Smoother(running, before, _rows(work_dir), static)
         decided = smoother.smooth(groups, config, progress, should_stop)
         save_smoothing(
             path,

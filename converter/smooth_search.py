@@ -1,5 +1,6 @@
 """The factors of every group of a model, and what becomes of its tensors."""
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -21,9 +22,10 @@ _MEASURED_EXPERTS = 8
 @dataclass(frozen=True)
 class SmoothedGroup:
     """What was decided for a group. alpha: None where it was left as it is. error_before, error: of the outputs with
-    weights and inputs in INT8, relative, on the kept rows, without smoothing and as decided; None where no token came.
-    tried: the same for every alpha that `auto` tried. outlier_ratio_before, outlier_ratio: the largest channel's absmax
-    over the median one's; least, greatest: of the factors."""
+    weights and inputs in INT8 by row, relative, on the kept rows, without smoothing and as decided; None where no token
+    came. tried: what `auto` compared for every alpha that it tried: the same, or with static scales.
+    outlier_ratio_before, outlier_ratio: the largest channel's absmax over the median one's; least, greatest: of the
+    factors."""
 
     name: str
     layer: int
@@ -42,10 +44,17 @@ class SmoothedGroup:
 
 class Smoother:
     """Smooths the groups one after the other; foldings: what becomes of the tensors so far, by name. factors: GGUF
-    tensor -> float32 [n_matrices, n_columns], what its inputs are divided by."""
+    tensor -> float32 [n_matrices, n_columns], what its inputs are divided by. static: GGUF tensors whose inputs
+    get a stored scale in INT8: `auto` looks for what suits these."""
 
-    def __init__(self, checkpoint: Checkpoint, statistics: ActivationStatistics, rows: InputRows):
-        self.checkpoint, self.statistics, self.rows = checkpoint, statistics, rows
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        statistics: ActivationStatistics,
+        rows: InputRows,
+        static: Collection[str] = (),
+    ):
+        self.checkpoint, self.statistics, self.rows, self.static = checkpoint, statistics, rows, static
         self.foldings: dict[str, Folding] = {}
         self.factors: dict[str, np.ndarray] = {}
 
@@ -69,15 +78,12 @@ class Smoother:
         links = [_Measured(self, link) for link in group.links]
         products = [p for link in self._most_used(links) if (p := link.products()) is not None]
         tried: dict[str, float] = {}
-        alpha: float | None = None
+        alpha = None if config.alpha == "auto" else config.alpha
         before = after = None
-        if config.alpha != "auto":
-            alpha = config.alpha
-            if products:
-                before, after = output_error(products, None), output_error(products, alpha)
-        elif products:
-            alpha, tried = choose_alpha(products)
-            before, after = tried["off"], tried["off" if alpha is None else f"{alpha:g}"]
+        if products:
+            if config.alpha == "auto":
+                alpha, tried = choose_alpha(products, self._is_static(group))
+            before, after = output_error(products, None), output_error(products, alpha)
         factors = [np.ones_like(link.inputs) for link in links]
         if alpha is not None:
             factors = [self.fold(link.link, smoothing_factors(link.inputs, link.columns, alpha)) for link in links]
@@ -95,6 +101,9 @@ class Smoother:
             greatest=float(chosen.max()),
             tried=tried,
         )
+
+    def _is_static(self, group: SmoothingGroup) -> bool:
+        return any(c.quantized and c.statistics[0] in self.static for link in group.links for c in link.consumers)
 
     def _most_used(self, links: list["_Measured"]) -> list["_Measured"]:
         return sorted(links, key=lambda link: -link.rows_seen)[:_MEASURED_EXPERTS]

@@ -118,6 +118,18 @@ def test_auto_is_the_best_of_what_it_tried(smoothed, name):
             assert auto.tried["0.5"] == pytest.approx(fixed.error, rel=1e-6)
 
 
+def test_auto_follows_the_plan_s_scales(planted, text, smoothed, tmp_path):
+    options = ["--calibration", text, "--samples", 128, "--sequence-length", 32, "--no-chat", "--device", "cpu"]
+    options += ["--no-quality", "--json", "--alpha", "auto", "--set", "mlp_down=W8A8_STATIC"]
+    done = convert("--profile", "smoothquant-w8a8", *options, "--output", tmp_path / "out", planted)
+    assert done.exit_code == 0, done.stderr
+    for found, by_row in zip(json.loads(done.stdout)["smoothing"]["groups"], smoothed["auto"].groups, strict=True):
+        ratio = found["tried"]["off"] / by_row.tried["off"]
+        assert ratio > 1.3 if "up_proj" in found["name"] else ratio == pytest.approx(1, rel=0.1)
+        best = "off" if found["alpha"] is None else f"{found['alpha']:g}"
+        assert found["tried"][best] == pytest.approx(min(found["tried"].values()), rel=1e-5)
+
+
 def test_what_is_left_in_the_work_directory_is_taken(planted, text, smoothed, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     run(planted, text, first, 0.5)
