@@ -18,10 +18,15 @@ import converter
 from calibration.stream import LayerStream
 from converter.cli import main
 from converter.directory_artifact import DirectoryArtifact
+from converter.encode_modules import ModuleEncoder
+from converter.model_map import describe
+from converter.modules import describe_modules, gguf_names, stored_dtypes
 from converter.scheme_products import SchemeProducts
 from converter.source import open_checkpoint
 from formats.errors import ConvertError
 from formats.schemes import SCHEMES, Scheme
+from profiles.modules import plan_modules
+from profiles.schema import load_profile
 from tests.tiny_models import VOCAB_SIZE
 
 SHORT = {"samples": 128, "sequence_length": 16, "calibration": "embedded", "quality": False, "quiet": True}
@@ -154,6 +159,27 @@ def test_plan_and_files_agree_to_the_byte_and_shards_do(tiny, tmp_path):
         with safe_open(path, "pt") as file:
             assert {name for name, shard in index["weight_map"].items() if shard == path.name} == set(file.keys())
     assert theirs(tmp_path / "a").shape == (2, 40, VOCAB_SIZE)
+
+
+def test_what_is_multiplied_as_one_shares_its_stored_scales(tiny, tmp_path):
+    artifact, _ = convert(tiny("llama-256"), tmp_path, 'base = "NVFP4"')
+    with safe_open(artifact / "model.safetensors", "np") as file:
+        for scale in ("weight_global_scale", "input_global_scale"):
+            for parts in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"):
+                stored = {float(file.get_tensor(f"model.layers.1.{part}.{scale}")[0]) for part in parts}
+                assert len(stored) == 1 and stored != {1.0}
+
+
+def test_inputs_that_were_not_seen_have_no_scale(tiny):
+    checkpoint = open_checkpoint(str(tiny("llama-256")))
+    described = describe(checkpoint)
+    plan = plan_modules(load_profile("FP8_STATIC"), describe_modules(checkpoint, described), stored_dtypes(checkpoint))
+    row = next(row for row in plan.tensors if row.format == "FP8_STATIC")
+    for ranges in ({}, {row.tensor.name: (0.0, 0.0)}, {row.tensor.name: (0.0, float("nan"))}):
+        encoder = ModuleEncoder(checkpoint, plan, None, gguf_names(described), ranges, {}, 1)
+        with pytest.raises(ConvertError, match="not seen in calibration") as raised:
+            list(encoder.encode(row))
+        assert row.tensor.name in raised.value.where and row.tensor.name in raised.value.remedy
 
 
 def test_what_is_beside_the_weights(tiny, tmp_path):
