@@ -30,14 +30,17 @@ class QualityReport:
     top1_agreement: the share of positions at which both find the same token most probable.
     next_word_accuracy: the share of the text's `words` whose every token is the most probable one after the true text
     before it, as a greedy reader would complete the sentence; None where there are no words, or none were told apart.
+    not_finite: the positions at which the candidate predicts nothing finite, or no divergence is. Where there are any,
+    the divergences are None; a perplexity is None where it is beyond all numbers.
     """
 
-    source_perplexity: float
-    perplexity: float
-    mean_kld: float
-    kld_99: float
-    kld_99_9: float
-    max_kld: float
+    source_perplexity: float | None
+    perplexity: float | None
+    mean_kld: float | None
+    kld_99: float | None
+    kld_99_9: float | None
+    max_kld: float | None
+    not_finite: int
     top1_agreement: float
     source_next_word_accuracy: float | None
     next_word_accuracy: float | None
@@ -93,6 +96,7 @@ class Baseline:
         *,
         arithmetic: "Arithmetic | None" = None,
         first_layer: int = 0,
+        must_be_finite: bool = True,
         progress: Progress = silent,
         should_stop: ShouldStop = never,
     ) -> np.ndarray:
@@ -101,8 +105,9 @@ class Baseline:
         tokens agree, and whether the true next token is the source's and the candidate's top one.
 
         name: of these weights among all that are measured in the work directory. arithmetic: how products with them
-        are computed. first_layer: the first one whose weights differ from the source's.
-        Raises Interrupted when should_stop says so.
+        are computed. first_layer: the first one whose weights differ from the source's. must_be_finite: the candidate's
+        predictions, too.
+        Raises Interrupted when should_stop says so, and ConvertError for predictions that are not finite.
         """
         self._source.run(progress, should_stop, stage="run source")
         after = (self._source, first_layer) if self._keep and first_layer else None
@@ -116,7 +121,7 @@ class Baseline:
                 raise Interrupted(f"stopped after comparing {n_done} of {n_samples} samples")
         shutil.rmtree(self.work_dir / name)
         scores = np.concatenate(parts, axis=1)
-        if not np.isfinite(scores[:3]).all():
+        if not np.isfinite(scores[: 3 if must_be_finite else 1]).all():
             raise ConvertError(
                 "the model's predictions are not finite",
                 self.corpus.name,
@@ -172,10 +177,13 @@ def compare(
 
     words: the word that each token of the corpus is part of, see words.word_numbers; None to tell none apart.
 
-    A second call continues in the work directory, and what is there is deleted at the end. Raises as Baseline does.
+    A candidate that predicts nothing finite is a finding. A second call continues in the work directory, and what is
+    there is deleted at the end. Raises as Baseline does.
     """
     baseline = Baseline(source, config_dir, corpus, work_dir=work_dir, **options)
-    scores = baseline.scores(candidate, arithmetic=arithmetic, progress=progress, should_stop=should_stop)
+    scores = baseline.scores(
+        candidate, arithmetic=arithmetic, must_be_finite=False, progress=progress, should_stop=should_stop
+    )
     baseline.discard()
     return _report(scores, corpus, np.full(corpus.tokens.shape, NO_WORD) if words is None else words)
 
@@ -207,27 +215,38 @@ def _score(source: "torch.Tensor", candidate: "torch.Tensor", following: "torch.
     """source, candidate: logits [n_positions, vocabulary]; following: the true next tokens [n_positions]."""
     import torch
 
+    log_p, log_q = source.float().log_softmax(-1), candidate.float().log_softmax(-1)
     tops = [logits.argmax(-1) for logits in (source, candidate)]
+    tops[1][log_q[:, 0].isnan()] = -1  # no distribution, no top token
     agree = (tops[0] == tops[1]).float()
     hits = [(top == following).float() for top in tops]
-    log_p, log_q = source.float().log_softmax(-1), candidate.float().log_softmax(-1)
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
     likelihoods = [-log.gather(-1, following[:, None])[:, 0] for log in (log_p, log_q)]
     return torch.stack([*likelihoods, divergence, agree, *hits]).cpu().numpy().astype(np.float64)
 
 
+def _perplexity(likelihoods: np.ndarray) -> float | None:
+    """Of negative log-likelihoods; None where it is beyond all numbers."""
+    with np.errstate(over="ignore"):
+        perplexity = float(np.exp(likelihoods.mean()))
+    return perplexity if np.isfinite(perplexity) else None
+
+
 def _report(scores: np.ndarray, corpus: "Corpus", words: np.ndarray) -> QualityReport:
     source, candidate, divergence, agree, *hits = scores
+    n_not_finite = int(np.count_nonzero(~np.isfinite(scores[1:3]).all(axis=0)))
+    measured = None if n_not_finite else divergence
     first = corpus.tokens.shape[1] // 2 + 1
     scored = np.where(np.isin(words[:, first:], words[:, :first]), NO_WORD, words[:, first:])
     (n_words, source_words), (_, candidate_words) = (word_accuracy(scored, hit.reshape(scored.shape)) for hit in hits)
     return QualityReport(
-        source_perplexity=float(np.exp(source.mean())),
-        perplexity=float(np.exp(candidate.mean())),
-        mean_kld=float(divergence.mean()),
-        kld_99=float(np.quantile(divergence, 0.99)),
-        kld_99_9=float(np.quantile(divergence, 0.999)),
-        max_kld=float(divergence.max()),
+        source_perplexity=_perplexity(source),
+        perplexity=_perplexity(candidate),
+        mean_kld=None if measured is None else float(measured.mean()),
+        kld_99=None if measured is None else float(np.quantile(measured, 0.99)),
+        kld_99_9=None if measured is None else float(np.quantile(measured, 0.999)),
+        max_kld=None if measured is None else float(measured.max()),
+        not_finite=n_not_finite,
         top1_agreement=float(agree.mean()),
         source_next_word_accuracy=source_words,
         next_word_accuracy=candidate_words,

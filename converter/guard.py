@@ -194,8 +194,9 @@ def _judged(
     ]
     held_out = list(zip(generated.generations, readings, strict=True))[len(PROMPTS) :]
     equal = [g.finite and r.agreed == len(g.tokens) for g, r in held_out]
+    not_finite = sum(not g.finite for g, _ in held_out)
     return {
-        "verdict": verdict(rows, note, misread),
+        "verdict": verdict(rows, note, misread, not_finite),
         "runtime": generated.runtime,
         "runtime_note": note,
         "misread_prompts": misread,
@@ -204,19 +205,22 @@ def _judged(
         "greedy_common_prefix": sum(r.agreed for _, r in held_out) / len(held_out),
         "greedy_prompts": len(held_out),
         "greedy_tokens": N_TOKENS,
+        "held_out_not_finite": not_finite,
     }
 
 
-def verdict(rows: list[dict[str, Any]], note: dict[str, str], misread: list[str]) -> str:
+def verdict(rows: list[dict[str, Any]], note: dict[str, str], misread: list[str], not_finite: int) -> str:
     """ "coherent", "noticeable" (one prompt has a problem), "severe", or "failed": the model writes no text any more.
 
-    A runtime that the artifact breaks, and a tokenizer that it reads differently, are severe whatever is written.
+    A runtime that the artifact breaks, a tokenizer that it reads differently, and predictions that are not finite, to a
+    prompt or of `not_finite` held-out texts, are severe whatever is written.
     """
     kinds = [{problem["kind"] for problem in row["problems"]} for row in rows]
     troubled = sum(map(bool, kinds))
     if troubled >= _FAILED_PROMPTS:
         return "failed"
-    if troubled >= _SEVERE_PROMPTS or any("not finite" in k for k in kinds) or "failed" in note or misread:
+    overflows = not_finite or any("not finite" in k for k in kinds)
+    if troubled >= _SEVERE_PROMPTS or overflows or "failed" in note or misread:
         return "severe"
     return "noticeable" if troubled else "coherent"
 

@@ -13,7 +13,8 @@ import yaml
 from calibration.corpus import EMBEDDED
 from converter.progress import size_text
 from converter.recipe import command_text, with_importance
-from converter.report import NOTICEABLE_KLD, SEVERE_KLD
+from converter.report import figure, perplexity_change
+from converter.verdict import COHERENT, FAILED, NOTICEABLE, SEVERE, findings
 from formats.errors import ConvertError
 
 BEGIN = "<!-- bitwright:begin (from here on `convert publish` writes, anew each time; write your own text outside) -->"
@@ -126,20 +127,17 @@ def section(repository: str, base_model: str | None, reports: Sequence[Report], 
 
 
 def _warning(report: Report) -> str | None:
-    """What has to be said before anything else, of a file that has lost much."""
-    quality, name = report["quality"], _text(report["artifact"]["files"][0]["path"])
-    if not quality or quality["mean_kld"] < NOTICEABLE_KLD:
+    """What has to be said before anything else, of a file that is less than coherent."""
+    verdict, name = report["verdict"], _text(report["artifact"]["files"][0]["path"])
+    if verdict in (None, COHERENT):
         return None
-    meaning = (
-        f"from {SEVERE_KLD:g} on we call a model broken: expect text that makes no sense"
-        if quality["mean_kld"] >= SEVERE_KLD
-        else f"from {NOTICEABLE_KLD:g} on a reader notices: expect worse answers than the source's"
-    )
-    return (
-        f"> [!WARNING]\n> **{name} has lost much.** Its mean KL divergence from the source is"
-        f" {quality['mean_kld']:.3f} nats a token; {meaning}. Perplexity {quality['source_perplexity']:.2f} ->"
-        f" {quality['perplexity']:.2f}, the same most likely token in {quality['top1_agreement']:.1%} of places."
-    )
+    meaning = {
+        NOTICEABLE: "has lost noticeably: expect worse answers than the source's",
+        SEVERE: "is severely damaged: expect text that makes no sense",
+        FAILED: "has failed: it no longer writes text, or its predictions diverge",
+    }[verdict]
+    found = "".join(f"\n> - {_text(line)}" for line in findings(report))
+    return f"> [!WARNING]\n> **{name} {meaning}.**\n>{found}"
 
 
 def _origin(base_model: str | None, reports: Sequence[Report]) -> str:
@@ -157,8 +155,8 @@ def _overview(reports: Sequence[Report]) -> str:
         measured = ["not measured"] * 3
         if quality:
             measured = [
-                f"{quality['perplexity']:.3f} (source {quality['source_perplexity']:.3f})",
-                f"{quality['mean_kld']:.4f}",
+                f"{figure(quality['perplexity'], '.3f')} (source {figure(quality['source_perplexity'], '.3f')})",
+                figure(quality["mean_kld"], ".4f"),
                 f"{quality['top1_agreement']:.1%}",
             ]
         rows.append(
@@ -219,12 +217,12 @@ def _quality(report: Report) -> str:
     if not quality:
         return "The quality of this file was not measured."
     rows = [
-        ["perplexity of the source", f"{quality['source_perplexity']:.4f}"],
-        ["perplexity of this file", f"{quality['perplexity']:.4f}"],
-        ["mean KL divergence from the source", f"{quality['mean_kld']:.5f} nats a token"],
-        ["99 % of tokens are below", f"{quality['kld_99']:.4f}"],
-        ["99.9 % of tokens are below", f"{quality['kld_99_9']:.4f}"],
-        ["largest", f"{quality['max_kld']:.4f}"],
+        ["perplexity of the source", figure(quality["source_perplexity"], ".4f")],
+        ["perplexity of this file", figure(quality["perplexity"], ".4f")],
+        ["mean KL divergence from the source, in nats a token", figure(quality["mean_kld"], ".5f")],
+        ["99 % of tokens are below", figure(quality["kld_99"], ".4f")],
+        ["99.9 % of tokens are below", figure(quality["kld_99_9"], ".4f")],
+        ["largest", figure(quality["max_kld"], ".4f")],
         ["same most likely token", f"{quality['top1_agreement']:.2%}"],
         ["scored", f"{quality['tokens']} tokens of {_corpus(quality['corpus'])}"],
     ]
@@ -283,8 +281,8 @@ def _limits(reports: Sequence[Report]) -> str:
         )
         lines.append(
             f"{name}: in {1 - quality['top1_agreement']:.1%} of places its most likely token is not the source's;"
-            f" perplexity changes by {quality['perplexity'] / quality['source_perplexity'] - 1:+.1%}; one token in a"
-            f" thousand diverges by more than {quality['kld_99_9']:.2f} nats. Coarsest are the tensors of"
+            f" perplexity changes by {perplexity_change(quality)}; one token in a thousand diverges by more than"
+            f" {figure(quality['kld_99_9'], '.2f')} nats. Coarsest are the tensors of"
             f" {_text(coarsest['group'])} ({coarsest['bits_per_weight']:.2f} bits); the largest error of a tensor,"
             f" weighted by importance, is {worst['weighted_error']:.2%} of its energy ({_text(worst['tensor'])},"
             f" {_text(worst['format'])})."

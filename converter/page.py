@@ -8,7 +8,7 @@ from typing import Any
 from converter.pictures import Cell, by_layer_and_role, cell_of, layer_totals
 from converter.progress import size_text
 from converter.recipe import command_text
-from converter.report import feedback_text
+from converter.report import feedback_text, figure, perplexity_change
 from converter.svg import Figure, bars, columns_chart, short, style_sheet
 from converter.verdict import COHERENT, FAILED, NOTICEABLE, SEVERE, findings
 from profiles.vocabulary import Role
@@ -19,7 +19,7 @@ _BANNERS = {
     COHERENT: ("Coherent", "What it writes holds together, and its predictions stay close to the source's."),
     NOTICEABLE: ("Noticeable loss", "It works, and whoever knows the source will see the difference."),
     SEVERE: ("Severely damaged", "It should not be used as it is."),
-    FAILED: ("Failed", "It no longer writes text: its output diverges on nearly every prompt."),
+    FAILED: ("Failed", "It no longer writes text, or its predictions diverge."),
 }
 
 
@@ -150,7 +150,7 @@ def _banner(report: dict[str, Any]) -> str:
     if verdict is None:
         return '<div class="banner noticeable"><strong>Not measured</strong>Quality was not asked for.</div>'
     title, text = _BANNERS[verdict]
-    found = findings(report["coherence"]) if report["coherence"] else []
+    found = findings(report)
     items = f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in found)}</ul>" if found else ""
     better = f"A better recipe:<pre>{escape(report['better'])}</pre>" if report["better"] else ""
     return f'<div class="banner {verdict}"><strong>{title}</strong>{text}{items}{better}</div>'
@@ -165,10 +165,14 @@ def _numbers(report: dict[str, Any]) -> str:
         ("Bits a weight", f"{n_bytes * 8 / n_weights:.2f}", f"{n_weights / 1e6:,.1f} million weights"),
     ]
     if quality := report["quality"]:
-        change = quality["perplexity"] / quality["source_perplexity"] - 1
+        of_source = f"source {figure(quality['source_perplexity'], '.2f')}, {perplexity_change(quality)}"
         entries += [
-            ("Perplexity", f"{quality['perplexity']:.2f}", f"source {quality['source_perplexity']:.2f}, {change:+.1%}"),
-            ("KL divergence", f"{quality['mean_kld']:.4f}", f"nats a token; 99.9 %: {quality['kld_99_9']:.2f}"),
+            ("Perplexity", figure(quality["perplexity"], ".2f"), of_source),
+            (
+                "KL divergence",
+                figure(quality["mean_kld"], ".4f"),
+                f"nats a token; 99.9 %: {figure(quality['kld_99_9'], '.2f')}",
+            ),
             ("Same top token", f"{quality['top1_agreement']:.1%}", f"of {quality['tokens']:,} tokens"),
         ]
         if quality["words"]:
@@ -346,11 +350,11 @@ def _feedback_table(feedback: dict[str, Any]) -> str:
 
 def _quality_table(quality: dict[str, Any], coherence: dict[str, Any] | None) -> str:
     rows = [
-        ["perplexity", f"{quality['source_perplexity']:.4f}", f"{quality['perplexity']:.4f}"],
-        ["KL divergence, mean", "", f"{quality['mean_kld']:.5f}"],
-        ["KL divergence, 99 %", "", f"{quality['kld_99']:.4f}"],
-        ["KL divergence, 99.9 %", "", f"{quality['kld_99_9']:.4f}"],
-        ["KL divergence, largest", "", f"{quality['max_kld']:.4f}"],
+        ["perplexity", *(figure(quality[key], ".4f") for key in ("source_perplexity", "perplexity"))],
+        ["KL divergence, mean", "", figure(quality["mean_kld"], ".5f")],
+        ["KL divergence, 99 %", "", figure(quality["kld_99"], ".4f")],
+        ["KL divergence, 99.9 %", "", figure(quality["kld_99_9"], ".4f")],
+        ["KL divergence, largest", "", figure(quality["max_kld"], ".4f")],
         ["same top token", "", f"{quality['top1_agreement']:.2%}"],
     ]
     if quality["words"]:

@@ -123,11 +123,37 @@ def explanation(rows: list[dict]) -> str:
     return table(["tensor", "shape", "format", "bytes", "bits", *(["loss"] if measured else []), "reason"], cells)
 
 
+def figure(value: float | None, form: str) -> str:
+    """A measured figure for people, in this format; None stands for one that is not finite."""
+    return "not finite" if value is None else format(value, form)
+
+
+def perplexity_change(quality: Mapping) -> str:
+    """By which share the perplexity is another than the source's, for people."""
+    perplexity, of_source = quality["perplexity"], quality["source_perplexity"]
+    return figure(None if None in (perplexity, of_source) else perplexity / of_source - 1, "+.1%")
+
+
+def loss_text(quality: Mapping) -> str:
+    """The divergence and the perplexity in half a sentence."""
+    perplexities = f"perplexity {figure(quality['source_perplexity'], '.2f')} -> {figure(quality['perplexity'], '.2f')}"
+    if quality["mean_kld"] is None:
+        return (
+            f"the predictions diverge: they are not finite in {quality['not_finite']} of {quality['tokens']} places,"
+            f" {perplexities}"
+        )
+    return f"mean KL divergence {quality['mean_kld']:.3f}, {perplexities}"
+
+
 def loss_degree(quality: Mapping | None) -> str | None:
-    """ "noticeable" or "broken"; None for a loss that is neither, and where nothing was measured."""
-    if quality is None or quality["mean_kld"] < NOTICEABLE_KLD:
+    """ "noticeable", "broken" or "lost" (no finite divergence); None for a lesser loss, and where nothing was
+    measured."""
+    if quality is None:
         return None
-    return "broken" if quality["mean_kld"] >= SEVERE_KLD else "noticeable"
+    kld = quality["mean_kld"]
+    if kld is None:
+        return "lost"
+    return "broken" if kld >= SEVERE_KLD else "noticeable" if kld >= NOTICEABLE_KLD else None
 
 
 def quality_warning(quality: dict | None) -> str | None:
@@ -136,9 +162,8 @@ def quality_warning(quality: dict | None) -> str | None:
     if quality is None or degree is None:
         return None
     return (
-        f"the quality loss is {degree}: mean KL divergence {quality['mean_kld']:.3f}, perplexity"
-        f" {quality['source_perplexity']:.2f} -> {quality['perplexity']:.2f}; a finer profile costs more bytes and"
-        " loses less: --profile balanced-4bit, or raise one role: --set 'mlp_down=Q5_K'"
+        f"the quality loss is {degree}: {loss_text(quality)}; a finer profile costs more bytes and loses less:"
+        " --profile balanced-4bit, or raise one role: --set 'mlp_down=Q5_K'"
     )
 
 
@@ -196,9 +221,9 @@ def error_table(errors: list[dict]) -> str:
 def quality_lines(quality: dict) -> list[str]:
     """Perplexity, divergence and the words that were found, for people."""
     lines = [
-        f"perplexity   {quality['source_perplexity']:.3f} -> {quality['perplexity']:.3f}",
-        f"divergence   mean KLD {quality['mean_kld']:.4f}, 99.9 % {quality['kld_99_9']:.3f}, same top token"
-        f" {quality['top1_agreement']:.1%}  ({quality['tokens']} tokens of {quality['corpus']})",
+        f"perplexity   {figure(quality['source_perplexity'], '.3f')} -> {figure(quality['perplexity'], '.3f')}",
+        f"divergence   mean KLD {figure(quality['mean_kld'], '.4f')}, 99.9 % {figure(quality['kld_99_9'], '.3f')}, same"
+        f" top token {quality['top1_agreement']:.1%}  ({quality['tokens']} tokens of {quality['corpus']})",
     ]
     if quality["words"]:
         lines.append(

@@ -1,13 +1,13 @@
 """Whether the artifact is fit for use, in one word, and the command of a better recipe where it is not."""
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from converter.job import Job
 from converter.recipe import IMPORTANCE_FILE
-from converter.report import NOTICEABLE_KLD, SEVERE_KLD
+from converter.report import loss_degree, loss_text
 from formats.errors import ConvertError
 from profiles.plan import Plan
 from profiles.schema import QuantizationProfile, load_profile, preset_names
@@ -19,6 +19,8 @@ EXIT_CODE = 3
 
 # How much larger a better recipe has to be, at least, to be worth the work.
 _LARGER = {NOTICEABLE: 1.1, SEVERE: 1.25, FAILED: 1.5}
+# What a loss of quality says of the model, see report.loss_degree.
+_OF_LOSS = {None: COHERENT, "noticeable": NOTICEABLE, "broken": SEVERE, "lost": FAILED}
 # Formats that only models trained for them survive, or that hardware asks for: nobody is sent there.
 _SPECIAL = ("TQ1_0", "TQ2_0", "Q1_0", "Q2_0", "NVFP4", "MXFP4")
 
@@ -27,8 +29,7 @@ def overall(quality: dict[str, Any] | None, coherence: dict[str, Any] | None) ->
     """The worse of what the divergence says and of what was generated; None where nothing was measured."""
     found = [coherence["verdict"]] if coherence is not None else []
     if quality is not None:
-        kld = quality["mean_kld"]
-        found.append(SEVERE if kld >= SEVERE_KLD else NOTICEABLE if kld >= NOTICEABLE_KLD else COHERENT)
+        found.append(_OF_LOSS[loss_degree(quality)])
     return max(found, key=_DEGREES.index, default=None)
 
 
@@ -36,37 +37,36 @@ def is_severe(verdict: str | None) -> bool:
     return verdict in (SEVERE, FAILED)
 
 
-def warning(report: dict[str, Any]) -> str | None:
+def warning(report: Mapping[str, Any]) -> str | None:
     """What to tell about the verdict and what to do; None when there is nothing to tell."""
-    verdict, quality, coherence = report["verdict"], report["quality"], report["coherence"]
+    verdict = report["verdict"]
     if verdict in (None, COHERENT):
         return None
     text = {
         NOTICEABLE: "the model has lost noticeably",
         SEVERE: "the model is severely damaged",
-        FAILED: "the model has failed: it no longer writes text",
+        FAILED: "the model has failed: it no longer writes text, or its predictions diverge",
     }[verdict]
-    reasons = []
-    if quality is not None and quality["mean_kld"] >= NOTICEABLE_KLD:
-        reasons.append(
-            f"mean KL divergence {quality['mean_kld']:.3f}, perplexity"
-            f" {quality['source_perplexity']:.2f} -> {quality['perplexity']:.2f}"
-        )
-    reasons += [*findings(coherence)] if coherence is not None else []
-    lines = [text, *(f"  {reason}" for reason in reasons)]
+    lines = [text, *(f"  {reason}" for reason in findings(report))]
     if report["better"]:
         lines.append(f"  a better recipe: {report['better']}")
     return "\n".join(lines)
 
 
-def findings(coherence: dict[str, Any]) -> list[str]:
-    """A sentence for each thing that is wrong with what was generated."""
-    lines = []
+def findings(report: Mapping[str, Any]) -> list[str]:
+    """A sentence for each thing that is wrong with the predictions, and with what was generated."""
+    quality, coherence = report["quality"], report["coherence"]
+    lines = [loss_text(quality)] if loss_degree(quality) is not None else []
+    if coherence is None:
+        return lines
     note = coherence["runtime_note"]
     if "failed" in note:
         lines.append(f"llama.cpp does not run the artifact: {note['failed']}")
     if coherence["misread_prompts"]:
         lines.append(f"llama.cpp splits {len(coherence['misread_prompts'])} of the prompts into other tokens")
+    if n := coherence["held_out_not_finite"]:
+        total = coherence["greedy_prompts"]
+        lines.append(f"{n} of {total} continuations of held-out text end where the predictions are not finite")
     troubled = [row for row in coherence["prompts"] if row["problems"]]
     kinds = sorted({problem["kind"] for row in troubled for problem in row["problems"]})
     if troubled:

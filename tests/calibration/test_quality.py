@@ -1,5 +1,6 @@
 """Quality through two streams equals the whole models' logits side by side; interruption changes nothing."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -150,11 +151,35 @@ def test_samples_too_short_to_score_are_refused(tiny, tmp_path):
         run(tiny("llama"), tmp_path, DictSource.of(tiny("llama")), corpus)
 
 
-def test_candidate_that_predicts_nothing_finite_is_refused(tiny, tmp_path):
+def divergent(directory: Path) -> DictSource:
+    weights = DictSource.of(directory)
+    weights.tensors["lm_head.weight"][7] = np.inf
+    return weights
+
+
+def test_a_candidate_that_predicts_nothing_finite_is_a_finding(tiny, tmp_path):
+    report = run(tiny("llama"), tmp_path, divergent(tiny("llama")), random_corpus())
+    assert report.not_finite == report.tokens and report.top1_agreement == 0
+    figures = (report.perplexity, report.mean_kld, report.kld_99, report.kld_99_9, report.max_kld)
+    assert figures == (None,) * 5 and report.source_perplexity > 1
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_a_perplexity_beyond_all_numbers_is_none(tiny, tmp_path):
     candidate = DictSource.of(tiny("llama"))
-    candidate.tensors["lm_head.weight"][7] = np.inf
+    candidate.tensors["lm_head.weight"] *= 1e4
+    report = run(tiny("llama"), tmp_path, candidate, random_corpus())
+    assert report.perplexity is None and report.not_finite == 0 and report.mean_kld > 700
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_predictions_that_are_not_finite_are_refused_of_the_source_and_where_losses_are_added_up(tiny, tmp_path):
+    directory, corpus = tiny("llama"), random_corpus()
     with pytest.raises(ConvertError, match="predictions are not finite"):
-        run(tiny("llama"), tmp_path, candidate, random_corpus())
+        run(directory, tmp_path / "source", DictSource.of(directory), corpus, divergent(directory))
+    baseline = Baseline(DictSource.of(directory), directory, corpus, work_dir=tmp_path / "losses", device="cpu")
+    with pytest.raises(ConvertError, match="predictions are not finite"):
+        baseline.scores(divergent(directory))
 
 
 def test_several_candidates_share_one_run_of_the_source(tiny, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import converter.generate
 from calibration.control import Interrupted, never, silent
 from converter.cli import main
 from converter.generate import RuntimeFailed, generate_by_llama_cpp
+from converter.gguf_target import GgufTarget
 from converter.guard import N_TOKENS, PROMPTS, end_tokens, guard, prompt_tokens, verdict
 from converter.job import Job
 from converter.llama_cpp import LlamaCpp
@@ -157,20 +159,34 @@ def rows(*kinds: str) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("found", "note", "misread", "expected"),
+    ("found", "note", "misread", "not_finite", "expected"),
     [
-        (rows(), {}, [], "coherent"),
-        (rows(), {"unavailable": "no xllamacpp"}, [], "coherent"),
-        (rows("loop"), {}, [], "noticeable"),
-        (rows("loop", "flat"), {}, [], "severe"),
-        (rows("not finite"), {}, [], "severe"),
-        (rows(*["incoherent"] * 6), {}, [], "failed"),
-        (rows(), {"failed": "SIGABRT"}, [], "severe"),
-        (rows(), {}, ["p"], "severe"),
+        (rows(), {}, [], 0, "coherent"),
+        (rows(), {"unavailable": "no xllamacpp"}, [], 0, "coherent"),
+        (rows("loop"), {}, [], 0, "noticeable"),
+        (rows("loop", "flat"), {}, [], 0, "severe"),
+        (rows("not finite"), {}, [], 0, "severe"),
+        (rows(*["incoherent"] * 6), {}, [], 0, "failed"),
+        (rows(), {"failed": "SIGABRT"}, [], 0, "severe"),
+        (rows(), {}, ["p"], 0, "severe"),
+        (rows(), {}, [], 1, "severe"),
     ],
 )
-def test_verdicts(found, note, misread, expected):
-    assert verdict(found, note, misread) == expected
+def test_verdicts(found, note, misread, not_finite, expected):
+    assert verdict(found, note, misread, not_finite) == expected
+
+
+def test_held_out_text_that_ends_in_overflow_is_no_mere_difference(tiny, f32, tmp_path, few_prompts, monkeypatch):
+    def one_overflows(*arguments, **options):
+        found = generate_by_llama_cpp(*arguments, **options)
+        found.generations[-1] = replace(found.generations[-1], finite=False)
+        return found
+
+    monkeypatch.setattr("converter.guard.generate_by_llama_cpp", one_overflows)
+    found = run_guard(tiny("llama-256"), f32, tmp_path)
+    assert found["verdict"] == "severe" and found["held_out_not_finite"] == 1 and found["greedy_agreement"] == 0.75
+    text = warning({"verdict": "severe", "quality": None, "coherence": found, "better": None})
+    assert "1 of 4 continuations of held-out text end where the predictions are not finite" in text
 
 
 def test_the_worse_of_both_measures_counts_and_is_never_averaged():
@@ -179,8 +195,10 @@ def test_the_worse_of_both_measures_counts_and_is_never_averaged():
     assert overall({"mean_kld": 3.0}, coherent) == "severe"
     assert overall({"mean_kld": 0.6}, coherent) == "noticeable"
     assert overall({"mean_kld": 0.01}, coherent) == "coherent"
+    assert overall({"mean_kld": None}, coherent) == "failed"
     assert overall(None, None) is None
     coherence = {"verdict": "failed", "prompts": rows(*["loop"] * 7), "runtime_note": {}, "misread_prompts": []}
+    coherence["held_out_not_finite"] = 0
     text = warning({"verdict": "failed", "quality": None, "coherence": coherence, "better": None})
     assert "failed: it no longer writes text" in text and "7 of 8 answers" in text and "'SSSS'" in text
 
@@ -209,6 +227,54 @@ def test_the_better_recipe_is_a_command_that_runs(tiny, tmp_path, monkeypatch):
         better_recipe(job, lambda profile: assign(profile, model_map), assign(finest, model_map), tmp_path, "severe")
         is None
     )
+
+
+class Overflowing:
+    """An artifact's weights of which one row of the output head is so large that every prediction overflows."""
+
+    def __init__(self, weights: DecodedArtifact):
+        self._weights, self.tensors = weights, weights.tensors
+
+    def read(self, name: str) -> np.ndarray:
+        values = self._weights.read(name)
+        if name == "lm_head.weight":
+            values[7] = np.inf
+        return values
+
+
+def test_an_artifact_whose_predictions_overflow_has_failed_and_says_so(tiny, tmp_path, monkeypatch):
+    """From the measurement to the report, the page, the warning and the exit code: nothing stops on the way."""
+    whole = GgufTarget.candidate
+    monkeypatch.setattr(GgufTarget, "candidate", lambda *of: Candidate(Overflowing(whole(*of).weights)))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    arguments = ["--profile", "uniform-8bit", "--sequence-length", "32", "--output", tmp_path / "m.gguf"]
+    done = CliRunner().invoke(main, [str(a) for a in (*arguments, "--strict", "--fresh", tiny("llama-256"))])
+    assert done.exit_code == EXIT_CODE, done.stderr
+    report = json.loads((tmp_path / "m.bitwright" / "report.json").read_text(), parse_constant=pytest.fail)
+    quality, coherence = report["quality"], report["coherence"]
+    assert report["verdict"] == "failed" and coherence["verdict"] == "failed" and report["better"]
+    assert quality["mean_kld"] is None and quality["not_finite"] == quality["tokens"]
+    assert coherence["held_out_not_finite"] == coherence["greedy_prompts"] == 32
+    said = f"not finite in {quality['tokens']} of {quality['tokens']} places"
+    assert "the model has failed" in done.stderr and said in done.stderr
+    assert "mean KLD not finite" in done.stdout
+    assert said in (tmp_path / "m.bitwright" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("push", "said"), [([], ""), (["--push-to", "org/name"], "not published")])
+def test_strictness_ends_with_its_own_code_and_publishes_nothing(tiny, tmp_path, monkeypatch, push, said):
+    monkeypatch.setattr("converter.pipeline.overall", lambda *_: "severe")
+    monkeypatch.setattr("converter.publish.preflight", lambda *_: None)
+    monkeypatch.setattr("converter.cli.push", lambda *_: pytest.fail("published"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    arguments = ["--profile", "uniform-8bit", "--sequence-length", "32", "--output", tmp_path / "m.gguf"]
+    arguments = [str(a) for a in (*arguments, *push, tiny("llama-256"))]
+    strict = CliRunner().invoke(main, [*arguments, "--strict"])
+    assert strict.exit_code == EXIT_CODE, strict.stderr
+    assert "severely damaged" in strict.stderr and said in strict.stderr
+    assert (tmp_path / "m.gguf").exists() and (tmp_path / "m.bitwright" / "report.json").exists()
+    if not push:
+        assert CliRunner().invoke(main, arguments).exit_code == 0
 
 
 def test_strictness_needs_a_measurement(tiny):

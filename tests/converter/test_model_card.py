@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from converter.model_card import BEGIN, END, front_matter, section, write_card
+from converter.verdict import overall
 from formats.errors import ConvertError
 
 QUALITY = {
@@ -16,14 +17,24 @@ QUALITY = {
     "kld_99": 0.4,
     "kld_99_9": 1.25,
     "max_kld": 3.0,
+    "not_finite": 0,
     "top1_agreement": 0.875,
     "tokens": 4096,
     "corpus": "wikitext-2",
 }
 
 
+COHERENCE = {
+    "verdict": "coherent",
+    "runtime_note": {},
+    "misread_prompts": [],
+    "held_out_not_finite": 0,
+    "prompts": [{"prompt": "Why?", "text": "SSSS", "problems": []}],
+}
+
+
 def report(name: str = "Tiny-1B", n_bytes: int = 1000, **changes: Any) -> dict[str, Any]:
-    return {
+    made = {
         "model": "Org/Tiny",
         "revision": "01",
         "profile": "balanced-4bit",
@@ -54,9 +65,11 @@ def report(name: str = "Tiny-1B", n_bytes: int = 1000, **changes: Any) -> dict[s
         ],
         "errors": [{"tensor": "blk.0.ffn_up.weight", "format": "Q4_K", "weighted_error": 0.01}],
         "quality": QUALITY,
+        "coherence": COHERENCE,
         "recipe_directory": f"recipe/{name}",
         **changes,
     }
+    return made | {"verdict": overall(made["quality"], made["coherence"])}
 
 
 def text_of(*reports: dict[str, Any], base_model: str | None = "Org/Tiny") -> str:
@@ -80,17 +93,32 @@ def test_the_figures_of_a_report():
     assert "WARNING" not in text and "not measured" not in text
 
 
-@pytest.mark.parametrize(("mean_kld", "words"), [(0.5, "a reader notices"), (2.0, "we call a model broken")])
-def test_a_severe_loss_is_said_before_anything_else(mean_kld, words):
-    harmed = report("Tiny-1B-Q1", 500, quality={**QUALITY, "mean_kld": mean_kld})
-    text = text_of(report(), harmed)
+DIVERGENT = {**QUALITY, **dict.fromkeys(("perplexity", "mean_kld", "kld_99", "kld_99_9", "max_kld")), "not_finite": 7}
+LOOPING = [{"prompt": "Why?", "text": "<SSSS>", "problems": [{"kind": "loop", "detail": ""}]}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"quality": {**QUALITY, "mean_kld": 0.5}}, ["has lost noticeably", "mean KL divergence 0.500"]),
+        ({"quality": {**QUALITY, "mean_kld": 2.0}}, ["severely damaged", "perplexity 10.00 -> 12.50"]),
+        ({"quality": DIVERGENT}, ["has failed", "not finite in 7 of 4096 places", "-> not finite"]),
+        (
+            {"coherence": {**COHERENCE, "verdict": "failed", "prompts": LOOPING}},
+            ["has failed", "1 of 1 answers do not hold together (loop)", "'&lt;SSSS>'"],
+        ),
+    ],
+)
+def test_a_severe_loss_is_said_before_anything_else(changes, words):
+    text = text_of(report(), report("Tiny-1B-Q1", 500, **changes))
     warning = text.split("\n\n")[1]
-    assert warning.startswith("> [!WARNING]") and words in warning and "Tiny-1B-Q1.gguf" in warning
+    assert warning.startswith("> [!WARNING]") and "Tiny-1B-Q1.gguf" in warning
+    assert all(word in warning for word in words), warning
     assert text.count("WARNING") == 1
 
 
 def test_what_was_not_measured_is_not_claimed():
-    text = text_of(report(quality=None, calibration=None))
+    text = text_of(report(quality=None, coherence=None, calibration=None))
     assert text.count("not measured") == 4 and "Nothing was measured of Tiny-1B.gguf" in text
     assert "KL divergence compares" not in text and "perplexity changes" not in text
     assert "No importance matrix was used" in text

@@ -160,7 +160,7 @@ def test_the_card_of_a_new_repository(hub, converted):
     for fact in (
         file_sha256(converted),
         str(converted.stat().st_size),
-        f"{quality['mean_kld']:.5f} nats a token",
+        f"nats a token | {quality['mean_kld']:.5f} |",
         f"{quality['perplexity']:.4f}",
         f"{quality['top1_agreement']:.2%}",
         report["calibration"]["corpus_sha256"],
