@@ -231,6 +231,8 @@ def convert_model(
         damaged = strict and is_severe(report["verdict"])
         if target is not None and not damaged:
             report = {**report, "published": push(report, prepared.job.work_dir, target, progress, as_json)}
+        elif target is not None:
+            progress.say(f"not published in {target.repository}: --strict, and the model is severely damaged")
     finally:
         progress.close()
     if as_json:
