@@ -136,6 +136,11 @@ def _corrected(evidence: Evidence, work_dir: Path) -> Evidence | None:
     return evidence.corrected(json.loads(path.read_bytes())["factors"])
 
 
+def sensitivity_path(job: Job, work_dir: Path) -> Path | None:
+    """The table that the job uses: the one it names, or the one it measures; None where it needs none."""
+    return job.sensitivity or (work_dir / SENSITIVITY_FILE if job.profile.needs_sensitivity else None)
+
+
 def given_evidence(job: Job, checkpoint: Checkpoint, model_map: ModelMap) -> Evidence | None:
     """From the file that the job names. Raises ConvertError for a file of another model."""
     if job.sensitivity is None:

@@ -12,7 +12,7 @@ import yaml
 
 from calibration.corpus import EMBEDDED
 from converter.progress import size_text
-from converter.recipe import command_text, with_importance
+from converter.recipe import command_text, from_files
 from converter.report import figure, perplexity_change
 from converter.verdict import COHERENT, FAILED, NOTICEABLE, SEVERE, findings
 from formats.errors import ConvertError
@@ -247,20 +247,23 @@ def _calibration(report: Report) -> str:
         ]
     else:
         rows.append(["origin", "a file that was given; its seed and split are not known"])
+    if table := report["sensitivity"]:
+        rows.append(["sensitivity table", _link(f"{report['recipe_directory']}/{table['file']}")])
+        rows.append(["its SHA-256", f"`{_code(table['sha256'])}`"])
     return _table(["calibration", ""], rows)
 
 
 def _reproduction(repository: str, report: Report) -> str:
     arguments, directory = list(map(str, report["arguments"])), report["recipe_directory"]
     from_here = arguments
-    if report["calibration"]:
-        reads_text = any(report.get(key) is not None for key in ("super_weight_coverage", "feedback"))
-        from_here = with_importance(arguments, directory, report["calibration"]["file"], reads_text)
+    manifests = {"imatrix": report["calibration"], "sensitivity": report["sensitivity"]}
+    if files := {option: manifest["file"] for option, manifest in manifests.items() if manifest}:
+        from_here = from_files(arguments, directory, files, report["reads_text_later"])
     text = f"The same bytes again:\n\n```sh\n{command_text(arguments)}\n```"
     if from_here != arguments:
-        how = "calibrating for error feedback alone" if report.get("feedback") else "without calibrating"
+        how = "measuring again only what no file holds" if report["reads_text_later"] else "without calibrating"
         text += (
-            f"\n\nor, {how}, from the profile and the importance matrix in this repository:\n\n"
+            f"\n\nor, {how}, from the files in this repository:\n\n"
             f"```sh\nhf download {repository} --include '{directory}/*' --local-dir .\n{command_text(from_here)}\n```"
         )
     if not report["revision"]:

@@ -22,7 +22,7 @@ from typing import Any
 from calibration.control import ShouldStop, never
 from calibration.corpus import resolve_corpus
 from calibration.importance import ImportanceMatrix
-from converter.analyse import analyse, analysis_is_needed, found_evidence, given_evidence
+from converter.analyse import analyse, analysis_is_needed, found_evidence, given_evidence, sensitivity_path
 from converter.breakdown import layer_rows
 from converter.calibrate import check_importance, planned_importance
 from converter.directory_target import DirectoryTarget
@@ -41,7 +41,7 @@ from converter.model_map import describe
 from converter.page import report_page
 from converter.preflight import check_output_is_free, check_samples, preflight, ternary_warning
 from converter.progress import Progress
-from converter.recipe import IMPORTANCE_FILE, calibration_manifest, recipe, reproducing_arguments
+from converter.recipe import IMPORTANCE_FILE, calibration_manifest, recipe, reproducing_arguments, sensitivity_manifest
 from converter.report import group_rows, source_bytes
 from converter.source import open_checkpoint
 from converter.target import Prepared, Surveyed, Target
@@ -61,14 +61,15 @@ def survey(job: Job) -> Surveyed:
     model_map = describe(checkpoint, job.pre_tokenizer)
     job = target.located(job, checkpoint, model_map)
     surveyed = Surveyed(job, checkpoint, model_map, target, ())
-    return _with_corpus(surveyed) if job.profile.needs_sensitivity else surveyed
+    analyses = job.sensitivity is None or job.refine > 0
+    return _with_corpus(surveyed, even_with_imatrix=analyses) if job.profile.needs_sensitivity else surveyed
 
 
 def _with_corpus(surveyed: Surveyed, even_with_imatrix: bool = False) -> Surveyed:
     """The same with the text of its calibration: decided once, as the network may come and go while the job runs.
 
-    even_with_imatrix: super weights are looked for on that text, and error feedback takes the moments of its inputs,
-    even where the importance is given."""
+    even_with_imatrix: sensitivity is measured on that text, super weights are looked for on it, and error feedback
+    takes the moments of its inputs, even where the importance is given."""
     job = surveyed.job
     if (job.imatrix is not None and not even_with_imatrix) or job.calibration is not None:
         return surveyed
@@ -260,11 +261,11 @@ def _run_stages(
     prepared: Prepared, work_dir: Path, progress: Progress, should_stop: ShouldStop, clock: "_Clock"
 ) -> tuple[Prepared, dict[str, Any]]:
     job, target, importance = prepared.job, prepared.target, prepared.importance
+    reads_text_later = job.refine > 0 or target.reads_text_later(job, prepared.plan)
     reads_text = (
         (importance is not None and job.imatrix is None)
         or (job.profile.needs_sensitivity and job.sensitivity is None)
-        or job.refine > 0
-        or target.reads_text_later(job, prepared.plan)
+        or reads_text_later
     )
     if importance is not None and job.imatrix is None:
         with clock("calibrate"):
@@ -324,6 +325,8 @@ def _run_stages(
         "recipe": recipe(job, source, plan, importance),
         "arguments": reproducing_arguments(job, source, reads_text),
         "calibration": calibration_manifest(job, importance, work_dir),
+        "sensitivity": sensitivity_manifest(sensitivity_path(job, work_dir)),
+        "reads_text_later": reads_text_later,
         "source": {"bytes": source_bytes(source), "card": source_card(source)},
         "artifact": {
             "kind": job.profile.target,

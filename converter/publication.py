@@ -6,6 +6,7 @@ recipe/NAME/report.json      what was measured
 recipe/NAME/plan.json        every tensor's format and the reason for it
 recipe/NAME/PROFILE.toml     the profile
 recipe/NAME/importance.gguf  the importance matrix, where one was used
+recipe/NAME/sensitivity.safetensors  the sensitivity table, where one was used
 recipe/NAME/report.html      the report for reading, where there is one
 """
 
@@ -28,6 +29,8 @@ RECIPES = "recipe"
 REPORT = "report.json"
 # The Hub asks for files of at most this size: larger ones are slow to fetch, and lost whole when it fails.
 LARGEST_FILE_BYTES = 20 * 1000**3
+# What was measured of the model, by its key in a report.
+_MEASURED = {"calibration": "importance matrix", "sensitivity": "sensitivity table"}
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 # BaseName-SizeLabel[-FineTune][-Version][-Encoding] of the GGUF naming convention. The version is left out by most.
 _CONVENTION = re.compile(r"\w[\w.]*(-[\w.]+)*-(\d+x)?\d+(\.\d+)?[KMBTQ](-[\w.]+)*")
@@ -134,10 +137,12 @@ def published_report(artifact: FinishedArtifact, stem: str, base_model: str | No
         {**file, "path": f"{stem}{_shard_suffix(path)}.gguf"}
         for file, path in zip(report["artifact"]["files"], artifact.paths, strict=True)
     ]
-    manifest = report["calibration"]
-    if manifest is not None:
-        manifest = {key: value for key, value in manifest.items() if key != "path"}
-    report |= {"artifact": {**report["artifact"], "files": files}, "calibration": manifest}
+    manifests = {
+        key: {field: value for field, value in report[key].items() if field != "path"}
+        for key in _MEASURED
+        if report[key] is not None
+    }
+    report |= {"artifact": {**report["artifact"], "files": files}, **manifests}
     return _without_places(report | {"base_model": base_model, "recipe_directory": f"{RECIPES}/{stem}"}, artifact)
 
 
@@ -170,19 +175,22 @@ def files_to_publish(artifact: FinishedArtifact, report: dict[str, Any]) -> list
     if html.exists():
         texts[html.name] = _without_places(html.read_text(encoding="utf-8"), artifact)
     beside = [RepositoryFile.of_bytes(f"{directory}/{name}", text.encode()) for name, text in texts.items()]
-    if manifest := artifact.report["calibration"]:
-        path = _importance_path(artifact, manifest)
-        beside.append(RepositoryFile(f"{directory}/{manifest['file']}", path, path.stat().st_size, manifest["sha256"]))
+    for key, what in _MEASURED.items():
+        if manifest := artifact.report[key]:
+            path = _measured_path(artifact, manifest, what)
+            beside.append(
+                RepositoryFile(f"{directory}/{manifest['file']}", path, path.stat().st_size, manifest["sha256"])
+            )
     return [*weights, *beside]
 
 
-def _importance_path(artifact: FinishedArtifact, manifest: dict[str, Any]) -> Path:
-    """The importance matrix, where it was or in the work directory, which may have been moved."""
+def _measured_path(artifact: FinishedArtifact, manifest: dict[str, Any], what: str) -> Path:
+    """What was measured of the model, where it was or in the work directory, which may have been moved."""
     for path in (Path(manifest["path"]), artifact.work_dir / manifest["file"]):
         if path.is_file() and file_sha256(path) == manifest["sha256"]:
             return path
     raise ConvertError(
-        "the importance matrix of this artifact has been removed or changed since",
+        f"the {what} of this artifact has been removed or changed since",
         manifest["path"],
         f"put it back, there or into {artifact.work_dir}: it is published beside the weights",
     )

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,13 @@ def calibration_manifest(job: Job, importance: ImportanceMatrix | None, work_dir
     }
 
 
+def sensitivity_manifest(path: Path | None) -> dict[str, Any] | None:
+    """The sensitivity table that was used; None where none was."""
+    if path is None:
+        return None
+    return {"file": path.name, "path": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
 def reproducing_arguments(job: Job, checkpoint: Checkpoint, reads_text: bool) -> list[str]:
     """What to write after `convert` to get the same bytes: options with their values, --option=value, and the model.
     Files go by their names, wherever they lie. Every field of Job that decides bytes is an option of its own name.
@@ -145,22 +153,22 @@ def reproducing_arguments(job: Job, checkpoint: Checkpoint, reads_text: bool) ->
     return [*arguments, f"{checkpoint.model_id}{revision}"]
 
 
-def with_importance(arguments: list[str], directory: str, imatrix: str, reads_text: bool) -> list[str]:
-    """The same with profile and importance matrix taken from files in a directory instead of computing the latter.
+def from_files(arguments: list[str], directory: str, files: Mapping[str, str], reads_text: bool) -> list[str]:
+    """The same with the profile taken from a directory, and what was measured of the model, instead of measuring it.
 
-    reads_text: the calibration text serves for something else, too.
+    files: by option (imatrix, sensitivity), their names there. reads_text: the calibration text serves for something
+    else, too.
     """
     *options, model = arguments
     replaced = []
     for option in options:
         name, _, value = option.partition("=")
-        if name == "--profile":
+        name = name.removeprefix("--")
+        if name == "profile":
             replaced.append(f"--profile={directory}/{profile_file(value.removesuffix('.toml'))}")
-        elif name == "--imatrix":
-            continue
-        elif reads_text or name.removeprefix("--").removeprefix("no-") not in _CALIBRATION_OPTIONS:
+        elif name not in files and (reads_text or name.removeprefix("no-") not in _CALIBRATION_OPTIONS):
             replaced.append(option)
-    return [*replaced, f"--imatrix={directory}/{imatrix}", model]
+    return [*replaced, *(f"--{name}={directory}/{file}" for name, file in files.items()), model]
 
 
 def command_text(arguments: list[str]) -> str:

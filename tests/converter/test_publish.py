@@ -178,6 +178,23 @@ def test_the_card_of_a_new_repository(hub, converted):
     )
 
 
+def test_a_sensitivity_table_is_published_beside_the_importance(hub, artifact):
+    """Wherever it was: the command on the card names the one in the repository."""
+    table = artifact.parent / "own.sensitivity.safetensors"
+    table.write_bytes(b"measured")
+    manifest = {"file": table.name, "path": str(table), "bytes": 8, "sha256": file_sha256(table)}
+    report = json.loads(report_of(artifact).read_text())
+    *options, model = report["arguments"]
+    edit_report(artifact, sensitivity=manifest, arguments=[*options, f"--sensitivity={table.name}", model])
+    publish(artifact)
+    files, recipe = hub.files(TO), "recipe/Tiny-113K-v1.0-Q4"
+    assert files[f"{recipe}/{table.name}"] == b"measured"
+    assert f"--imatrix {recipe}/importance.gguf --sensitivity {recipe}/{table.name} " in card_of(hub)
+    assert str(artifact.parent) not in files[f"{recipe}/report.json"].decode()
+    table.unlink()
+    assert "the sensitivity table of this artifact has been removed" in refused(artifact, to="alice/Other-GGUF")
+
+
 def test_a_second_time_nothing_is_sent(hub, converted):
     first = publish(converted)
     hub.requests.clear()

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from converter.cli import main
-from converter.job import Job
-from converter.recipe import command_text, reproducing_arguments, with_importance
+from converter.job import Job, file_sha256
+from converter.recipe import command_text, from_files, reproducing_arguments
 from converter.source import open_checkpoint
 from profiles.schema import load_profile
 
@@ -65,13 +65,40 @@ def test_the_arguments_of_a_report_make_the_same_bytes(here):
     (here / "recipe").mkdir()
     shutil.copy("own.toml", "recipe/own.toml")
     shutil.copy(manifest["path"], "recipe")
-    arguments = with_importance(first["arguments"], "recipe", manifest["file"], reads_text=False)
+    arguments = from_files(first["arguments"], "recipe", {"imatrix": manifest["file"]}, first["reads_text_later"])
     assert not [argument for argument in arguments if argument.startswith(("--calibration", "--samples"))]
     from_importance = convert(*arguments, "--output", "third/a.gguf", "--no-quality")
     assert "calibrate" not in from_importance["seconds"]
     assert hashes(from_importance) == hashes(first)
     assert from_importance["calibration"]["sha256"] == manifest["sha256"]
     assert from_importance["calibration"]["seed"] is None
+
+
+@pytest.mark.parametrize("refine", [0, 1])
+def test_a_budgets_files_make_the_same_bytes(here, refine):
+    """What was measured of the model makes the plan again, whatever the text would say a second time."""
+    first = convert("--target-bpw", 7, "--refine", refine, *SHORT, "--output", "first/a.gguf", "--no-quality", "model")
+    assert first["reads_text_later"] == bool(refine)
+    Path("recipe").mkdir()
+    files = {"imatrix": first["calibration"], "sensitivity": first["sensitivity"]}
+    for manifest in files.values():
+        shutil.copy(manifest["path"], "recipe")
+        assert file_sha256(Path("recipe") / manifest["file"]) == manifest["sha256"]
+    Path("recipe/budget.toml").write_text(first["recipe"]["profile_toml"])
+    names = {option: manifest["file"] for option, manifest in files.items()}
+    arguments = from_files(first["arguments"], "recipe", names, first["reads_text_later"])
+    assert "--sensitivity=recipe/sensitivity.safetensors" in arguments
+    assert ("--samples=128" in arguments) == bool(refine)
+    again = convert(*arguments, "--output", "again/a.gguf", "--no-quality")
+    assert hashes(again) == hashes(first) and "calibrate" not in again["seconds"]
+    assert again["sensitivity"]["sha256"] == first["sensitivity"]["sha256"]
+
+
+def test_the_text_of_an_analysis_is_stated_where_the_importance_is_given(here):
+    first = convert("--target-bpw", 7, *SHORT, "--output", "first/a.gguf", "--no-quality", "model")
+    given = ["--imatrix", first["calibration"]["path"], "--samples", 128, "--sequence-length", 16, "--effort", "fast"]
+    second = convert("--target-bpw", 7, *given, "--output", "second/a.gguf", "--no-quality", "model")
+    assert "--calibration=embedded" in second["arguments"]
 
 
 def test_what_a_report_says_of_its_making(here):
