@@ -165,7 +165,7 @@ def _overview(reports: Sequence[Report]) -> str:
                 _text(report["profile"]),
                 size_text(artifact["bytes"]),
                 f"{sum(group['bytes'] for group in report['groups']) * 8 / _weights(report):.2f}",
-                f"{report['source']['bytes'] / artifact['bytes']:.2f}x",
+                f"{report['compression_ratio']:.2f}x",
                 *measured,
             ]
         )

@@ -8,9 +8,9 @@ from typing import Any
 from converter.pictures import Cell, by_layer_and_role, cell_of, layer_totals
 from converter.progress import size_text
 from converter.recipe import command_text
-from converter.report import feedback_text, figure, perplexity_change
+from converter.report import PROMISES, feedback_text, figure, perplexity_change
 from converter.svg import Figure, bars, columns_chart, short, style_sheet
-from converter.verdict import COHERENT, FAILED, NOTICEABLE, SEVERE, findings
+from converter.verdict import COHERENT, FAILED, NOTICEABLE, SEVERE, findings, missed_target
 from profiles.vocabulary import Role
 
 # Uniform formats that the artifact's size is shown beside: those that people know files by.
@@ -150,7 +150,7 @@ def _banner(report: dict[str, Any]) -> str:
     if verdict is None:
         return '<div class="banner noticeable"><strong>Not measured</strong>Quality was not asked for.</div>'
     title, text = _BANNERS[verdict]
-    found = findings(report)
+    found = [*filter(None, [missed_target(report)]), *findings(report)]
     items = f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in found)}</ul>" if found else ""
     better = f"A better recipe:<pre>{escape(report['better'])}</pre>" if report["better"] else ""
     return f'<div class="banner {verdict}"><strong>{title}</strong>{text}{items}{better}</div>'
@@ -161,7 +161,7 @@ def _numbers(report: dict[str, Any]) -> str:
     n_weights = sum(row["weights"] for row in report["layers"])
     n_bytes = sum(row["bytes"] for row in report["layers"])
     entries = [
-        ("Size", size_text(artifact), f"{source / artifact:.2f}x smaller than {size_text(source)}"),
+        ("Size", size_text(artifact), f"{report['compression_ratio']:.2f}x smaller than {size_text(source)}"),
         ("Bits a weight", f"{n_bytes * 8 / n_weights:.2f}", f"{n_weights / 1e6:,.1f} million weights"),
     ]
     if quality := report["quality"]:
@@ -319,7 +319,7 @@ def _measured(report: dict[str, Any]) -> str:
     worst = sorted(report["errors"], key=lambda e: -e["weighted_error"])[:5]
     worst_rows = [[e["tensor"], e["format"], f"{e['relative_error']:.2e}", f"{e['weighted_error']:.2e}"] for e in worst]
     parts = [
-        _quality_table(report["quality"], report["coherence"]) if report["quality"] else "",
+        _quality_table(report) if report["quality"] else "",
         _task_table(report["tasks"]) if report["tasks"] else "",
         _feedback_table(report["feedback"]) if report["feedback"] else "",
         _table(["largest errors", "format", "error", "weighted error"], worst_rows, "Largest errors"),
@@ -348,10 +348,13 @@ def _feedback_table(feedback: dict[str, Any]) -> str:
     return intro + _table(header, rows, "Error feedback")
 
 
-def _quality_table(quality: dict[str, Any], coherence: dict[str, Any] | None) -> str:
+def _quality_table(report: dict[str, Any]) -> str:
+    quality, coherence = report["quality"], report["coherence"]
+    promises = [(what, report[key]) for key, what in PROMISES.items() if report[key] is not None]
     rows = [
         ["perplexity", *(figure(quality[key], ".4f") for key in ("source_perplexity", "perplexity"))],
         ["KL divergence, mean", "", figure(quality["mean_kld"], ".5f")],
+        *([f"KL divergence, {what}", "", f"{kld:.5f}"] for what, kld in promises),
         ["KL divergence, 99 %", "", figure(quality["kld_99"], ".4f")],
         ["KL divergence, 99.9 %", "", figure(quality["kld_99_9"], ".4f")],
         ["KL divergence, largest", "", figure(quality["max_kld"], ".4f")],

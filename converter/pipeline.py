@@ -45,7 +45,7 @@ from converter.recipe import IMPORTANCE_FILE, calibration_manifest, recipe, repr
 from converter.report import group_rows, source_bytes
 from converter.source import open_checkpoint
 from converter.target import Prepared, Surveyed, Target
-from converter.verdict import better_recipe, overall, warning
+from converter.verdict import better_recipe, missed_target, overall, warning
 from converter.write import JOURNAL
 from formats.errors import ConvertError
 from formats.whole_file import whole_file
@@ -210,7 +210,7 @@ def run(
             if text := ternary_warning(prepared.checkpoint, prepared.plan):
                 progress.say(f"warning: {text}")
             prepared, report = _run_stages(prepared, work.path, progress, should_stop, clock)
-    if text := warning(report):
+    for text in filter(None, (missed_target(report), warning(report))):
         progress.say(f"warning: {text}")
     return prepared, report
 
@@ -316,6 +316,7 @@ def _run_stages(
     files: list[dict[str, Any]] = [
         {"path": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths
     ]
+    n_source, n_artifact = source_bytes(source), sum(path.stat().st_size for path in target.weight_files(paths))
     report = {
         "model": source.model_id,
         "revision": source.revision,
@@ -327,17 +328,20 @@ def _run_stages(
         "calibration": calibration_manifest(job, importance, work_dir),
         "sensitivity": sensitivity_manifest(sensitivity_path(job, work_dir)),
         "reads_text_later": reads_text_later,
-        "source": {"bytes": source_bytes(source), "card": source_card(source)},
+        "source": {"bytes": n_source, "card": source_card(source)},
         "artifact": {
             "kind": job.profile.target,
-            "bytes": sum(path.stat().st_size for path in target.weight_files(paths)),
+            "bytes": n_artifact,
             "files": files,
         },
+        "compression_ratio": n_source / n_artifact,
         "groups": group_rows(plan),
         "errors": [error.to_dict() for error in errors],
         **found,
         "layers": layer_rows(plan, errors),
         "uniform": target.uniform_sizes(prepared),
+        "predicted_kld": plan.predicted_kld,
+        "target_kld": plan.spent.budget.kld if plan.spent is not None else None,
         "quality": quality,
         "coherence": coherence,
         "tasks": tasks,

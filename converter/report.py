@@ -167,13 +167,20 @@ def quality_warning(quality: dict | None) -> str | None:
     )
 
 
+# What a report says of the divergence before it is measured.
+PROMISES = {"predicted_kld": "predicted", "target_kld": "asked for"}
+
+
 def report_text(report: dict, plan: Plan) -> str:
     """The report for people."""
-    source, artifact = report["source"]["bytes"], report["artifact"]["bytes"]
+    source, artifact, ratio = report["source"]["bytes"], report["artifact"]["bytes"], report["compression_ratio"]
     lines = [plan_text(plan, artifact), ""]
-    lines.append(f"size         {size_text(source)} -> {size_text(artifact)}, {source / artifact:.2f}x smaller")
+    lines.append(f"size         {size_text(source)} -> {size_text(artifact)}, {ratio:.2f}x smaller")
     if report["quality"]:
         lines += quality_lines(report["quality"])
+        promises = [f"{report[key]:.4g} {what}" for key, what in PROMISES.items() if report[key] is not None]
+        if promises:
+            lines.append(f"promised     mean KLD {', '.join(promises)}")
     if report["coherence"]:
         lines.append(coherence_line(report["coherence"]))
     for task, metrics in (report["tasks"] or {"results": {}})["results"].items():

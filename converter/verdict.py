@@ -7,7 +7,7 @@ from typing import Any
 
 from converter.job import Job
 from converter.recipe import IMPORTANCE_FILE
-from converter.report import loss_degree, loss_text
+from converter.report import figure, loss_degree, loss_text
 from formats.errors import ConvertError
 from profiles.plan import Plan
 from profiles.schema import QuantizationProfile, load_profile, preset_names
@@ -51,6 +51,18 @@ def warning(report: Mapping[str, Any]) -> str | None:
     if report["better"]:
         lines.append(f"  a better recipe: {report['better']}")
     return "\n".join(lines)
+
+
+def missed_target(report: Mapping[str, Any]) -> str | None:
+    """What to tell of a divergence that was asked for and is exceeded; None when there is nothing to tell."""
+    quality, target = report["quality"], report["target_kld"]
+    if quality is None or target is None or (quality["mean_kld"] is not None and quality["mean_kld"] <= target):
+        return None
+    return (
+        f"the mean KL divergence is {figure(quality['mean_kld'], '.4g')} as measured, above the {target:g} that was"
+        f" asked for; {report['predicted_kld']:.4g} was predicted. Ask for a lower one, or correct the prediction:"
+        " --refine 2"
+    )
 
 
 def findings(report: Mapping[str, Any]) -> list[str]:

@@ -55,6 +55,7 @@ def report(name: str = "Tiny-1B", n_bytes: int = 1000, **changes: Any) -> dict[s
         "reads_text_later": False,
         "source": {"bytes": 4 * n_bytes, "card": {}},
         "artifact": {"bytes": n_bytes, "files": [{"path": f"{name}.gguf", "bytes": n_bytes, "sha256": "3" * 64}]},
+        "compression_ratio": 4.0,
         "groups": [
             {
                 "group": "mlp",

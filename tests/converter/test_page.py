@@ -13,6 +13,7 @@ from converter.pictures import importance_figures
 from converter.svg import svg_file
 from tests.browser import Browser, Page
 from tests.converter.test_pictures import dense, mixture
+from tests.converter.test_target import some_sensitivity
 
 WIDTHS = (400, 1200)
 # What a model's name, a text or an error may contain.
@@ -78,6 +79,7 @@ def work_dir(tiny, tmp_path_factory) -> Path:
     text = directory / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 400)
     arguments = ["--calibration", text, "--samples", "128", "--sequence-length", "16", "--profile", "mlp-low-precision"]
+    arguments += ["--sensitivity", some_sensitivity(tiny("llama-256"), directory / "sensitivity.safetensors")]
     arguments += ["--output", directory / "m.gguf", tiny("llama-256")]
     done = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert done.exit_code == 0, done.stderr
@@ -101,7 +103,8 @@ def test_a_conversions_page(browser, work_dir, width, dark):
     check(page, path)
     report = json.loads((work_dir / "report.json").read_text())
     assert report["page"] == str(path)
-    assert page.evaluate("document.querySelectorAll('svg.figure').length") == 7
+    titles = page.evaluate("[...document.querySelectorAll('svg.figure')].map(f => f.getAttribute('aria-label'))")
+    assert len(titles) == 9 and sum("expected to cost" in title for title in titles) == 2
     shown = page.evaluate("document.body.innerText")
     for text in (report["model"], f"{report['quality']['perplexity']:.2f}", report["artifact"]["files"][0]["sha256"]):
         assert text in shown

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+import converter.quality
 from calibration.fisher import FisherFactors
 from calibration.imatrix_file import load_imatrix
 from calibration.sensitivity import SensitivityTable, load_sensitivity, save_sensitivity
@@ -151,6 +152,23 @@ def test_bits_per_weight_and_divergence(measured, tmp_path):
     by_divergence = output_of("plan", "--target-kld", divergence, *measured)
     assert by_divergence["predicted_kld"] <= divergence
     assert by_divergence["bytes"] <= by_bits["bytes"]
+
+
+@pytest.mark.parametrize("mean_kld", [0.04, 0.06])
+def test_a_divergence_that_is_missed_is_said(measured, tmp_path, monkeypatch, mean_kld):
+    measure = converter.quality.measure_quality
+    monkeypatch.setattr(converter.quality, "measure_quality", lambda *of: {**measure(*of), "mean_kld": mean_kld})
+    options = ["--target-kld", "0.05", "--sequence-length", "32", "--output", tmp_path / "m.gguf"]
+    done = invoke(*options, *(option for option in measured if option != "--no-quality"))
+    assert done.exit_code == 0, done.stderr
+    report = json.loads((tmp_path / "m.bitwright" / "report.json").read_text())
+    page = (tmp_path / "m.bitwright" / "report.html").read_text()
+    said = "the mean KL divergence is 0.06 as measured, above the 0.05 that was asked for"
+    assert (said in done.stderr) == (said in page) == (mean_kld > 0.05)
+    assert report["target_kld"] == 0.05 >= report["predicted_kld"] > 0.045
+    assert f"promised     mean KLD {report['predicted_kld']:.4g} predicted, 0.05 asked for" in done.stdout
+    assert f"{report['predicted_kld']:.5f}" in page
+    assert report["compression_ratio"] == report["source"]["bytes"] / (tmp_path / "m.gguf").stat().st_size
 
 
 def test_python_takes_the_same_targets(measured, tmp_path):
