@@ -21,7 +21,7 @@ _REPEATED_SHARE, _FEWEST_TRIGRAMS = 0.4, 12
 _FLAT, _INCOHERENT = 2.0, 2.0
 # A distribution has collapsed when nothing is left of the entropy, and of the source's there is.
 _COLLAPSED, _NOT_COLLAPSED = 0.02, 0.2
-# Means over fewer tokens say nothing.
+# Of the source's text, a mean over fewer tokens says nothing, and of either text a mean entropy.
 _FEWEST_TOKENS = 8
 
 Kind = Literal["not finite", "empty", "loop", "collapsed", "flat", "incoherent"]
@@ -47,18 +47,26 @@ def problems(generation: Generation, reading: Reading, own: Generation, text: st
         found.append(Problem("empty", "there is no text"))
     if (how := loop(generation.tokens)) and not loop(own.tokens):
         found.append(Problem("loop", how))
-    if min(len(generation.tokens), len(own.tokens)) < _FEWEST_TOKENS:
+    if not generation.tokens or len(own.tokens) < _FEWEST_TOKENS:
         return found
+    if len(generation.tokens) >= _FEWEST_TOKENS:
+        found += _problems_of_entropy(generation, own)
+    # Of fewer tokens, too: one that makes no sense, and an end, are an answer to nothing.
+    surprise, own_surprise = float(np.mean(reading.surprises)), float(np.mean(own.surprises))
+    if surprise > own_surprise + _INCOHERENT:
+        detail = f"the source finds {surprise:.2f} nats a token in it, {own_surprise:.2f} in its own text"
+        found.append(Problem("incoherent", detail))
+    return found
+
+
+def _problems_of_entropy(generation: Generation, own: Generation) -> list[Problem]:
+    found = []
     entropy, own_entropy = float(np.mean(generation.entropies)), float(np.mean(own.entropies))
     beside = f"mean entropy {entropy:.2f} nats, the source's {own_entropy:.2f}"
     if entropy < _COLLAPSED and own_entropy > _NOT_COLLAPSED:
         found.append(Problem("collapsed", beside))
     if entropy > own_entropy + _FLAT:
         found.append(Problem("flat", beside))
-    surprise, own_surprise = float(np.mean(reading.surprises)), float(np.mean(own.surprises))
-    if surprise > own_surprise + _INCOHERENT:
-        detail = f"the source finds {surprise:.2f} nats a token in it, {own_surprise:.2f} in its own text"
-        found.append(Problem("incoherent", detail))
     return found
 
 

@@ -70,6 +70,14 @@ def test_each_failure_has_its_name():
     assert kinds(generation([3] * 32, entropy=7.0), surprise=6.0) == ["loop", "flat", "incoherent"]
 
 
+def test_a_word_without_sense_and_an_end_are_no_answer():
+    """However short: but where the source says little itself, there is nothing to compare with."""
+    junk = generation((77, 2), entropy=8.0, ended=True)
+    assert kinds(junk, surprise=9.0) == ["incoherent"]
+    assert kinds(junk, surprise=9.0, own=generation((5, 2), ended=True)) == []
+    assert kinds(generation((), ended=False)) == []
+
+
 def test_a_record_measures_what_numpy_computes():
     logits = np.random.default_rng(0).standard_normal((3, 50)).astype(np.float32) * 3
     record = GreedyRecord(3, frozenset({int(logits[2].argmax())}))
