@@ -114,6 +114,13 @@ def better_recipe(
     output = job.output.with_name(f"{stem}{_suffix(name)}{end}")
     importance = job.imatrix or work_dir / IMPORTANCE_FILE
     given = ["--imatrix", str(importance)] if importance.exists() else []
+    stays = {
+        "--calibration": job.calibration,
+        "--pre-tokenizer": job.pre_tokenizer,
+        "--split-size": job.shard_bytes,
+    }
+    for option, value in stays.items():
+        given += [option, str(value)] if value is not None else []
     return shlex.join(["convert", "--profile", name, *given, "--output", str(output), job.model])
 
 

@@ -222,6 +222,10 @@ def test_the_better_recipe_is_a_command_that_runs(tiny, tmp_path, monkeypatch):
     done = CliRunner().invoke(main, [*arguments, "--dry-run", "--json"])
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["output"] != str(job.output)
+    said = replace(job, calibration="a text.txt", pre_tokenizer="qwen2", shard_bytes=200_000)
+    again = shlex.split(better_recipe(said, lambda profile: assign(profile, model_map), plan, tmp_path, "severe"))
+    for pair in (["--calibration", "a text.txt"], ["--pre-tokenizer", "qwen2"], ["--split-size", "200000"]):
+        assert again[again.index(pair[0]) :][:2] == pair
     finest = load_profile("fp16-baseline")
     assert (
         better_recipe(job, lambda profile: assign(profile, model_map), assign(finest, model_map), tmp_path, "severe")
