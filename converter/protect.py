@@ -161,7 +161,8 @@ def protection_notes(protection: Protection, plan: Plan) -> list[str]:
     if not protection.looks(plan):
         return []
     if protection.super_weights == "auto":
-        return ["super weights are looked for when the job runs; what protects them best may add to the size"]
+        size = "may add to the size" if plan.spent is None else "costs no byte of the budget"
+        return [f"super weights are looked for when the job runs; what protects them best {size}"]
     return [f"super weights are looked for when the job runs, and {protection.super_weights} protects them"]
 
 
