@@ -112,6 +112,20 @@ def test_experts_load_where_transformers_reads_them(tiny, tmp_path):
     assert "model.layers.0.mlp.experts.7.gate_proj.weight" in names
 
 
+def test_smoothed_experts_load_and_generate(tiny, tmp_path):
+    """W8A8 around experts in FP8, as transformers knows no INT8 ones: one factor for all experts and the router."""
+    model = tiny("qwen3_moe")
+    text = 'base = "W8A8"\n[[rule]]\nroles = ["expert_*"]\nformat = "FP8"\n[activations]\nsmooth = true'
+    artifact, report = convert(model, tmp_path, text)
+    folded = [group["name"] for group in report["smoothing"]["groups"]]
+    assert sum("post_attention_layernorm" in name for name in folded) == 2
+    router = "model.layers.1.mlp.gate.weight"
+    assert relative(DirectoryArtifact.of_recipe(artifact).read(router), open_checkpoint(str(model)).read(router)) > 0.01
+    source = theirs(model)
+    assert relative(theirs(artifact), source) < 0.05
+    assert relative(ours(artifact, model, tmp_path / "work"), source) < 0.05
+
+
 def test_experts_that_are_stored_as_one_are_split(tiny, tmp_path):
     model = tmp_path / "fused"
     shutil.copytree(tiny("qwen3_moe"), model)
