@@ -4,11 +4,12 @@ our own evaluation of the same directory on the same tokens.
     make .venv-vllm/.ready && .venv/bin/python -m scripts.check_vllm --model .cache/smollm2
 
 On a CPU without VNNI instructions the engine's INT8 products saturate pairs at 16 bits: its perplexity is then above
-ours, which is computed by exact integers. Exits with 1 where a directory does not load, writes nothing, or is further
-off than that explains.
+ours, which is computed by exact integers. Exits with 1 where a directory does not load, writes nothing, predicts no
+numbers, or is further off than that explains.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -110,9 +111,11 @@ def main(
                 arithmetic=candidate.arithmetic,
             )
             engine = run_engine(python, directory, corpus.tokens.tolist())
-            off = abs(engine["perplexity"] - report.perplexity) / report.source_perplexity
-            failed |= off > TOLERANCE or not engine["text"].strip()
-            figures = (report.source_perplexity, report.perplexity, engine["perplexity"])
+            # A perplexity beyond all numbers is None here and infinite there.
+            source, ours = (math.inf if p is None else p for p in (report.source_perplexity, report.perplexity))
+            close = abs(engine["perplexity"] - ours) <= TOLERANCE * source and math.isfinite(ours)
+            failed |= not close or not engine["text"].strip()
+            figures = (source, ours, engine["perplexity"])
             rows.append([directory.name, *(f"{figure:.3f}" for figure in figures), repr(engine["text"][:40])])
             click.echo("  ".join(rows[-1]), err=True)
     click.echo(table(["directory", "source", "directory, by us", "by vLLM", "it writes"], rows))
