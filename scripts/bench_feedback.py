@@ -115,7 +115,8 @@ class Bench:
             outcomes = [outcome for found in fed.outcomes.values() for outcome in found]
         measured = [o for o in outcomes if o.plain_error is not None and o.feedback_error is not None]
         ratios = [min(1.0, (o.feedback_error or 0) / (o.plain_error or 1)) for o in measured]
-        scores = [self.baseline.scores(Encoded(w), f"candidate-{i}") for i, w in enumerate(weights)]
+        names = [f"{profile}-{effort}-{way}" for way in ("plain", "fed")]
+        scores = [self.baseline.scores(Encoded(w), name) for name, w in zip(names, weights, strict=True)]
         without, with_it = (float(s[2].mean()) for s in scores)
         ratio = with_it / without
         return Row(

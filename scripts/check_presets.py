@@ -61,7 +61,7 @@ class Bench:
         report = convert(str(self.model), preset, output, target_bpw=bpw, quality=False, quiet=True, **options)
         plan = json.loads((directory / "model.bitwright" / "plan.json").read_text())
         opened = open_candidate(output, self.model_map)
-        scores = self.baseline.scores(opened.weights, preset, arithmetic=opened.arithmetic)
+        scores = self.baseline.scores(opened.weights, report["plan_sha256"], arithmetic=opened.arithmetic)
         source, candidate, kld, agree = scores[:4]
         shutil.rmtree(directory)
         return {
