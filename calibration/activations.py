@@ -17,6 +17,7 @@ from formats.whole_file import whole_file
 if TYPE_CHECKING:
     from calibration.activation_observer import InputObserver
     from calibration.corpus import Corpus
+    from calibration.model import Dtype
     from calibration.stream import LayerStream
     from calibration.weights import WeightSource
 
@@ -253,6 +254,7 @@ def compute_activations(
     decay: float = DECAY,
     rows: InputRows | None = None,
     device: str = "auto",
+    dtype: "Dtype" = "auto",
     threads: int | None = None,
     progress: Progress = silent,
     should_stop: ShouldStop = never,
@@ -276,6 +278,7 @@ def compute_activations(
         observer=observer,
         identity=f"{model}@{revision} {transform} decay {decay} rows {rows is not None}",
         device=device,
+        dtype=dtype,
         threads=threads,
         before_commit=None if rows is None else _row_writer(rows, observer, names),
     )

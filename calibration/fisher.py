@@ -16,6 +16,7 @@ from formats.errors import ConvertError
 
 if TYPE_CHECKING:
     from calibration.corpus import Corpus
+    from calibration.model import Dtype
     from calibration.weights import WeightSource
 
 
@@ -81,6 +82,7 @@ def compute_fisher(
     model: str | None = None,
     revision: str | None = None,
     device: str = "auto",
+    dtype: "Dtype" = "auto",
     threads: int | None = None,
     progress: Progress = silent,
     should_stop: ShouldStop = never,
@@ -110,6 +112,7 @@ def compute_fisher(
         observer=SquaredInputs(),  # names the matrix whose input is not finite
         identity=f"{model}@{revision}",
         device=device,
+        dtype=dtype,
         threads=threads,
         keep=True,
     )

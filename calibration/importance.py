@@ -14,6 +14,7 @@ from formats.errors import ConvertError
 
 if TYPE_CHECKING:
     from calibration.corpus import Corpus
+    from calibration.model import Dtype
     from calibration.weights import WeightSource
 
 
@@ -145,6 +146,7 @@ def compute_importance(
     model: str | None = None,
     revision: str | None = None,
     device: str = "auto",
+    dtype: "Dtype" = "auto",
     threads: int | None = None,
     moments_dir: Path | None = None,
     progress: Progress = silent,
@@ -175,6 +177,7 @@ def compute_importance(
         observer=squared,
         identity=f"{model}@{revision}",
         device=device,
+        dtype=dtype,
         threads=threads,
     )
     stream.run(progress, should_stop)

@@ -1,11 +1,21 @@
 """transformers' model of a configuration, built without weights."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
 from formats.errors import ConvertError
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+def choose_dtype(name: Dtype, device: torch.device) -> torch.dtype:
+    """What the model computes in; "auto" is bfloat16 on cuda and float32 elsewhere."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def choose_device(name: str) -> torch.device:

@@ -21,6 +21,7 @@ from calibration.arithmetic import Arithmetic
 from calibration.checkpointing import NOT_STARTED, HiddenStates, StreamCheckpoint
 from calibration.control import Interrupted, Progress, ShouldStop, never, silent
 from calibration.micro_batches import fitting_samples, most_samples
+from calibration.model import Dtype
 from calibration.observer import NoStatistic, Observer, ProductTap, locate_matrices
 from calibration.streamed_model import LayerCall, StreamedModel
 from calibration.weights import HEAD, WeightSource
@@ -35,8 +36,8 @@ class LayerStream(StreamedModel):
     observer: is shown every matrix product of the layers and, last, the inputs of the output head; one of caches (see
     key_values) the keys and values, too.
     identity: what tells the weights from others of the same shapes; a checkpoint of others is refused.
-    device, threads, arithmetic: see StreamedModel. keep: every layer's input, for a pass back; otherwise only the last
-    one is kept. before_commit: called after every layer and at the end, before what is done counts as done.
+    device, dtype, threads, arithmetic: see StreamedModel. keep: every layer's input, for a pass back; otherwise only
+    the last one is kept. before_commit: called after every layer and at the end, before what is done counts as done.
     after: a finished stream that has kept them, over the same tokens, and the number of its layers whose weights are
     the same: these are not run again, and the observer does not see them.
     """
@@ -51,13 +52,14 @@ class LayerStream(StreamedModel):
         observer: Observer | None = None,
         identity: str = "",
         device: str = "auto",
+        dtype: Dtype = "auto",
         threads: int | None = None,
         keep: bool = False,
         before_commit: "Callable[[LayerStream], None] | None" = None,
         after: "tuple[LayerStream, int] | None" = None,
         arithmetic: Arithmetic | None = None,
     ):
-        super().__init__(source, config_dir, device=device, threads=threads, arithmetic=arithmetic)
+        super().__init__(source, config_dir, device=device, dtype=dtype, threads=threads, arithmetic=arithmetic)
         self._before_commit, self._after = before_commit, after
         self.tokens, self.observer, self.identity = tokens, observer or NoStatistic(), identity
         self.n_samples, self.sequence_length = tokens.shape
@@ -102,10 +104,11 @@ class LayerStream(StreamedModel):
     ) -> StreamCheckpoint:
         """The checkpoint of a pass over these samples, whose observer continues from there.
 
-        settings: what its results depend on beside weights, tokens and device.
+        settings: what its results depend on beside weights, tokens, device and dtype.
         """
         fingerprint = {
             "weights": self.identity,
+            "dtype": str(self.dtype),  # before the configuration, which states it among all else
             "model configuration": hashlib.sha256(self.config.to_json_string(use_diff=False).encode()).hexdigest(),
             "tokens": hashlib.sha256(np.ascontiguousarray(self.tokens, "<i8").tobytes()).hexdigest(),
             "sequence length": self.sequence_length,

@@ -17,7 +17,7 @@ from torch import nn
 
 from calibration.arithmetic import Arithmetic, computed_by
 from calibration.key_values import PassingCache
-from calibration.model import build_without_weights, choose_device, load_config
+from calibration.model import Dtype, build_without_weights, choose_device, choose_dtype, load_config
 from calibration.observer import locate_matrices
 from calibration.weights import ParameterReader, WeightSource
 
@@ -33,7 +33,8 @@ class StreamedModel:
     """The model, the reader of its parameters, and the device that it runs on.
 
     source: the weights. config_dir: a directory with config.json.
-    device: "auto", "cpu", "cuda" or "mps"; float32, on cuda bfloat16. threads: CPU threads, None for one a core.
+    device: "auto", "cpu", "cuda" or "mps". dtype: of weights and states, see choose_dtype. threads: CPU threads, None
+    for one a core.
     arithmetic: how products with matrices are computed and caches kept, None for as torch does it.
     cache: what the layers take for theirs.
     """
@@ -44,12 +45,13 @@ class StreamedModel:
         config_dir: Path,
         *,
         device: str = "auto",
+        dtype: Dtype = "auto",
         threads: int | None = None,
         arithmetic: Arithmetic | None = None,
     ):
         self.arithmetic, self.cache = arithmetic, PassingCache()
         self.device = choose_device(device)
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.dtype = choose_dtype(dtype, self.device)
         self.threads = (threads or torch.get_num_threads()) if self.device.type == "cpu" else 1
         self.config = load_config(config_dir)
         self.model = build_without_weights(self.config, self.dtype, self.device)

@@ -70,6 +70,7 @@ def measure_sensitivity(
         model=checkpoint.model_id,
         revision=checkpoint.revision,
         device=job.device,
+        dtype=job.calibration_dtype,
         threads=job.n_threads,
         progress=progress,
         should_stop=should_stop,

@@ -124,6 +124,7 @@ def calibrate(
             revision=checkpoint.revision,
             work_dir=work_dir / "calibration",
             device=job.device,
+            dtype=job.calibration_dtype,
             threads=job.n_threads,
             moments_dir=moments_dir,
             progress=progress,

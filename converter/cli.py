@@ -61,6 +61,15 @@ def fails_clearly(command: Callable[..., None]) -> Callable[..., None]:
     return click.option("--verbose", is_flag=True, help="Show the traceback of an error.")(wrapped)
 
 
+calibration_dtype_option = click.option(
+    "--calibration-dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    help="What the calibrated model computes in; auto: bfloat16 on cuda.",
+)
+
+
 def job_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that describe a job: the same for `convert MODEL` and `convert plan MODEL`."""
     options = [
@@ -90,6 +99,7 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--samples", default=512, show_default=True, help="Calibration sequences, 128 to 1024."),
         click.option("--sequence-length", default=512, show_default=True, help="Tokens in a calibration sequence."),
+        calibration_dtype_option,
         click.option(
             "--protect-super-weights",
             type=click.Choice(["auto", "off", "raise", "pin", "rescale", "exclude"]),
@@ -383,6 +393,7 @@ def check_profile(file: Path) -> None:
 @click.option("--chat/--no-chat", default=None, help="Calibrate on conversations. [default: with a chat template]")
 @click.option("--samples", default=512, show_default=True, help="Calibration sequences, 128 to 1024.")
 @click.option("--sequence-length", default=512, show_default=True, help="Tokens in a calibration sequence.")
+@calibration_dtype_option
 @click.option("--work-dir", type=PATH, help="Where checkpoints are kept. [default: beside the output]")
 @click.option("--threads", default=0, help="CPU threads; changes no byte. [default: all cores]")
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda", "mps"]))

@@ -91,6 +91,7 @@ def write_importance(
                 "seed": job.seed,
                 "chat": job.chat,
                 "device": job.device,
+                "calibration_dtype": job.calibration_dtype,
             }
         )
         if activations:

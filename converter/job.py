@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calibration.activation_ranges import RangeMethod
 from calibration.control import Interrupted
@@ -22,6 +22,9 @@ from formats.whole_file import whole_file
 from profiles.protection import Mode, Protection
 from profiles.rules import LayerQuantizationConfig
 from profiles.schema import QuantizationProfile
+
+if TYPE_CHECKING:
+    from calibration.model import Dtype
 
 UNDECIDED = "undecided"
 """In a job's fingerprint: what is not known before some of its work is done."""
@@ -79,6 +82,7 @@ class Job:
     lm_eval_limit: int | None = None
     threads: int = 0
     device: str = "auto"
+    calibration_dtype: "Dtype" = "auto"
     seed: int = 0
     command: str = "the same call"
 

@@ -162,6 +162,7 @@ def fingerprint(known: Surveyed) -> dict[str, Any]:
         "alpha": job.alpha,
         "activation_scales": job.activation_scales,
         "device": job.device,
+        "calibration_dtype": job.calibration_dtype,
         "pre_tokenizer": job.pre_tokenizer,
         "shard_bytes": job.shard_bytes,
         "output": str(job.output.absolute()) if job.output else None,

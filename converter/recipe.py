@@ -24,7 +24,7 @@ IMPORTANCE_FILE = "importance.gguf"
 PINNED_KEY, RESCALED_KEY = "super_weights.pinned", "super_weights.rescaled"
 # Fields of a Job that count only where it calibrates, and those of the command that are said even where they are the
 # default.
-_CALIBRATION_FIELDS = ("calibration", "chat", "samples", "sequence_length")
+_CALIBRATION_FIELDS = ("calibration", "chat", "samples", "sequence_length", "calibration_dtype")
 _CALIBRATION_OPTIONS = [field.replace("_", "-") for field in _CALIBRATION_FIELDS]
 _STATED_FIELDS = ("calibration", "samples", "sequence_length", "seed")
 # Fields of a Job that do not decide a byte, and those that the command spells in a way of their own.

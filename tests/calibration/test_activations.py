@@ -115,6 +115,19 @@ def test_threads_and_interruptions_change_no_byte(tiny, tmp_path):
         assert (rows.directory / name).read_bytes() == (whole_rows.directory / name).read_bytes()
 
 
+def test_in_bfloat16_they_are_nearly_the_same(tiny, tmp_path):
+    corpus = random_corpus("llama", 6)
+    exact = compute(tiny("llama"), tmp_path / "exact", corpus)
+    single, two = (
+        compute(tiny("llama"), tmp_path / str(threads), corpus, dtype="bfloat16", threads=threads) for threads in (1, 2)
+    )
+    assert file_bytes(single, tmp_path / "a.safetensors") == file_bytes(two, tmp_path / "b.safetensors")
+    for tensor, inputs in exact.inputs.items():
+        np.testing.assert_allclose(
+            single.of(tensor).absmax(), inputs.absmax(), rtol=0.1, atol=0.05 * inputs.absmax().max()
+        )
+
+
 def test_kept_rows_are_few_and_are_inputs(tiny, tmp_path):
     corpus, rows = random_corpus("llama", 60), InputRows(tmp_path / "rows")
     compute(tiny("llama"), tmp_path / "a", corpus, rows=rows)

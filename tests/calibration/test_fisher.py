@@ -231,6 +231,18 @@ def test_threads_change_no_byte(name, tiny, tmp_path):
     assert single == two == many
 
 
+def test_in_bfloat16_it_is_nearly_the_same(tiny, tmp_path):
+    corpus = random_corpus(n_samples=12)
+    exact = fisher(tiny("llama"), tmp_path / "exact", corpus=corpus)
+    single, two = (
+        fisher(tiny("llama"), tmp_path / str(threads), corpus=corpus, dtype="bfloat16", threads=threads)
+        for threads in (1, 2)
+    )
+    assert all_bytes(single) == all_bytes(two)
+    for tensor, rows in exact.rows.items():
+        assert single.rows[tensor].sum() == pytest.approx(rows.sum(), rel=0.2), tensor
+
+
 def test_finished_run_leaves_its_sums_only_and_is_not_run_again(tiny, tmp_path):
     first = fisher(tiny("llama"), tmp_path)
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}

@@ -10,10 +10,19 @@ import torch
 import transformers
 from torch import nn
 
+from calibration.control import Interrupted
 from calibration.corpus import Corpus, load_corpus
 from calibration.importance import PRIOR_ROWS, ImportanceMatrix, compute_importance
 from formats.errors import ConvertError
-from tests.calibration.streaming import DictSource, compute, load_whole, random_corpus, with_config
+from tests.calibration.streaming import (
+    DictSource,
+    StopAfter,
+    all_bytes,
+    compute,
+    load_whole,
+    random_corpus,
+    with_config,
+)
 from tests.tiny_models import TINY_MODELS
 
 
@@ -156,6 +165,29 @@ def test_values_that_are_not_finite_stop_at_their_layer(tiny, tmp_path):
     with pytest.raises(ConvertError, match="not finite") as caught:
         compute(tiny("llama"), tmp_path / "work", source=source)
     assert "model.layers.1.self_attn.o_proj.weight" in caught.value.where
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gemma3"])
+def test_in_bfloat16_it_is_nearly_the_same(name, tiny, tmp_path):
+    corpus = random_corpus(name, 6)
+    exact = compute(tiny(name), tmp_path / "exact", corpus=corpus)
+    single, many = (
+        compute(tiny(name), tmp_path / str(threads), corpus=corpus, dtype="bfloat16", threads=threads)
+        for threads in (1, 3)
+    )
+    assert all_bytes(single) == all_bytes(many)
+    dense = {tensor for tensor, counts in exact.counts.items() if len(counts) == 1}  # a router may choose otherwise
+    for tensor in dense:
+        np.testing.assert_array_equal(single.counts[tensor], exact.counts[tensor])
+        off = np.abs(single.sums[tensor] - exact.sums[tensor]).sum() / exact.sums[tensor].sum()
+        assert 0 < off < 0.05, tensor
+
+
+def test_a_checkpoint_of_another_dtype_is_refused(tiny, tmp_path):
+    with pytest.raises(Interrupted):
+        compute(tiny("llama"), tmp_path, should_stop=StopAfter(1))
+    with pytest.raises(ConvertError, match="dtype"):
+        compute(tiny("llama"), tmp_path, dtype="bfloat16")
 
 
 def test_device_that_is_absent_is_refused(tiny, tmp_path):
