@@ -1,18 +1,18 @@
 """Calibration tokens/s beside plain transformers on the same model, tokens and cores.
 
-    python -m scripts.bench_calibration --model DIRECTORY [--gradients]
+    python -m scripts.bench_calibration --model DIRECTORY [--gradients] [--dtype bfloat16]
 
     ours           layer streaming: weights from disk, importance of every matrix, a checkpoint a layer
-    plain          transformers in float32, the whole model in memory, no output head, no hooks, one sample a call
+    plain          transformers, the whole model in memory, no output head, no hooks, one sample a call
 
 with --gradients:
 
     ours           streamed there and back: every layer's input on disk, recomputed, squared gradients of every matrix
-    plain          transformers in float32, the whole model, its activations and its gradients in memory: loss and
+    plain          transformers, the whole model, its activations and its gradients in memory: loss and
                    backward, one sample a call; nothing is squared
     checkpointed   the same with transformers' gradient checkpointing, which recomputes every layer as ours does
 
-They take turns; the median of each counts, and the median of the ratios of neighbours.
+All compute in the same dtype. They take turns; the median of each counts, and the median of the ratios of neighbours.
 """
 
 import statistics
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import click
 import numpy as np
@@ -39,11 +40,11 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def ours(compute: Callable[..., object], checkpoint: Checkpoint, corpus: Corpus, threads: int) -> None:
+def ours(compute: Callable[..., object], checkpoint: Checkpoint, corpus: Corpus, **options: object) -> None:
     """Everything included but the import of torch."""
     names = {name: (name, 0) for name in checkpoint.tensors}
     with tempfile.TemporaryDirectory() as work_dir:
-        compute(checkpoint, checkpoint.location, names, corpus, work_dir=Path(work_dir), device="cpu", threads=threads)
+        compute(checkpoint, checkpoint.location, names, corpus, work_dir=Path(work_dir), device="cpu", **options)
 
 
 def plain(model, tokens: np.ndarray) -> None:
@@ -77,18 +78,27 @@ def plain_gradients(model, checkpointed: bool, tokens: np.ndarray) -> None:
 @click.option("--samples", default=32, show_default=True)
 @click.option("--sequence-length", default=512, show_default=True)
 @click.option("--threads", type=int, help="Of all; the default is torch's, one a core.")
+@click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16"]))
 @click.option("--rounds", default=3, show_default=True)
-def main(model: Path, gradients: bool, samples: int, sequence_length: int, threads: int | None, rounds: int) -> None:
+def main(
+    model: Path,
+    gradients: bool,
+    samples: int,
+    sequence_length: int,
+    threads: int | None,
+    dtype: Literal["float32", "bfloat16"],
+    rounds: int,
+) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads or torch.get_num_threads())
     checkpoint = open_checkpoint(str(model))
     corpus = load_corpus("embedded", load_tokenizer(model), samples, sequence_length)
-    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa").eval()
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation="sdpa").eval()
     compute = compute_fisher if gradients else compute_importance
     contestants: dict[str, Callable[[], object]] = {
-        "ours": partial(ours, compute, checkpoint, corpus, torch.get_num_threads())
+        "ours": partial(ours, compute, checkpoint, corpus, threads=torch.get_num_threads(), dtype=dtype)
     }
     if gradients:
         contestants["plain"] = partial(plain_gradients, whole, False, corpus.tokens)
@@ -97,7 +107,7 @@ def main(model: Path, gradients: bool, samples: int, sequence_length: int, threa
         contestants["plain"] = partial(plain, whole, corpus.tokens)
     plain(whole, corpus.tokens[:1])
     rates: dict[str, list[float]] = {name: [] for name in contestants}
-    print(f"{corpus.tokens.size} tokens, samples of {sequence_length}, {torch.get_num_threads()} threads")
+    print(f"{corpus.tokens.size} tokens, samples of {sequence_length}, {torch.get_num_threads()} threads, {dtype}")
     for _ in range(rounds):
         for name, run in contestants.items():
             rates[name].append(corpus.tokens.size / seconds(run))
