@@ -100,8 +100,9 @@ def layer_figures(report: dict[str, Any], tensors: Sequence[dict[str, Any]]) -> 
             marked=marked,
         ),
     ]
-    predicted = cells("predicted_loss", plan)  # empty where no sensitivity was measured
-    if predicted and layers:
+    # Nothing where no sensitivity was measured, or not of the formats that the layers have.
+    predicted = [cell for cell in cells("predicted_loss", plan) if cell.layer is not None]
+    if predicted:
         found += [
             by_layer_and_role(
                 "Sensitivity",

@@ -205,7 +205,7 @@ def representative_format(losses: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def layer_totals(cells: Sequence[Cell]) -> list[float]:
-    """The sum over the cells of each layer."""
+    """The sum over the cells of each layer, of which there has to be one."""
     totals = [0.0] * (1 + max(cell.layer for cell in cells if cell.layer is not None))
     for cell in cells:
         if cell.layer is not None:
