@@ -1,5 +1,6 @@
 """A safetensors directory of compressed-tensors schemes as the artifact of a conversion, for vLLM and transformers."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from converter.directory import check_replaceable, complete_directory, partial_d
 from converter.directory_artifact import DirectoryArtifact
 from converter.directory_verify import verify_directory
 from converter.encode_modules import ModuleEncoder
+from converter.feedback import MOMENTS, Feedback, feedback_report
 from converter.job import Job, default_work_dir
 from converter.keep_out import KeptOut, directory_coverage, keep_out, keeps_out, refuse_other_ways
 from converter.kv_cache import cache_lines
@@ -25,15 +27,16 @@ from converter.quantization_config import quantization_config
 from converter.recipe import IMPORTANCE_FILE, recipe
 from converter.safetensors_layout import directory_layouts
 from converter.scheme_products import SchemeProducts
-from converter.smooth import observe
+from converter.smooth import SMOOTHING_FILE, observe
+from converter.smoothing_file import load_smoothing
 from converter.target import Adapted, Candidate, Layout, Prepared, Surveyed
 from converter.verify import TensorError
-from converter.write import partial_path
+from converter.write import JOURNAL, partial_path
 from formats.errors import ConvertError
 from formats.schemes import SCHEMES
 from profiles.evidence import Evidence
 from profiles.modules import EXPERT_ROLES, PlannedModule, plan_modules, repair_lines
-from profiles.plan import Plan
+from profiles.plan import Plan, PlannedTensor
 from profiles.schema import QuantizationProfile
 from profiles.vocabulary import ModelMap
 
@@ -61,20 +64,23 @@ class DirectoryTarget:
                 f"--profile {job.profile.name}",
                 "choose a scheme for some role: --set 'mlp_*=W8A8'",
             )
-        return plan
+        return replace(plan, error_feedback=job.error_feedback and any(map(_takes_feedback, plan.tensors)))
 
     def plan_of(self, profile: QuantizationProfile, surveyed: Surveyed) -> Plan:
         modules = describe_modules(surveyed.checkpoint, surveyed.model_map)
         return plan_modules(profile, modules, stored_dtypes(surveyed.checkpoint))
 
     def notes(self, job: Job, plan: Plan) -> list[str]:
-        return [*repair_lines(plan), *cache_lines(plan), *_runtime_notes(plan), *_unseen_lines(job, plan)]
+        lines = [*repair_lines(plan), *cache_lines(plan), *_runtime_notes(plan), *_unseen_lines(job, plan)]
+        if job.error_feedback and not plan.error_feedback:
+            lines.append("--error-feedback changes nothing: no matrix of this plan has integer or FP4 weights")
+        return lines
 
     def needs_statistics(self, job: Job, plan: Plan) -> bool:
         return plan.uses_importance or uses_activations(job, plan)
 
     def reads_text_later(self, job: Job, plan: Plan) -> bool:
-        return uses_activations(job, plan) or keeps_out(job)
+        return uses_activations(job, plan) or keeps_out(job) or plan.error_feedback
 
     def layouts(self, surveyed: Surveyed, plan: Plan, importance: ImportanceMatrix | None) -> list[Layout]:
         return [*directory_layouts(plan, surveyed.job.shard_bytes)]
@@ -96,10 +102,12 @@ class DirectoryTarget:
     def calibrate(
         self, prepared: Surveyed, work_dir: Path, progress: Progress, should_stop: ShouldStop
     ) -> ImportanceMatrix:
-        """Importance, out of the activation statistics where these are needed, too: one pass serves both."""
+        """Importance, out of the activation statistics where these are needed, too: one pass serves both. Second
+        moments where feedback is wanted take a pass of their own then."""
         job, checkpoint, model_map = prepared.job, prepared.checkpoint, prepared.model_map
-        if not (isinstance(prepared, Prepared) and uses_activations(job, prepared.plan)):
-            return calibrate(job, checkpoint, model_map, work_dir, progress, should_stop)
+        if prepared.feeds_back or not (isinstance(prepared, Prepared) and uses_activations(job, prepared.plan)):
+            moments_dir = work_dir / MOMENTS if prepared.feeds_back else None
+            return calibrate(job, checkpoint, model_map, work_dir, progress, should_stop, moments_dir)
         result = work_dir / IMPORTANCE_FILE
         if not result.exists():
             save_imatrix(result, observe(job, checkpoint, model_map, work_dir, progress, should_stop).importance())
@@ -113,6 +121,8 @@ class DirectoryTarget:
         progress: Progress,
         should_stop: ShouldStop,
     ) -> Adapted:
+        if prepared.feeds_back and prepared.job.imatrix is not None:
+            self.calibrate(prepared, work_dir, progress, should_stop)
         kept = keep_out(prepared, importance, work_dir, progress, should_stop)
         adapted = adapt_activations(kept.prepared, importance, work_dir, progress, should_stop)
         notes = tuple(f"{decision['tensor']}: {decision['why']}" for decision in kept.decisions)
@@ -140,10 +150,21 @@ class DirectoryTarget:
         found = adapted.found.activations
         ranges, scales = found.ranges, {scale.name: scale.bits for scale in found.caches}
         said = recipe(prepared.job, prepared.checkpoint, plan, importance)
+        feedback = Feedback(work_dir / MOMENTS, prepared.job.effort) if plan.error_feedback else None
+        smoothed = work_dir / SMOOTHING_FILE
+        factors = load_smoothing(smoothed).factors if feedback is not None and smoothed.exists() else None
         with ModuleEncoder(
-            prepared.checkpoint, plan, importance, names, ranges, scales, prepared.job.n_threads
+            prepared.checkpoint,
+            plan,
+            importance,
+            names,
+            ranges,
+            scales,
+            prepared.job.n_threads,
+            feedback,
+            factors,
         ) as encoder:
-            return write_directory(
+            paths = write_directory(
                 prepared.job.output,
                 encoder,
                 directory_layouts(plan, prepared.job.shard_bytes),
@@ -154,6 +175,8 @@ class DirectoryTarget:
                 progress,
                 should_stop,
             )
+        shutil.rmtree(work_dir / MOMENTS, ignore_errors=True)
+        return paths
 
     def verify(
         self, adapted: Adapted, paths: list[Path], progress: Progress
@@ -165,7 +188,11 @@ class DirectoryTarget:
         )
         kept, tolerance = adapted.found.kept, prepared.job.protection.tolerance
         covered = directory_coverage(kept.report, artifact, prepared.checkpoint, prepared.model_map, tolerance)
-        found = {"super_weight_coverage": covered, "protection": kept.decisions, "feedback": None}
+        feedback = None
+        if prepared.plan.error_feedback:
+            assert prepared.job.work_dir is not None
+            feedback = feedback_report(prepared.job.work_dir / JOURNAL)
+        found = {"super_weight_coverage": covered, "protection": kept.decisions, "feedback": feedback}
         return errors, found | adapted.found.activations.report
 
     def complete(self, adapted: Adapted, paths: list[Path]) -> list[Path]:
@@ -191,6 +218,10 @@ class DirectoryTarget:
 
     def weight_files(self, paths: list[Path]) -> list[Path]:
         return [path for path in paths if path.suffix == ".safetensors"]
+
+
+def _takes_feedback(planned: PlannedTensor) -> bool:
+    return isinstance(planned, PlannedModule) and planned.scheme is not None and planned.scheme.takes_feedback
 
 
 def _runtime_notes(plan: Plan) -> list[str]:
@@ -225,7 +256,6 @@ def _refuse_options(job: Job) -> None:
         "--output": job.output is not None and job.output.suffix == ".gguf",
         "--sensitivity": job.sensitivity is not None,
         "--lm-eval": bool(job.lm_eval),
-        "--error-feedback": job.error_feedback,
     }
     for option, given in refused.items():
         if given:

@@ -17,8 +17,9 @@ from calibration.importance import ImportanceMatrix
 from converter.checkpoint import Checkpoint
 from converter.feedback import Candidates, Feedback, Inputs, Outcome, wants_feedback
 from converter.model_map import read_rows
-from converter.rescaling import rescale_importance
+from converter.rescaling import input_factors, rescale_importance
 from formats.errors import ConvertError
+from formats.moment_factor import unit_of
 from formats.pins import Pin, encode_pinned
 from formats.registry import get_format
 from profiles.plan import Plan, PlannedTensor
@@ -140,7 +141,8 @@ class Encoder:
         self, planned: PlannedTensor, matrix: int, chunks: list[_Chunk], scales: list[float] | None, feedback: Feedback
     ) -> Iterator[np.ndarray]:
         """The chunks of a matrix with feedback, or without where that is better."""
-        inputs = feedback.inputs(planned, matrix, self._pool.map)
+        unit, factors = unit_of(get_format(planned.format)), input_factors(planned.tensor, matrix)
+        inputs = feedback.inputs(planned.tensor.name, matrix, unit, self._pool.map, factors)
         if isinstance(inputs, Outcome):
             self.outcomes[planned.tensor.name].append(inputs)
             yield from self._encode_chunks(chunks, scales)

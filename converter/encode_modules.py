@@ -1,14 +1,18 @@
 """The stage `encode` of a safetensors directory: one module at a time, each on all threads."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Self
 
 import numpy as np
 
 from calibration.importance import ImportanceMatrix
 from converter.checkpoint import Checkpoint
+from converter.feedback import Feedback, Outcome, judge, output_squares
 from formats.errors import ConvertError
 from formats.plain import decode_bf16, decode_f16, decode_f32, encode_bf16, encode_f16, encode_f32
+from formats.row_chunks import for_row_chunks
 from formats.schemes import Scheme
 from formats.weight_scheme import Tensors
 from profiles.modules import PlannedModule
@@ -28,6 +32,8 @@ class ModuleEncoder:
     checkpoint: the weights as they are to be encoded. names: the checkpoint's tensor -> (GGUF tensor, matrix), by which
     importance goes. input_ranges: tensor -> least and largest value of its inputs that are represented, for those whose
     scheme stores a scale of them. cache_scales: name -> bits uint16 [1] of every scale of a cache that the plan has.
+    feedback: what matrices whose scheme takes it are encoded with; smoothing: GGUF tensor -> float32 [n_matrices,
+    n_columns], by which its inputs, as feedback knows them, are divided; outcomes: what feedback did for each matrix.
     """
 
     def __init__(
@@ -39,10 +45,14 @@ class ModuleEncoder:
         input_ranges: Mapping[str, tuple[float, float]],
         cache_scales: Mapping[str, np.ndarray],
         threads: int,
+        feedback: Feedback | None = None,
+        smoothing: Mapping[str, np.ndarray] | None = None,
     ):
         self.checkpoint, self.plan, self.threads = checkpoint, plan, threads
         self.importance, self.names, self.input_ranges = importance, names, input_ranges
         self.cache_scales = cache_scales
+        self.feedback, self.smoothing = feedback, smoothing or {}
+        self.outcomes: dict[str, Outcome] = {}
         self._global_scales: dict[tuple[str, ...], float] = {}
 
     def __enter__(self) -> Self:
@@ -71,26 +81,54 @@ class ModuleEncoder:
             yield np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
     def remarks(self, name: str) -> dict[str, object]:
-        return {}
+        """What the journal keeps of a tensor: what feedback did for it."""
+        return {"feedback": [asdict(self.outcomes[name])]} if name in self.outcomes else {}
 
     def tensors(self, planned: PlannedModule, scheme: Scheme) -> Tensors:
         """By suffix what is stored of the matrix, with the scale of its input."""
         name = planned.tensor.name
         global_scale = self._global_scale(planned, scheme)
         rows = self.checkpoint.read(name)
-        try:
-            tensors = scheme.encode(
-                rows,
-                self._columns(name),
-                effort=self.plan.effort,
-                global_scale=global_scale,
-                n_threads=self.threads,
+
+        def encoded(columns: np.ndarray | None) -> Tensors:
+            return scheme.encode(
+                rows, columns, effort=self.plan.effort, global_scale=global_scale, n_threads=self.threads
             )
+
+        try:
+            tensors = encoded(self._columns(name))
         except ConvertError as error:
             raise ConvertError(error.what, f"tensor {name}: {error.where}", error.remedy) from None
+        if self.feedback is not None and scheme.takes_feedback:
+            tensors = self._fed_back(name, scheme, rows, tensors, encoded)
         if planned.uses_activations:
             tensors = tensors | scheme.encode_input(*self._input_range(name))
         return tensors
+
+    def _fed_back(
+        self, name: str, scheme: Scheme, rows: np.ndarray, plain: Tensors, encoded: Callable[[np.ndarray], Tensors]
+    ) -> Tensors:
+        """The matrix with feedback, or without where that is better."""
+        assert self.feedback is not None
+        tensor, matrix = self.names[name]
+        factors = 1 / self.smoothing[tensor][matrix].astype(np.float64) if tensor in self.smoothing else None
+        with ThreadPoolExecutor(self.threads) as pool:
+            inputs = self.feedback.inputs(tensor, matrix, 1, pool.map, factors)
+        if isinstance(inputs, Outcome):
+            self.outcomes[name] = inputs
+            return plain
+        fed = scheme.feed_back(
+            encoded(inputs.factor.importance), rows, inputs.factor, effort=self.plan.effort, n_threads=self.threads
+        )
+        decoded = [scheme.decode(tensors, rows.shape) for tensors in (plain, fed)]
+        sums: dict[int, np.ndarray] = {}
+
+        def work(chunk: slice) -> None:
+            sums[chunk.start] = output_squares(rows[chunk], [values[chunk] for values in decoded], inputs)
+
+        for_row_chunks(rows.shape[0], rows.shape[1], self.threads, work)
+        self.outcomes[name] = judge(name, 0, np.sum([sums[start] for start in sorted(sums)], axis=0))
+        return fed if self.outcomes[name].kept else plain
 
     def _kept(self, planned: PlannedModule) -> Iterator[np.ndarray]:
         name = planned.tensor.name

@@ -18,12 +18,15 @@ from converter.rescaling import rescale_moments
 from formats.block_format import BlockFormat, Effort
 from formats.feedback import feed_back
 from formats.journal import read_lines
-from formats.moment_factor import Factor, factorize, unit_of
+from formats.moment_factor import Factor, factorize
 from formats.pins import Pin
 from formats.products import Run, add_products
 from formats.registry import get_format
 from profiles.plan import Plan, PlannedTensor
-from profiles.vocabulary import ModelMap, Rescaled, Role
+from profiles.vocabulary import ModelMap, Role
+
+MOMENTS = "moments"
+"""Of the second moments' place in the work directory."""
 
 # Widths of loops over held-out rows.
 _ROWS_AT_A_TIME = 4
@@ -75,28 +78,34 @@ class Feedback:
     def __init__(self, directory: Path, effort: Effort):
         self.directory, self.effort = directory, effort
         self._moments: SecondMoments | None = None
-        self._latest: tuple[tuple[str, int, tuple[Rescaled, ...]], Inputs] | None = None
+        self._latest: tuple[tuple[str, int, bytes], Inputs] | None = None
 
-    def inputs(self, planned: PlannedTensor, matrix: int, run: Run) -> Inputs | Outcome:
-        """What a matrix is fed, or why it gets no feedback; run: as for formats.products.cholesky."""
-        name = planned.tensor.name
+    def inputs(
+        self, tensor: str, matrix: int, unit: int, run: Run, factors: np.ndarray | None = None
+    ) -> Inputs | Outcome:
+        """What a matrix is fed, or why it gets no feedback.
+
+        unit: as formats.moment_factor.unit_of; run: as for formats.products.cholesky. factors: float64 [n_columns], by
+        which the inputs are multiplied first.
+        """
         if self._moments is None:
             self._moments = open_moments(self.directory)
-        group = self._moments.group(name, matrix)
+        group = self._moments.group(tensor, matrix)
         if group is None:
-            return Outcome(name, matrix, False, reason="no second moments of its inputs")
-        rescaled = tuple(r for r in planned.tensor.rescaled if r.axis == "column" and r.matrix == matrix)
-        key = group, unit_of(get_format(planned.format)), rescaled
+            return Outcome(tensor, matrix, False, reason="no second moments of its inputs")
+        key = group, unit, b"" if factors is None else factors.tobytes()
         if self._latest is None or self._latest[0] != key:
             self._latest = None  # two at once may be too much
-            moments = rescale_moments(rescaled, self._moments.load(group))
+            moments = self._moments.load(group)
+            if factors is not None:
+                moments = rescale_moments(factors, moments)
             # Rows of zeros fill up, and add nothing.
             missing = -len(moments.held_out) % _ROWS_AT_A_TIME
             held_out = np.concatenate([moments.held_out, np.zeros((missing, len(moments.matrix)), np.float32)])
-            self._latest = key, Inputs(factorize(moments.matrix, key[1], run=run), np.ascontiguousarray(held_out.T))
+            self._latest = key, Inputs(factorize(moments.matrix, unit, run=run), np.ascontiguousarray(held_out.T))
         inputs = self._latest[1]
         if not inputs.held_out.any():
-            return Outcome(name, matrix, False, reason="no inputs were held out to judge by")
+            return Outcome(tensor, matrix, False, reason="no inputs were held out to judge by")
         return inputs
 
     def candidates(
@@ -116,22 +125,29 @@ class Feedback:
             frozen[pin.row, pin.column // block_format.block_size] = True
         start = np.where(np.repeat(frozen, block_format.type_size, axis=1), plain, start)
         fed = feed_back(block_format, rows, start, inputs.factor, self.effort, frozen)
-        lost = (
-            _squares(array, inputs.held_out)
-            for array in (rows - block_format.decode(plain), rows - block_format.decode(fed), rows)
-        )
-        return Candidates(plain, fed, np.array(list(lost)))
+        decoded = [block_format.decode(data) for data in (plain, fed)]
+        return Candidates(plain, fed, output_squares(rows, decoded, inputs))
 
     def choose(
         self, planned: PlannedTensor, matrix: int, parts: Sequence[Candidates]
     ) -> tuple[Outcome, Iterator[np.ndarray]]:
         """What becomes of a matrix of which these are all rows, in order."""
-        plain, fed, total = np.sum([part.sums for part in parts], axis=0).tolist()
-        kept = fed < plain
-        total = total or 1.0
-        reason = "" if kept else "its output error on held-out inputs does not fall"
-        outcome = Outcome(planned.tensor.name, matrix, kept, plain / total, fed / total, reason)
-        return outcome, (part.fed if kept else part.plain for part in parts)
+        outcome = judge(planned.tensor.name, matrix, np.sum([part.sums for part in parts], axis=0))
+        return outcome, (part.fed if outcome.kept else part.plain for part in parts)
+
+
+def output_squares(rows: np.ndarray, decoded: Sequence[np.ndarray], inputs: Inputs) -> np.ndarray:
+    """Of some rows what is squared and summed over the outputs on held-out inputs: of what each encoding loses, and of
+    the rows themselves; float64 [n_encodings + 1]."""
+    return np.array([_squares(array, inputs.held_out) for array in (*(rows - values for values in decoded), rows)])
+
+
+def judge(tensor: str, matrix: int, sums: np.ndarray) -> Outcome:
+    """What becomes of a matrix with these output_squares, of the plain encoding and of the one with feedback."""
+    plain, fed, total = sums.tolist()
+    kept, total = fed < plain, total or 1.0
+    reason = "" if kept else "its output error on held-out inputs does not fall"
+    return Outcome(tensor, matrix, kept, plain / total, fed / total, reason)
 
 
 def moment_widths(model_map: ModelMap) -> dict[int, list[int]]:

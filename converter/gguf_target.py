@@ -13,7 +13,7 @@ from converter.breakdown import uniform_sizes
 from converter.calibrate import calibrate, runnable
 from converter.checkpoint import Checkpoint
 from converter.encode import Encoder
-from converter.feedback import Feedback, feedback_notes, feedback_report, wants_feedback
+from converter.feedback import MOMENTS, Feedback, feedback_notes, feedback_report, wants_feedback
 from converter.job import Job
 from converter.preflight import refuse_activation_options
 from converter.progress import Progress
@@ -30,8 +30,6 @@ from profiles.evidence import Evidence
 from profiles.plan import Plan
 from profiles.schema import QuantizationProfile
 from profiles.vocabulary import ModelMap
-
-MOMENTS = "moments"
 
 
 class GgufTarget:

@@ -36,12 +36,18 @@ def rescale_importance(rescaled: Sequence[Rescaled], columns: np.ndarray) -> np.
     return columns.astype(np.float32)
 
 
-def rescale_moments(rescaled: Sequence[Rescaled], moments: Moments) -> Moments:
-    """The same of the inputs of one matrix, whose rescaled columns these are."""
+def input_factors(spec: TensorSpec, matrix: int) -> np.ndarray | None:
+    """By what the inputs of one matrix are multiplied, float64 [n_columns]; None where no column is rescaled."""
+    rescaled = [part for part in spec.rescaled if part.axis == "column" and part.matrix == matrix]
     if not rescaled:
-        return moments
-    factors = np.ones(len(moments.matrix))
+        return None
+    factors = np.ones(spec.n_columns)
     for part in rescaled:
         factors[part.index] /= part.factor
+    return factors
+
+
+def rescale_moments(factors: np.ndarray, moments: Moments) -> Moments:
+    """Of inputs that are multiplied by these factors, float64 [n_columns]."""
     matrix = moments.matrix * factors * factors[:, None]
     return Moments(matrix.astype(np.float32), (moments.held_out * factors).astype(np.float32))

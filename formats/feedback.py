@@ -20,10 +20,10 @@ Rows do not see each other, and no sum depends on which rows come together: the 
 
 import numpy as np
 
-from formats.block_format import BlockFormat, Effort
+from formats.block_format import Effort
 from formats.feedback_rows import PointRows, ScalarRows
 from formats.moment_factor import Factor, unit_of
-from formats.parts import PointBlocks
+from formats.parts import Blocked, PointBlocks
 from formats.products import add_products
 
 # Rows that are worked on together, so that the factor is read once for all of them.
@@ -38,7 +38,7 @@ def output_error(errors: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 def feed_back(
-    block_format: BlockFormat,
+    block_format: Blocked,
     rows: np.ndarray,
     data: np.ndarray,
     factor: Factor,

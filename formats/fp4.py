@@ -136,7 +136,7 @@ def nvfp4_tensor_scale(absolute_maximum: float) -> float:
 
 def _open_mxfp4(data: np.ndarray) -> ScalarParts:
     blocks = data.reshape(-1, MXFP4_TYPE_SIZE)
-    return _parts(np.minimum(blocks[:, :1], len(MXFP4_STEPS) - 1), _unpack_nibbles(blocks[:, 1:]))
+    return parts_of(np.minimum(blocks[:, :1], len(MXFP4_STEPS) - 1), _unpack_nibbles(blocks[:, 1:]))
 
 
 def _close_mxfp4(parts: ScalarParts) -> np.ndarray:
@@ -146,7 +146,7 @@ def _close_mxfp4(parts: ScalarParts) -> np.ndarray:
 def _open_nvfp4(data: np.ndarray) -> ScalarParts:
     blocks = data.reshape(-1, NVFP4_TYPE_SIZE)
     scales = np.minimum(blocks[:, :4] & 127, len(NVFP4_STEPS) - 1)
-    return _parts(scales, _unpack_nibbles(blocks[:, 4:].reshape(-1, 8)).reshape(-1, NVFP4_BLOCK_SIZE))
+    return parts_of(scales, _unpack_nibbles(blocks[:, 4:].reshape(-1, 8)).reshape(-1, NVFP4_BLOCK_SIZE))
 
 
 def _close_nvfp4(parts: ScalarParts) -> np.ndarray:
@@ -154,7 +154,8 @@ def _close_nvfp4(parts: ScalarParts) -> np.ndarray:
     return np.concatenate([parts.scales[:, 0].astype(np.uint8), qs.reshape(-1, 32)], axis=1)
 
 
-def _parts(stored: np.ndarray, levels: np.ndarray) -> ScalarParts:
+def parts_of(stored: np.ndarray, levels: np.ndarray) -> ScalarParts:
+    """stored: codes of scales, uint8 [n_blocks, n_sub]; levels [n_blocks, block_size]."""
     units, scales = np.zeros((len(stored), 2), np.float32), np.zeros((len(stored), 2, stored.shape[1]), np.int16)
     units[:, 0], scales[:, 0] = 1, stored
     return ScalarParts(units, scales, levels.astype(np.int8))
@@ -170,16 +171,21 @@ def _unpack_nibbles(qs: np.ndarray) -> np.ndarray:
     return SIGNED_LEVELS[_codes_of_nibbles(qs)]
 
 
+def codes_of(levels: np.ndarray) -> np.ndarray:
+    """The codes of signed levels, uint8 of the same shape. A level of 0 gets code 0, without a sign."""
+    return np.searchsorted(LEVELS, np.abs(levels)).astype(np.uint8) | (levels < 0).astype(np.uint8) << 3
+
+
 def _nibbles_of(levels: np.ndarray) -> np.ndarray:
-    """The inverse of _unpack_nibbles: uint8 [n, n_levels / 2]. A level of 0 gets code 0, without a sign."""
-    codes = np.searchsorted(LEVELS, np.abs(levels)).astype(np.uint8) | (levels < 0).astype(np.uint8) << 3
+    """The inverse of _unpack_nibbles: uint8 [n, n_levels / 2]."""
+    codes = codes_of(levels)
     half = codes.shape[1] // 2
     return codes[:, :half] | codes[:, half:] << 4
 
 
-_ALL_LEVELS = np.unique(SIGNED_LEVELS).astype(np.int8)
-MXFP4_BLOCKS = ScalarBlocks(_ALL_LEVELS, 1, MXFP4_STEPS, NO_MINIMUM, _open_mxfp4, _close_mxfp4, fixed_unit=True)
-NVFP4_BLOCKS = ScalarBlocks(_ALL_LEVELS, 4, NVFP4_STEPS, NO_MINIMUM, _open_nvfp4, _close_nvfp4, fixed_unit=True)
+ALL_LEVELS = np.unique(SIGNED_LEVELS).astype(np.int8)
+MXFP4_BLOCKS = ScalarBlocks(ALL_LEVELS, 1, MXFP4_STEPS, NO_MINIMUM, _open_mxfp4, _close_mxfp4, fixed_unit=True)
+NVFP4_BLOCKS = ScalarBlocks(ALL_LEVELS, 4, NVFP4_STEPS, NO_MINIMUM, _open_nvfp4, _close_nvfp4, fixed_unit=True)
 
 
 _jit = njit(nogil=True, cache=True, error_model="numpy")

@@ -17,6 +17,7 @@ import numpy as np
 from formats import fp4
 from formats.block_format import Effort
 from formats.fp8_codec import E4M3
+from formats.parts import NO_MINIMUM, BlockRows, ScalarBlocks, ScalarParts
 from formats.row_chunks import for_row_chunks
 from formats.weight_scheme import Tensors, TensorShapes
 
@@ -36,7 +37,45 @@ def unpack_levels(packed: np.ndarray) -> np.ndarray:
     return fp4.SIGNED_LEVELS[codes]
 
 
-class Nvfp4Codec:
+def _block_rows(name: str, size: int, steps: np.ndarray) -> BlockRows:
+    """Blocks of the scale's byte and the packed codes."""
+
+    def opened(data: np.ndarray) -> ScalarParts:
+        blocks = data.reshape(-1, 1 + size // 2)
+        return fp4.parts_of(np.minimum(blocks[:, :1], len(steps) - 1), unpack_levels(blocks[:, 1:]))
+
+    def closed(parts: ScalarParts) -> np.ndarray:
+        return np.concatenate([parts.scales[:, 0].astype(np.uint8), pack_nibbles(fp4.codes_of(parts.levels))], axis=1)
+
+    blocks = ScalarBlocks(fp4.ALL_LEVELS, 1, steps, NO_MINIMUM, opened, closed, fixed_unit=True)
+    return BlockRows(name, size, blocks)
+
+
+class _Fp4Codec:
+    """What both have in common: rows of blocks."""
+
+    _blocks: BlockRows
+
+    def block_rows(self, n_columns: int) -> BlockRows:
+        return self._blocks
+
+    def to_blocks(self, tensors: Tensors, shape: tuple[int, int]) -> np.ndarray:
+        scales = tensors["weight_scale"][..., None]
+        packed = tensors["weight_packed"].reshape(*scales.shape[:2], -1)
+        return np.concatenate([scales, packed], axis=2).reshape(len(scales), -1)
+
+    def from_blocks(self, data: np.ndarray, tensors: Tensors) -> Tensors:
+        blocks = data.reshape(*tensors["weight_scale"].shape, -1)
+        packed = np.ascontiguousarray(blocks[..., 1:]).reshape(len(blocks), -1)
+        return tensors | {"weight_packed": packed, "weight_scale": np.ascontiguousarray(blocks[..., 0])}
+
+    def block_factor(self, tensors: Tensors) -> np.float32:
+        return np.float32(1)
+
+
+class Nvfp4Codec(_Fp4Codec):
+    _blocks = _block_rows("NVFP4", fp4.NVFP4_SUB_BLOCK_SIZE, fp4.NVFP4_STEPS)
+
     def tensors(self, n_rows: int, n_columns: int) -> TensorShapes:
         return {
             "weight_packed": ("U8", (n_rows, n_columns // 2)),
@@ -74,6 +113,16 @@ class Nvfp4Codec:
         levels = unpack_levels(tensors["weight_packed"]).reshape(*steps.shape, -1)
         return (steps[..., None] * levels).reshape(shape)
 
+    def from_blocks(self, data: np.ndarray, tensors: Tensors) -> Tensors:
+        found = super().from_blocks(data, tensors)
+        zero = found["weight_scale"] == 0
+        found["weight_packed"].reshape(*zero.shape, -1)[zero] = 0
+        found["weight_scale"][zero] = ZERO_BLOCK_CODE
+        return found
+
+    def block_factor(self, tensors: Tensors) -> np.float32:
+        return tensors["weight_global_scale"][0]
+
     def shared_scale(
         self,
         read: Callable[[], Iterable[np.ndarray]],
@@ -86,7 +135,9 @@ class Nvfp4Codec:
         return 1 / fp4.nvfp4_tensor_scale(max(largest))
 
 
-class Mxfp4Codec:
+class Mxfp4Codec(_Fp4Codec):
+    _blocks = _block_rows("MXFP4", fp4.MXFP4_BLOCK_SIZE, fp4.MXFP4_STEPS)
+
     def tensors(self, n_rows: int, n_columns: int) -> TensorShapes:
         return {
             "weight_packed": ("U8", (n_rows, n_columns // 2)),

@@ -22,6 +22,7 @@ from formats.block_format import Effort
 from formats.encoding import to_blocks
 from formats.int_scales import search_asymmetric, search_symmetric
 from formats.packed_int import pack, packed_width, unpack
+from formats.parts import UNITS_BYTES, BlockRows, integers, stored_apart
 from formats.row_chunks import for_row_chunks
 from formats.weight_scheme import Tensors, TensorShapes, WeightScheme
 
@@ -90,10 +91,39 @@ class IntegerCodec:
         codes = unpack(tensors["weight_packed"], bits, n_columns) if self.packed else tensors["weight"]
         groups = codes.reshape(n_rows, -1, self._group(n_columns)).astype(np.float32)
         if not self.weights.symmetric:
-            packed = np.ascontiguousarray(tensors["weight_zero_point"].T)
-            groups -= unpack(packed, bits, n_rows).T[..., None]
+            groups -= self._zero_points(tensors, n_rows)[..., None]
         groups *= bfloat16(tensors["weight_scale"])[..., None]
         return groups.reshape(shape)
+
+    def block_rows(self, n_columns: int) -> BlockRows:
+        half = 1 << self.weights.num_bits - 1
+        return stored_apart("integers", self._group(n_columns), integers(-half, half - 1))
+
+    def to_blocks(self, tensors: Tensors, shape: tuple[int, int]) -> np.ndarray:
+        n_rows, n_columns = shape
+        codes = unpack(tensors["weight_packed"], self.weights.num_bits, n_columns) if self.packed else tensors["weight"]
+        units = np.zeros((n_rows, n_columns // self._group(n_columns), 2), np.float32)
+        units[..., 0] = bfloat16(tensors["weight_scale"])
+        if not self.weights.symmetric:
+            units[..., 1] = units[..., 0] * self._zero_points(tensors, n_rows)
+        blocks = codes.reshape(*units.shape[:2], -1).view(np.uint8)
+        return np.concatenate([units.view(np.uint8), blocks], axis=2).reshape(n_rows, -1)
+
+    def from_blocks(self, data: np.ndarray, tensors: Tensors) -> Tensors:
+        n_rows, n_groups = tensors["weight_scale"].shape
+        codes = np.ascontiguousarray(data.reshape(n_rows, n_groups, -1)[..., UNITS_BYTES:]).reshape(n_rows, -1)
+        codes = codes.view(np.int8)
+        if not self.packed:
+            return tensors | {"weight": codes}
+        return tensors | {"weight_packed": pack(codes, self.weights.num_bits)}
+
+    def block_factor(self, tensors: Tensors) -> np.float32:
+        return np.float32(1)
+
+    def _zero_points(self, tensors: Tensors, n_rows: int) -> np.ndarray:
+        """int8 [n_rows, n_groups]."""
+        packed = np.ascontiguousarray(tensors["weight_zero_point"].T)
+        return unpack(packed, self.weights.num_bits, n_rows).T
 
     def _group(self, n_columns: int) -> int:
         return self.weights.group_size or n_columns

@@ -5,9 +5,8 @@ from functools import cached_property
 
 import numpy as np
 
-from formats.block_format import BlockFormat
 from formats.errors import ConvertError
-from formats.parts import ScalarBlocks
+from formats.parts import Blocked, ScalarBlocks
 from formats.products import Run, cholesky
 
 DAMPING = 0.02
@@ -59,7 +58,7 @@ class Factor:
         return np.stack([matrix[i : i + self.unit, i : i + self.unit] for i in starts])
 
 
-def unit_of(block_format: BlockFormat) -> int:
+def unit_of(block_format: Blocked) -> int:
     """Columns that the format chooses together: 1, or 8 where a codebook does."""
     return 1 if isinstance(block_format.blocks, ScalarBlocks) else 8
 

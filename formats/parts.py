@@ -7,7 +7,7 @@ serve all formats: a scale times a level, or a scale times a point of a codebook
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -74,6 +74,15 @@ class PointParts(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class BlockRows:
+    """Rows of blocks that no file holds as such: those of a matrix whose scales are stored apart from its codes."""
+
+    name: str
+    block_size: int
+    blocks: ScalarBlocks
+
+
+@dataclass(frozen=True, eq=False)
 class PointBlocks:
     """A format whose groups of weights are scaled points of the codebook of that name; open, close: as above."""
 
@@ -81,6 +90,17 @@ class PointBlocks:
     layout: Layout
     open: Callable[[np.ndarray], PointParts]
     close: Callable[[PointParts], np.ndarray]
+
+
+class Blocked(Protocol):
+    """What has rows of blocks: a BlockFormat, or BlockRows."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def blocks(self) -> ScalarBlocks | PointBlocks | None: ...
 
 
 ONE_VALUE = np.ones(1, np.float32)
@@ -97,3 +117,22 @@ def single_scale(d: np.ndarray, levels: np.ndarray, minimum: np.ndarray | None =
     dmin = np.zeros_like(d) if minimum is None else -minimum
     scales = np.zeros((len(d), 2, 1), np.int16)
     return ScalarParts(np.concatenate([d, dmin], axis=1, dtype=np.float32), scales, levels)
+
+
+UNITS_BYTES = 8
+"""Of a block whose scale and minimum are stored apart."""
+
+
+def stored_apart(name: str, block_size: int, levels: np.ndarray) -> BlockRows:
+    """Blocks of levels whose scales and minima stay as they are. A block is 8 + block_size bytes: scale and minimum as
+    float32, and the levels; a weight is scale * level - minimum."""
+
+    def opened(data: np.ndarray) -> ScalarParts:
+        blocks = data.reshape(-1, UNITS_BYTES + block_size)
+        units = np.ascontiguousarray(blocks[:, :UNITS_BYTES]).view(np.float32)
+        return ScalarParts(units, np.zeros((len(blocks), 2, 1), np.int16), blocks[:, UNITS_BYTES:].view(np.int8))
+
+    def closed(parts: ScalarParts) -> np.ndarray:
+        return np.concatenate([np.ascontiguousarray(parts.units).view(np.uint8), parts.levels.view(np.uint8)], axis=1)
+
+    return BlockRows(name, block_size, ScalarBlocks(levels, 1, ONE_VALUE, ONE_VALUE, opened, closed, fixed_unit=True))

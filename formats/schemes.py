@@ -11,12 +11,15 @@ from formats.bfloat16 import EPSILON_BITS, bfloat16, bfloat16_bits
 from formats.block_format import Effort
 from formats.encoding import check_importance, check_rows
 from formats.errors import ConvertError, nearest
+from formats.feedback import feed_back
 from formats.fp4_codec import Mxfp4Codec, Nvfp4Codec
 from formats.fp8_codec import Fp8Codec
 from formats.fp8_scales import GREATEST
 from formats.int_codec import IntegerCodec
+from formats.moment_factor import Factor
+from formats.row_chunks import for_row_chunks
 from formats.safetensors_file import NUMPY_DTYPES
-from formats.weight_scheme import ActivationScheme, Codec, SharingCodec, Tensors, TensorShapes, WeightScheme
+from formats.weight_scheme import ActivationScheme, BlockCodec, Codec, SharingCodec, Tensors, TensorShapes, WeightScheme
 
 _NVFP4_LIMIT = 448 * 6
 
@@ -88,6 +91,29 @@ class Scheme:
             check_importance(importance, rows.shape[1])
         self.check_shape(rows.shape[0], rows.shape[1], self.name)
         return self.codec.encode(rows, importance, effort, global_scale, n_threads)
+
+    @property
+    def takes_feedback(self) -> bool:
+        """Whether codes can be chosen anew under the second moments of the inputs."""
+        return self.weights.type == "int" or self.weights.num_bits == 4
+
+    def feed_back(
+        self, tensors: Tensors, rows: np.ndarray, factor: Factor, *, effort: Effort = "best", n_threads: int = 1
+    ) -> Tensors:
+        """tensors, what `encode` has made of the rows with factor.importance, with the codes of a row chosen together
+        (formats/feedback.py); only where takes_feedback. factor: of unit 1. The bytes do not depend on n_threads."""
+        assert self.takes_feedback
+        n_rows, n_columns = rows.shape
+        codec = cast(BlockCodec, self.codec)
+        blocks, multiplier = codec.block_rows(n_columns), codec.block_factor(tensors)
+        data = codec.to_blocks(tensors, (n_rows, n_columns))
+        fed = np.empty_like(data)
+
+        def work(chunk: slice) -> None:
+            fed[chunk] = feed_back(blocks, rows[chunk] * multiplier, data[chunk], factor, effort)
+
+        for_row_chunks(n_rows, n_columns, n_threads, work)
+        return codec.from_blocks(fed, tensors)
 
     def decode(self, tensors: Tensors, shape: tuple[int, int]) -> np.ndarray:
         """The weights that a runtime computes with, float32 [n_rows, n_columns], before it rounds them to its dtype."""

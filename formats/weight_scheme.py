@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from formats.block_format import Effort
+from formats.parts import BlockRows
 
 Tensors = dict[str, np.ndarray]
 TensorShapes = dict[str, tuple[str, tuple[int, ...]]]
@@ -67,6 +68,24 @@ class Codec(Protocol):
     ) -> Tensors: ...
 
     def decode(self, tensors: Tensors, shape: tuple[int, int]) -> np.ndarray: ...
+
+
+class BlockCodec(Codec, Protocol):
+    """A codec whose matrices can be seen as rows of blocks, for what chooses codes anew (formats/feedback.py)."""
+
+    def block_rows(self, n_columns: int) -> BlockRows: ...
+
+    def to_blocks(self, tensors: Tensors, shape: tuple[int, int]) -> np.ndarray:
+        """uint8 [n_rows, row_bytes]."""
+        ...
+
+    def from_blocks(self, data: np.ndarray, tensors: Tensors) -> Tensors:
+        """The inverse; tensors: what `data` was made of, from which comes what no block holds."""
+        ...
+
+    def block_factor(self, tensors: Tensors) -> np.float32:
+        """By what a weight is multiplied in blocks."""
+        ...
 
 
 class SharingCodec(Codec, Protocol):

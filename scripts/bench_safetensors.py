@@ -7,7 +7,8 @@ defaults on the same calibration samples.
 
 The model is taken in bfloat16, llm-compressor's default. With --planted it is one that computes the same, but in whose
 layers one channel of what attention and MLP are given is 128 times as large. With --adapt ours falls back to finer
-schemes where the inputs of a matrix cannot bear its own, as a conversion does; llm-compressor has no such thing.
+schemes where the inputs of a matrix cannot bear its own, as a conversion does; llm-compressor has no such thing. With
+--error-feedback ours chooses the codes of a row together; llm-compressor's defaults are without, too.
 
 Every directory is written by `convert`, or by llm-compressor's oneshot, and evaluated by the same code: the weights
 that are decoded from its files, INT8 products by exact integers, FP8 and FP4 inputs rounded as the format says.
@@ -76,8 +77,8 @@ PLANTED = 128
 
 
 class Bench:
-    def __init__(self, model: Path, scratch: Path, calibration: Job, corpus: Corpus, adapt: bool):
-        self.adapt = adapt
+    def __init__(self, model: Path, scratch: Path, calibration: Job, corpus: Corpus, adapt: bool, fed: bool):
+        self.adapt, self.fed = adapt, fed
         self.model, self.scratch, self.calibration, self.corpus = model, scratch, calibration, corpus
         self.checkpoint: Checkpoint = open_checkpoint(str(model))
         self.model_map = describe(self.checkpoint)
@@ -100,10 +101,13 @@ class Bench:
             samples=self.calibration.samples,
             sequence_length=self.calibration.sequence_length,
             alpha=row.alpha,
+            error_feedback=self.fed,
             quality=False,
             quiet=True,
         )
-        _copy(work, self.scratch / "kept", ACTIVATIONS_FILE, "activation-rows", "importance.gguf")
+        # With feedback importance comes with second moments, which are gone once the matrices are encoded.
+        importance = () if self.fed else ("importance.gguf",)
+        _copy(work, self.scratch / "kept", ACTIVATIONS_FILE, "activation-rows", *importance)
         _copy(work, kept, SMOOTHING_FILE, SMOOTHED_ACTIVATIONS_FILE)
         return open_candidate(directory, self.model_map), directory
 
@@ -191,6 +195,7 @@ def _copy(source: Path, target: Path, *names: str) -> None:
 @click.option("--peer-dtype", default="auto", show_default=True, help="In which llm-compressor holds the model.")
 @click.option("--planted", is_flag=True, help="Plant an outlier first.")
 @click.option("--adapt", is_flag=True, help="Let ours fall back to finer schemes.")
+@click.option("--error-feedback", "fed", is_flag=True, help="Let ours choose the codes of a row together.")
 def main(
     model: Path,
     calibration_length: int,
@@ -201,6 +206,7 @@ def main(
     peer_dtype: str,
     planted: bool,
     adapt: bool,
+    fed: bool,
 ) -> None:
     tokenizer = load_tokenizer(model)
     corpus = load_corpus("embedded", tokenizer, samples, sequence_length, split="test")
@@ -209,7 +215,7 @@ def main(
     shown = [ROWS[int(i)] for i in rows.split(",")] if rows else list(ROWS)
     with tempfile.TemporaryDirectory() as directory:
         model = in_bfloat16(model, Path(directory) / "model", planted)
-        bench = Bench(model, Path(directory), job, corpus, adapt)
+        bench = Bench(model, Path(directory), job, corpus, adapt, fed)
         chat = uses_chat(job, bench.model_map)
         tokens = load_corpus("embedded", tokenizer, 128, calibration_length, chat=chat).tokens
         cells = []

@@ -8,17 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 import converter
-from calibration.importance import ImportanceMatrix
+from calibration.corpus import load_corpus
+from calibration.importance import ImportanceMatrix, compute_importance
 from calibration.second_moments import INDEX_NAME, open_moments, write_moments
+from converter.calibrate import load_tokenizer, observed_names
 from converter.cli import main
+from converter.directory_artifact import DirectoryArtifact
 from converter.encode import Encoder
 from converter.feedback import Feedback, moment_widths, wants_feedback
 from converter.job import Job
 from converter.model_map import describe, read_rows
 from converter.pipeline import prepare, run
 from converter.progress import Progress
+from converter.rescaling import input_factors
+from converter.smoothed import SmoothedCheckpoint
+from converter.smoothing_file import load_smoothing
 from converter.source import open_checkpoint
 from converter.verify import artifact_tensors
 from formats.errors import ConvertError
@@ -249,18 +256,110 @@ def test_a_rescaled_column_is_fed_what_it_is_divided_by(tiny, tmp_path):
         scale = np.ones(planned.tensor.n_columns)
         scale[list(factors)] = list(factors.values())  # the up projection's rows, so this projection's inputs
         expected = factorize((stored.matrix * np.outer(scale, scale)).astype(np.float32), 1)
-        inputs = feedback.inputs(planned, matrix, map)
+        inputs = feedback.inputs(name, matrix, 1, map, input_factors(planned.tensor, matrix))
         np.testing.assert_allclose(inputs.factor.matrix, expected.matrix, rtol=1e-6)
         held_out = (stored.held_out * scale).astype(np.float32)
         np.testing.assert_allclose(inputs.held_out.T[: len(held_out)], held_out, rtol=1e-6)
 
 
 def test_what_asks_for_it_in_vain_is_told(tiny, text, tmp_path):
-    options = {"calibration": str(text), "error_feedback": True, **OPTIONS}
-    with pytest.raises(ConvertError, match="--error-feedback is for a GGUF"):
-        converter.convert(tiny("llama-256"), profile="w4a16", output=tmp_path / "directory", **options)
-    job = Job(str(tiny("llama-256")), load_profile("uniform-8bit"), output=tmp_path / "m.gguf", error_feedback=True)
-    assert any("--error-feedback changes nothing" in note for note in prepare(job).notes)
+    for profile in ("uniform-8bit", "fp8"):
+        job = Job(str(tiny("llama-256")), load_profile(profile), output=tmp_path / "m", error_feedback=True)
+        assert any("--error-feedback changes nothing" in note for note in prepare(job).notes)
+
+
+def directory(model: Path, output: Path, text: Path, profile: str, **options) -> dict:
+    options = {"calibration": str(text), "error_feedback": True, **OPTIONS, **options}
+    return converter.convert(model, profile=profile, output=output, **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "profile", "alpha"),
+    [
+        ("llama-256", "W4A16_G32", None),
+        ("qwen3_moe", "W4A16_G32", None),
+        ("llama-256", "NVFP4", None),
+        ("llama-256", "W8A8", 0.5),
+        ("qwen3_moe", "W8A8", "auto"),
+    ],
+)
+def test_of_a_directory_the_output_error_falls(model, profile, alpha, tiny, text, tmp_path):
+    plain = directory(tiny(model), tmp_path / "plain", text, profile, alpha=alpha, error_feedback=False)
+    fed = directory(tiny(model), tmp_path / "fed", text, profile, alpha=alpha)
+    feedback, names = fed["feedback"], {row["tensor"] for row in json.loads(plan_of(tmp_path / "fed"))["tensors"]}
+    assert feedback["feedback_error"] < 0.95 * feedback["plain_error"]
+    assert feedback["kept"] > 0.8 * feedback["matrices"] and {o["tensor"] for o in feedback["outcomes"]} <= names
+    assert plain["feedback"] is None and "error_feedback" in fed["recipe"]
+    files = [load_file(tmp_path / which / "model.safetensors") for which in ("plain", "fed")]
+    assert {name: array.shape for name, array in files[0].items()} == {n: a.shape for n, a in files[1].items()}
+    kept = {o["tensor"] for o in feedback["outcomes"] if o["kept"]}
+    artifacts = [DirectoryArtifact.of_recipe(tmp_path / which) for which in ("plain", "fed")]
+    encoded = {row["tensor"] for row in feedback["outcomes"]}
+    differing = {name for name in encoded if not np.array_equal(*(artifact.read(name) for artifact in artifacts))}
+    assert differing == kept
+    assert not (tmp_path / "fed.bitwright" / "moments").exists()
+
+
+def plan_of(output: Path) -> bytes:
+    return (output.with_name(output.name + ".bitwright") / "plan.json").read_bytes()
+
+
+def test_a_smoothed_matrix_is_fed_its_inputs_divided_by_the_factors(tiny, text, tmp_path):
+    """What a matrix of the directory loses on the inputs of the smoothed model is what was said of held-out ones."""
+    model, output = tiny("llama-256"), tmp_path / "fed"
+    report = directory(model, output, text, "W8A8", alpha=0.7)
+    smoothing = load_smoothing(tmp_path / "fed.bitwright" / "smoothing.safetensors")
+    checkpoint = open_checkpoint(str(model))
+    corpus = load_corpus(str(text), load_tokenizer(model), 128, 16, chat=False)
+    compute_importance(
+        checkpoint,
+        model,
+        observed_names(describe(checkpoint)),
+        corpus,
+        work_dir=tmp_path / "work",
+        moments_dir=tmp_path / "moments",
+        device="cpu",
+    )
+    moments = open_moments(tmp_path / "moments")
+    view, artifact = SmoothedCheckpoint.of(checkpoint, smoothing.foldings), DirectoryArtifact.of_recipe(output)
+    outcomes = {outcome["tensor"]: outcome for outcome in report["feedback"]["outcomes"]}
+    for role, gguf in (("mlp.down_proj", "ffn_down"), ("self_attn.o_proj", "attn_output")):
+        name, tensor = f"model.layers.2.{role}.weight", f"blk.2.{gguf}.weight"
+        group = moments.group(tensor, 0)
+        assert group is not None
+        inputs = moments.load(group).held_out / smoothing.factors[tensor][0]
+        source = view.read(name)
+        lost = np.square((source - artifact.read(name)) @ inputs.T).sum() / np.square(source @ inputs.T).sum()
+        assert outcomes[name]["kept"] and lost == pytest.approx(outcomes[name]["feedback_error"], rel=1e-3)
+
+
+def test_a_directory_has_the_same_bytes_on_any_threads_and_after_a_stop(tiny, text, tmp_path):
+    whole = directory(tiny("llama-256"), tmp_path / "whole", text, "W4A16_G32", threads=1)
+    job = Job(
+        str(tiny("llama-256")),
+        load_profile("W4A16_G32"),
+        output=tmp_path / "model",
+        calibration=str(text),
+        error_feedback=True,
+        threads=2,
+        **{key: value for key, value in OPTIONS.items() if key != "quiet"},
+    )
+    polls = iter([False] * 6)
+    with pytest.raises(ConvertError, match="stopped as asked"):
+        run(job, Progress(), lambda: next(polls, True))
+    _, report = run(job, Progress())
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+    assert report["feedback"] == whole["feedback"]
+
+
+def test_a_directory_with_an_importance_matrix_calibrates_for_the_moments(tiny, text, tmp_path):
+    first = directory(tiny("llama-256"), tmp_path / "first", text, "W4A16_G32")
+    second = directory(
+        tiny("llama-256"), tmp_path / "second", text, "W4A16_G32", imatrix=tmp_path / "first.bitwright/importance.gguf"
+    )
+    assert second["feedback"] == first["feedback"]
 
 
 def test_preflight_counts_the_moments(tiny, tmp_path, monkeypatch):

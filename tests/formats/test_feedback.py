@@ -14,6 +14,7 @@ from formats.parts import ScalarBlocks
 from formats.pins import Pin, encode_pinned
 from formats.products import STRIPE, add_products, cholesky
 from formats.registry import FORMATS
+from formats.schemes import SCHEMES
 from scripts import ggml
 from tests.formats.draws import draw
 
@@ -232,6 +233,41 @@ def test_singular_moments_are_damped(name):
     assert error_of(block_format, rows, data, unseen).sum() < error_of(block_format, rows, plain, unseen).sum()
     # What was never seen is still encoded, not thrown away.
     assert np.square(decoded[:, 64:96] - rows[:, 64:96]).sum() < np.square(rows[:, 64:96]).sum()
+
+
+@pytest.mark.parametrize("name", [name for name, scheme in SCHEMES.items() if scheme.takes_feedback])
+def test_schemes_of_directories_lose_less_in_the_same_bytes(name, factors):
+    scheme, factor = SCHEMES[name], factors[1]
+    rows = weights(70)
+    rows[3], rows[4, :128] = 0, 0
+    unseen = second_moments(inputs(1024))
+    plain = scheme.encode(rows, np.ascontiguousarray(factor.matrix.diagonal()))
+    start = scheme.encode(rows, factor.importance)
+    codec = scheme.codec
+    data = codec.to_blocks(start, rows.shape)
+    opened = codec.block_rows(N).blocks.open(data)
+    assert_tensors_equal(
+        codec.from_blocks(codec.block_rows(N).blocks.close(opened).reshape(len(rows), -1), start), start
+    )
+    fed = scheme.feed_back(start, rows, factor)
+    assert_tensors_equal(scheme.feed_back(start, rows, factor, n_threads=3), fed)
+    assert {suffix: (array.dtype, array.shape) for suffix, array in fed.items()} == {
+        suffix: (array.dtype, array.shape) for suffix, array in plain.items()
+    }
+    lost = [
+        np.einsum("ij,jk,ik->i", errors, unseen, errors)
+        for errors in (rows - scheme.decode(tensors, rows.shape).astype(np.float64) for tensors in (plain, start, fed))
+    ]
+    assert lost[2].sum() < 0.5 * lost[0].sum()
+    assert (lost[2] <= 1.2 * lost[1]).all()
+    if scheme.weights.type == "int":
+        np.testing.assert_array_equal(fed["weight_scale"], start["weight_scale"])
+
+
+def assert_tensors_equal(found, expected) -> None:
+    assert found.keys() == expected.keys()
+    for suffix, array in found.items():
+        np.testing.assert_array_equal(array, expected[suffix])
 
 
 @pytest.mark.parametrize(
