@@ -6,6 +6,7 @@ for that layer. They depend on positions alone, which are the same for all sampl
 every pass, in whatever order the layers are taken.
 """
 
+import ctypes
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -110,6 +111,7 @@ class StreamedModel:
                     del weights
                     yield index, parameters
                     parameters.clear()  # whoever still holds it would keep a third layer in memory
+                _return_freed_memory()
 
     def layer_calls(self, sequence_length: int) -> list[LayerCall]:
         """Every layer's own forward, with the arguments that the model gives it for samples of this length, and the
@@ -171,3 +173,11 @@ class StreamedModel:
                 yield pool
         finally:
             torch.set_num_threads(before)
+
+
+def _return_freed_memory() -> None:
+    """glibc keeps what the threads of a layer have freed, in pieces that the next layer's arrays do not fit: tens of MB
+    more with every layer of a 7B shape."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+    if trim is not None:
+        trim(0)
