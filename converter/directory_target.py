@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from calibration.control import ShouldStop, never
 from calibration.imatrix_file import load_imatrix, save_imatrix
 from calibration.importance import ImportanceMatrix
-from converter.adapt_activations import ActivationFindings, adapt_activations, uses_activations
+from converter.adapt_activations import ActivationFindings, adapt_activations, smoothing_of, uses_activations
 from converter.artifact import file_name
 from converter.calibrate import calibrate
 from converter.checkpoint import Checkpoint
@@ -17,7 +17,7 @@ from converter.directory import check_replaceable, complete_directory, partial_d
 from converter.directory_artifact import DirectoryArtifact
 from converter.directory_verify import verify_directory
 from converter.encode_modules import ModuleEncoder
-from converter.feedback import MOMENTS, Feedback, feedback_report
+from converter.feedback import MOMENTS, Feedback, feedback_notes, feedback_report
 from converter.job import Job, default_work_dir
 from converter.keep_out import KeptOut, directory_coverage, keep_out, keeps_out, refuse_other_ways
 from converter.kv_cache import cache_lines
@@ -31,7 +31,7 @@ from converter.smooth import SMOOTHING_FILE, observe
 from converter.smoothing_file import load_smoothing
 from converter.target import Adapted, Candidate, Layout, Prepared, Surveyed
 from converter.verify import TensorError
-from converter.write import JOURNAL, partial_path
+from converter.write import partial_path
 from formats.errors import ConvertError
 from formats.schemes import SCHEMES
 from profiles.evidence import Evidence
@@ -71,10 +71,9 @@ class DirectoryTarget:
         return plan_modules(profile, modules, stored_dtypes(surveyed.checkpoint))
 
     def notes(self, job: Job, plan: Plan) -> list[str]:
-        lines = [*repair_lines(plan), *cache_lines(plan), *_runtime_notes(plan), *_unseen_lines(job, plan)]
-        if job.error_feedback and not plan.error_feedback:
-            lines.append("--error-feedback changes nothing: no matrix of this plan has integer or FP4 weights")
-        return lines
+        why = "no matrix of this plan has integer or FP4 weights"
+        notes = [*repair_lines(plan), *cache_lines(plan), *_runtime_notes(plan), *_unseen_lines(job, plan)]
+        return [*notes, *feedback_notes(job, plan, why)]
 
     def needs_statistics(self, job: Job, plan: Plan) -> bool:
         return plan.uses_importance or uses_activations(job, plan)
@@ -151,8 +150,8 @@ class DirectoryTarget:
         ranges, scales = found.ranges, {scale.name: scale.bits for scale in found.caches}
         said = recipe(prepared.job, prepared.checkpoint, plan, importance)
         feedback = Feedback(work_dir / MOMENTS, prepared.job.effort) if plan.error_feedback else None
-        smoothed = work_dir / SMOOTHING_FILE
-        factors = load_smoothing(smoothed).factors if feedback is not None and smoothed.exists() else None
+        smooths = feedback is not None and smoothing_of(prepared.job) is not None
+        factors = load_smoothing(work_dir / SMOOTHING_FILE).factors if smooths else None
         with ModuleEncoder(
             prepared.checkpoint,
             plan,
@@ -188,10 +187,7 @@ class DirectoryTarget:
         )
         kept, tolerance = adapted.found.kept, prepared.job.protection.tolerance
         covered = directory_coverage(kept.report, artifact, prepared.checkpoint, prepared.model_map, tolerance)
-        feedback = None
-        if prepared.plan.error_feedback:
-            assert prepared.job.work_dir is not None
-            feedback = feedback_report(prepared.job.work_dir / JOURNAL)
+        feedback = feedback_report(prepared.job, prepared.plan)
         found = {"super_weight_coverage": covered, "protection": kept.decisions, "feedback": feedback}
         return errors, found | adapted.found.activations.report
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Self
 
 import numpy as np
@@ -115,7 +115,7 @@ class ModuleEncoder:
         with ThreadPoolExecutor(self.threads) as pool:
             inputs = self.feedback.inputs(tensor, matrix, 1, pool.map, factors)
         if isinstance(inputs, Outcome):
-            self.outcomes[name] = inputs
+            self.outcomes[name] = replace(inputs, tensor=name, matrix=0)
             return plain
         fed = scheme.feed_back(
             encoded(inputs.factor.importance), rows, inputs.factor, effort=self.plan.effort, n_threads=self.threads

@@ -15,6 +15,7 @@ import numpy as np
 from calibration.second_moments import EXPERT_BYTES, SecondMoments, open_moments
 from converter.job import Job
 from converter.rescaling import rescale_moments
+from converter.write import JOURNAL
 from formats.block_format import BlockFormat, Effort
 from formats.feedback import feed_back
 from formats.journal import read_lines
@@ -170,20 +171,21 @@ def wants_feedback(planned: PlannedTensor) -> bool:
     return planned.uses_importance and get_format(planned.format).blocks is not None
 
 
-def feedback_notes(job: Job, plan: Plan) -> list[str]:
+def feedback_notes(job: Job, plan: Plan, why: str) -> list[str]:
     """What to say of a plan whose job asked for error feedback in vain."""
-    if not job.error_feedback or plan.error_feedback:
-        return []
-    return ["--error-feedback changes nothing: every matrix of this plan has a format of 8 bits or more"]
+    return [f"--error-feedback changes nothing: {why}"] if job.error_feedback and not plan.error_feedback else []
 
 
-def feedback_report(journal: Path) -> dict[str, Any]:
-    """The outcomes in the journal of encoded tensors, and what they come to.
+def feedback_report(job: Job, plan: Plan) -> dict[str, Any] | None:
+    """The outcomes in the journal of encoded tensors, and what they come to; None for a plan without feedback.
 
     matrices, kept: how many; plain_error, feedback_error: means over the matrices that were measured, None without any;
     outcomes: one a matrix, in the order of the journal.
     """
-    outcomes = _read_outcomes(journal)
+    if not plan.error_feedback:
+        return None
+    assert job.work_dir is not None
+    outcomes = _read_outcomes(job.work_dir / JOURNAL)
     measured = [outcome for outcome in outcomes if outcome["plain_error"] is not None]
     means = {
         key: sum(outcome[key] for outcome in measured) / len(measured) if measured else None

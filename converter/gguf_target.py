@@ -62,7 +62,8 @@ class GgufTarget:
         return assign(profile, surveyed.model_map)
 
     def notes(self, job: Job, plan: Plan) -> list[str]:
-        return [*fallback_lines(plan), *protection_notes(job.protection, plan), *feedback_notes(job, plan)]
+        why = "every matrix of this plan has a format of 8 bits or more"
+        return [*fallback_lines(plan), *protection_notes(job.protection, plan), *feedback_notes(job, plan, why)]
 
     def needs_statistics(self, job: Job, plan: Plan) -> bool:
         return plan.uses_importance
@@ -145,10 +146,7 @@ class GgufTarget:
         tolerance = prepared.job.protection.tolerance
         coverage = super_weight_coverage(protected.report, paths, prepared.model_map, tolerance)
         decisions = [asdict(decision) for decision in protected.decisions]
-        feedback = None
-        if prepared.feeds_back:
-            assert prepared.job.work_dir is not None
-            feedback = feedback_report(prepared.job.work_dir / JOURNAL)
+        feedback = feedback_report(prepared.job, prepared.plan)
         return errors, {"super_weight_coverage": coverage, "protection": decisions, "feedback": feedback}
 
     def complete(self, adapted: Adapted, paths: list[Path]) -> list[Path]:

@@ -22,12 +22,30 @@ from formats.block_format import Effort
 from formats.encoding import to_blocks
 from formats.int_scales import search_asymmetric, search_symmetric
 from formats.packed_int import pack, packed_width, unpack
-from formats.parts import UNITS_BYTES, BlockRows, integers, stored_apart
+from formats.parts import ONE_VALUE, BlockRows, ScalarBlocks, ScalarParts, integers
 from formats.row_chunks import for_row_chunks
 from formats.weight_scheme import Tensors, TensorShapes, WeightScheme
 
 # Pairs of scale and zero point that the asymmetric search refines.
 _REFINED = {"best": 4, "fast": 1}
+
+
+# Of a block as error feedback sees it: a group's scale and minimum as float32, before its codes.
+_UNITS_BYTES = 8
+
+
+def _block_rows(size: int, levels: np.ndarray) -> BlockRows:
+    """Blocks whose scales and minima stay as they are: a weight is scale * level - minimum."""
+
+    def opened(data: np.ndarray) -> ScalarParts:
+        blocks = data.reshape(-1, _UNITS_BYTES + size)
+        units = np.ascontiguousarray(blocks[:, :_UNITS_BYTES]).view(np.float32)
+        return ScalarParts(units, np.zeros((len(blocks), 2, 1), np.int16), blocks[:, _UNITS_BYTES:].view(np.int8))
+
+    def closed(parts: ScalarParts) -> np.ndarray:
+        return np.concatenate([np.ascontiguousarray(parts.units).view(np.uint8), parts.levels.view(np.uint8)], axis=1)
+
+    return BlockRows("integers", size, ScalarBlocks(levels, 1, ONE_VALUE, ONE_VALUE, opened, closed, fixed_unit=True))
 
 
 @dataclass(frozen=True)
@@ -87,9 +105,7 @@ class IntegerCodec:
 
     def decode(self, tensors: Tensors, shape: tuple[int, int]) -> np.ndarray:
         n_rows, n_columns = shape
-        bits = self.weights.num_bits
-        codes = unpack(tensors["weight_packed"], bits, n_columns) if self.packed else tensors["weight"]
-        groups = codes.reshape(n_rows, -1, self._group(n_columns)).astype(np.float32)
+        groups = self._codes(tensors, n_columns).reshape(n_rows, -1, self._group(n_columns)).astype(np.float32)
         if not self.weights.symmetric:
             groups -= self._zero_points(tensors, n_rows)[..., None]
         groups *= bfloat16(tensors["weight_scale"])[..., None]
@@ -97,21 +113,20 @@ class IntegerCodec:
 
     def block_rows(self, n_columns: int) -> BlockRows:
         half = 1 << self.weights.num_bits - 1
-        return stored_apart("integers", self._group(n_columns), integers(-half, half - 1))
+        return _block_rows(self._group(n_columns), integers(-half, half - 1))
 
     def to_blocks(self, tensors: Tensors, shape: tuple[int, int]) -> np.ndarray:
         n_rows, n_columns = shape
-        codes = unpack(tensors["weight_packed"], self.weights.num_bits, n_columns) if self.packed else tensors["weight"]
         units = np.zeros((n_rows, n_columns // self._group(n_columns), 2), np.float32)
         units[..., 0] = bfloat16(tensors["weight_scale"])
         if not self.weights.symmetric:
             units[..., 1] = units[..., 0] * self._zero_points(tensors, n_rows)
-        blocks = codes.reshape(*units.shape[:2], -1).view(np.uint8)
+        blocks = self._codes(tensors, n_columns).reshape(*units.shape[:2], -1).view(np.uint8)
         return np.concatenate([units.view(np.uint8), blocks], axis=2).reshape(n_rows, -1)
 
     def from_blocks(self, data: np.ndarray, tensors: Tensors) -> Tensors:
         n_rows, n_groups = tensors["weight_scale"].shape
-        codes = np.ascontiguousarray(data.reshape(n_rows, n_groups, -1)[..., UNITS_BYTES:]).reshape(n_rows, -1)
+        codes = np.ascontiguousarray(data.reshape(n_rows, n_groups, -1)[..., _UNITS_BYTES:]).reshape(n_rows, -1)
         codes = codes.view(np.int8)
         if not self.packed:
             return tensors | {"weight": codes}
@@ -119,6 +134,10 @@ class IntegerCodec:
 
     def block_factor(self, tensors: Tensors) -> np.float32:
         return np.float32(1)
+
+    def _codes(self, tensors: Tensors, n_columns: int) -> np.ndarray:
+        """int8 [n_rows, n_columns]."""
+        return unpack(tensors["weight_packed"], self.weights.num_bits, n_columns) if self.packed else tensors["weight"]
 
     def _zero_points(self, tensors: Tensors, n_rows: int) -> np.ndarray:
         """int8 [n_rows, n_groups]."""

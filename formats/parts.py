@@ -117,22 +117,3 @@ def single_scale(d: np.ndarray, levels: np.ndarray, minimum: np.ndarray | None =
     dmin = np.zeros_like(d) if minimum is None else -minimum
     scales = np.zeros((len(d), 2, 1), np.int16)
     return ScalarParts(np.concatenate([d, dmin], axis=1, dtype=np.float32), scales, levels)
-
-
-UNITS_BYTES = 8
-"""Of a block whose scale and minimum are stored apart."""
-
-
-def stored_apart(name: str, block_size: int, levels: np.ndarray) -> BlockRows:
-    """Blocks of levels whose scales and minima stay as they are. A block is 8 + block_size bytes: scale and minimum as
-    float32, and the levels; a weight is scale * level - minimum."""
-
-    def opened(data: np.ndarray) -> ScalarParts:
-        blocks = data.reshape(-1, UNITS_BYTES + block_size)
-        units = np.ascontiguousarray(blocks[:, :UNITS_BYTES]).view(np.float32)
-        return ScalarParts(units, np.zeros((len(blocks), 2, 1), np.int16), blocks[:, UNITS_BYTES:].view(np.int8))
-
-    def closed(parts: ScalarParts) -> np.ndarray:
-        return np.concatenate([np.ascontiguousarray(parts.units).view(np.uint8), parts.levels.view(np.uint8)], axis=1)
-
-    return BlockRows(name, block_size, ScalarBlocks(levels, 1, ONE_VALUE, ONE_VALUE, opened, closed, fixed_unit=True))

@@ -5,7 +5,6 @@ calibration has seen: plain passages, and passages as conversations by the model
 over samples, so a length is run once, over all samples, and the fewer samples are its first ones.
 """
 
-import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,6 @@ from formats.journal import append_line
 from profiles.schema import parse_profile
 
 EVALUATION_SAMPLES, EVALUATION_LENGTH = 16, 512
-CANDIDATE = "candidate"
 
 
 class Study:
@@ -45,7 +43,6 @@ class Study:
     def _baseline(self, chat: bool) -> Baseline:
         corpus = load_corpus(EMBEDDED, self.tokenizer, EVALUATION_SAMPLES, EVALUATION_LENGTH, split="test", chat=chat)
         work_dir = self.cache / ("talk" if chat else "text")
-        shutil.rmtree(work_dir / CANDIDATE, ignore_errors=True)  # of an interrupted run, and of other weights
         return Baseline(self.checkpoint, self.checkpoint.location, corpus, work_dir=work_dir)
 
     def importance(self, samples: list[int], length: int, chat: bool) -> dict[int, Path]:
@@ -89,7 +86,8 @@ class Study:
             )
             run(job, self.progress, never)
             artifact = DecodedArtifact([Path(directory) / "model.gguf"], self.model_map)
-            plain, talk = (self.baselines[chat].scores(artifact, CANDIDATE)[2].mean() for chat in (False, True))
+            name = f"{base}-{imatrix.stem}"
+            plain, talk = (self.baselines[chat].scores(artifact, name)[2].mean() for chat in (False, True))
         return float(plain), float(talk)
 
 

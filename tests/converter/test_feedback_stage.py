@@ -113,19 +113,19 @@ def test_the_report_says_it_in_a_line(reports, tiny, text, tmp_path):
     assert (tmp_path / "model.gguf").read_bytes() == Path(reports[True]["artifact"]["files"][0]["path"]).read_bytes()
 
 
-def test_stopped_while_encoding_it_continues_to_the_same_bytes(reports, tiny, text, tmp_path):
-    job = Job(
-        str(tiny("llama-256")),
-        load_profile("mlp-low-precision"),
-        output=tmp_path / "model.gguf",
-        calibration=str(text),
-        error_feedback=True,
-        **{key: value for key, value in OPTIONS.items() if key != "quiet"},
-    )
+def stopped_while_encoding(model: Path, profile: str, output: Path, text: Path, **options) -> Job:
+    """A job with feedback that was stopped; the same job continues."""
+    options |= {key: value for key, value in OPTIONS.items() if key != "quiet"}
+    job = Job(str(model), load_profile(profile), output=output, calibration=str(text), error_feedback=True, **options)
     polls = iter([False] * 6)
     with pytest.raises(ConvertError, match="stopped as asked"):
         run(job, Progress(), lambda: next(polls, True))
-    assert (tmp_path / "model.bitwright" / "moments" / INDEX_NAME).exists()
+    assert (output.with_suffix(".bitwright") / "moments" / INDEX_NAME).exists()
+    return job
+
+
+def test_stopped_while_encoding_it_continues_to_the_same_bytes(reports, tiny, text, tmp_path):
+    job = stopped_while_encoding(tiny("llama-256"), "mlp-low-precision", tmp_path / "model.gguf", text)
     _, report = run(job, Progress())
     first = reports[True]
     assert report["artifact"]["files"][0]["sha256"] == first["artifact"]["files"][0]["sha256"]
@@ -333,20 +333,17 @@ def test_a_smoothed_matrix_is_fed_its_inputs_divided_by_the_factors(tiny, text, 
         assert outcomes[name]["kept"] and lost == pytest.approx(outcomes[name]["feedback_error"], rel=1e-3)
 
 
+def test_a_matrix_that_gets_no_feedback_goes_by_its_own_name(tiny, text, tmp_path):
+    """The output head has no second moments."""
+    report = directory(tiny("llama-256"), tmp_path / "fed", text, "W4A16_G32", overrides=["output=W4A16_G32"])
+    (outcome,) = [o for o in report["feedback"]["outcomes"] if o["plain_error"] is None]
+    assert outcome["tensor"] == "lm_head.weight" and not outcome["kept"]
+    assert outcome["reason"] == "no second moments of its inputs"
+
+
 def test_a_directory_has_the_same_bytes_on_any_threads_and_after_a_stop(tiny, text, tmp_path):
     whole = directory(tiny("llama-256"), tmp_path / "whole", text, "W4A16_G32", threads=1)
-    job = Job(
-        str(tiny("llama-256")),
-        load_profile("W4A16_G32"),
-        output=tmp_path / "model",
-        calibration=str(text),
-        error_feedback=True,
-        threads=2,
-        **{key: value for key, value in OPTIONS.items() if key != "quiet"},
-    )
-    polls = iter([False] * 6)
-    with pytest.raises(ConvertError, match="stopped as asked"):
-        run(job, Progress(), lambda: next(polls, True))
+    job = stopped_while_encoding(tiny("llama-256"), "W4A16_G32", tmp_path / "model", text, threads=2)
     _, report = run(job, Progress())
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == (
         tmp_path / "whole" / "model.safetensors"
