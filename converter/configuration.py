@@ -13,13 +13,15 @@ class Configuration:
     """values: config.json with the architecture's defaults filled in.
     dimensions: what the architecture's shapes are written in, by name.
     rope: the rotary parameters, see `rope_parameters`.
-    where: the file, for messages."""
+    where: the file, for messages.
+    notes: what llama.cpp will do otherwise than the configuration says, a sentence each."""
 
     architecture: Architecture
     values: dict[str, Any]
     dimensions: dict[str, int]
     rope: dict[str, Any]
     where: str
+    notes: tuple[str, ...] = ()
 
     def number(self, name: str) -> float | None:
         """A dimension, or else a number of the configuration; None where there is neither."""

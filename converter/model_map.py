@@ -29,7 +29,13 @@ def describe(checkpoint: Checkpoint, pre_tokenizer: str | None = None) -> ModelM
     tensors = tuple(_Describer(checkpoint, configuration).tensors())
     metadata = model_metadata(checkpoint, configuration, tensors)
     metadata |= tokenizer_metadata(checkpoint.location, configuration.dimensions["vocab"], pre_tokenizer)
-    return ModelMap(configuration.architecture.gguf_name, configuration.dimensions["layers"], tensors, metadata)
+    return ModelMap(
+        configuration.architecture.gguf_name,
+        configuration.dimensions["layers"],
+        tensors,
+        metadata,
+        configuration.notes,
+    )
 
 
 def read_rows(checkpoint: Checkpoint, spec: TensorSpec, start: int, stop: int) -> np.ndarray:

@@ -47,7 +47,7 @@ def describe_modules(checkpoint: Checkpoint, model_map: ModelMap) -> ModelMap:
         for name, stored in checkpoint.tensors.items()
         if name not in described and not _COMPUTED.search(name) and not (tied and name.endswith("lm_head.weight"))
     ]
-    return ModelMap(model_map.architecture, model_map.n_layers, (*tensors, *others), model_map.metadata)
+    return replace(model_map, tensors=(*tensors, *others))
 
 
 def stored_dtypes(checkpoint: Checkpoint) -> dict[str, str]:

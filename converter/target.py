@@ -98,6 +98,7 @@ class Prepared(Surveyed):
             "predicted_kld": self.plan.predicted_kld,
             "budget": asdict(self.plan.spent) if self.plan.spent else None,
             "groups": group_rows(self.plan),
+            "notes": list(self.notes),
             "tensors": self.plan.rows(),
         }
 

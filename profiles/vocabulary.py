@@ -117,12 +117,14 @@ class ModelMap:
 
     architecture: GGUF architecture name ("llama"); n_layers: decoder layers.
     metadata: the artifact's key-value pairs that describe the model and its tokenizer, in order of writing.
+    notes: what the artifact leaves out or does otherwise than the checkpoint, a sentence each, to be said with the plan.
     """
 
     architecture: str
     n_layers: int
     tensors: tuple[TensorSpec, ...]
     metadata: dict[str, GGUFValue] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def tensor(self, name: str) -> TensorSpec:
         return next(t for t in self.tensors if t.name == name)
