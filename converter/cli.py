@@ -230,7 +230,7 @@ def convert_model(
     from converter.pipeline import run
     from converter.progress import Progress, Stop
     from converter.report import report_text
-    from converter.verdict import EXIT_CODE, is_severe
+    from converter.verdict import EXIT_CODE, is_severe, not_judged
 
     progress = Progress()
     try:
@@ -238,6 +238,12 @@ def convert_model(
             prepared, report = run(job, progress, should_stop, fresh)
         if not as_json:
             click.echo(report_text(report, prepared.plan))
+        if strict and not_judged(report):
+            raise ConvertError(
+                "the system kept ending the runtime, so the artifact could not be judged",
+                report["artifact"]["files"][0]["path"],
+                "free some memory and run the same command again; the artifact is complete",
+            )
         damaged = strict and is_severe(report["verdict"])
         if target is not None and not damaged:
             report = {**report, "published": push(report, prepared.job.work_dir, target, progress, as_json)}

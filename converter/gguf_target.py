@@ -155,7 +155,7 @@ class GgufTarget:
     def candidate(self, adapted: Adapted, paths: list[Path], work_dir: Path) -> Candidate:
         prepared = adapted.prepared
         _, model_map = runnable(prepared.checkpoint, prepared.model_map, work_dir)
-        return Candidate(DecodedArtifact(paths, model_map), gguf=paths[0])
+        return Candidate(DecodedArtifact(paths, model_map), artifact=paths[0])
 
     def uniform_sizes(self, surveyed: Surveyed) -> list[dict[str, Any]]:
         return uniform_sizes(surveyed.model_map)

@@ -17,7 +17,8 @@ from calibration.corpus import load_corpus
 from calibration.generation import Generation, Reading, generate_greedily, read_continuations
 from converter.calibrate import load_tokenizer, runnable
 from converter.checkpoint import Checkpoint
-from converter.generate import Generated, RuntimeFailed, RuntimeUnavailable, generate_by_llama_cpp
+from converter.child import RuntimeFailed, RuntimeUnavailable
+from converter.generate import Generated, generate_by_llama_cpp
 from converter.progress import Progress
 from converter.target import Candidate
 from formats.whole_file import whole_file
@@ -58,7 +59,8 @@ def guard(
     """What the artifact generates, what is wrong with it, and how much of it the source would have written.
 
     held_out: name of the corpus that the held-out prompts begin, see calibration.corpus. Measured once: the result
-    stays in the work directory, and so does each finished part of it until then. Raises Interrupted.
+    stays in the work directory, and so does each finished part of it until then. Raises Interrupted, and
+    RuntimeTroubled when the system keeps ending llama.cpp.
     """
     result = work_dir / "coherence.json"
     if not result.exists():
@@ -96,16 +98,22 @@ def guard(
 
 def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
     """The prompt as the model is used to get it: in its chat template, if it has one that takes a plain question."""
-    if getattr(tokenizer, "chat_template", None):
-        from jinja2 import TemplateError
+    text = chat_text(tokenizer, prompt)
+    return tokenizer(prompt)["input_ids"] if text is None else tokenizer(text, add_special_tokens=False)["input_ids"]
 
-        question = [{"role": "user", "content": prompt}]
-        try:
-            text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True, date_string=_DAY)
-            return tokenizer(text, add_special_tokens=False)["input_ids"]
-        except (TemplateError, ValueError, TypeError, KeyError):
-            pass  # the template wants something else; the bare question is as good a beginning
-    return tokenizer(prompt)["input_ids"]
+
+def chat_text(tokenizer: Any, prompt: str) -> str | None:
+    """The question as the chat template renders it, up to where the answer begins; None without a template, or with
+    one that wants something else."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    from jinja2 import TemplateError
+
+    question = [{"role": "user", "content": prompt}]
+    try:
+        return tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True, date_string=_DAY)
+    except (TemplateError, ValueError, TypeError, KeyError):
+        return None
 
 
 def _generate(
@@ -129,7 +137,6 @@ def _generate(
                 candidate.gguf,
                 prompts,
                 N_TOKENS,
-                texts=PROMPTS,
                 threads=options["threads"],
                 progress=options["progress"],
                 should_stop=options["should_stop"],
@@ -148,7 +155,7 @@ def _generate(
                 **options,
             )
             how = "with the decoded weights" if candidate.arithmetic is None else "with the products of the schemes"
-            generated = Generated(generations, ends, [], f"transformers, {how}")
+            generated = Generated(generations, ends, f"transformers, {how}")
         with whole_file(kept, "generated text") as file:
             file.write(json.dumps([generated.to_dict(), note]).encode())
     data, note = json.loads(kept.read_bytes())
@@ -187,19 +194,13 @@ def _judged(
                 "problems": [problem.__dict__ for problem in found],
             }
         )
-    misread = [
-        prompt
-        for prompt, tokens in zip(PROMPTS, generated.tokenized, strict=False)
-        if tokens != tokenizer(prompt)["input_ids"]
-    ]
     held_out = list(zip(generated.generations, readings, strict=True))[len(PROMPTS) :]
     equal = [g.finite and r.agreed == len(g.tokens) for g, r in held_out]
     not_finite = sum(not g.finite for g, _ in held_out)
     return {
-        "verdict": verdict(rows, note, misread, not_finite),
+        "verdict": verdict(rows, note, not_finite),
         "runtime": generated.runtime,
         "runtime_note": note,
-        "misread_prompts": misread,
         "prompts": rows,
         "greedy_agreement": sum(equal) / len(equal),
         "greedy_common_prefix": sum(r.agreed for _, r in held_out) / len(held_out),
@@ -209,18 +210,18 @@ def _judged(
     }
 
 
-def verdict(rows: list[dict[str, Any]], note: dict[str, str], misread: list[str], not_finite: int) -> str:
+def verdict(rows: list[dict[str, Any]], note: dict[str, str], not_finite: int) -> str:
     """ "coherent", "noticeable" (one prompt has a problem), "severe", or "failed": the model writes no text any more.
 
-    A runtime that the artifact breaks, a tokenizer that it reads differently, and predictions that are not finite, to a
-    prompt or of `not_finite` held-out texts, are severe whatever is written.
+    A runtime that the artifact breaks, and predictions that are not finite, to a prompt or of `not_finite` held-out
+    texts, are severe whatever is written.
     """
     kinds = [{problem["kind"] for problem in row["problems"]} for row in rows]
     troubled = sum(map(bool, kinds))
     if troubled >= _FAILED_PROMPTS:
         return "failed"
     overflows = not_finite or any("not finite" in k for k in kinds)
-    if troubled >= _SEVERE_PROMPTS or overflows or "failed" in note or misread:
+    if troubled >= _SEVERE_PROMPTS or overflows or "failed" in note:
         return "severe"
     return "noticeable" if troubled else "coherent"
 

@@ -1,7 +1,7 @@
 """llama.cpp itself, through its C API: the shared object of the optional `xllamacpp` wheel exports it.
 
 The true runtime of a GGUF: the coherence guard generates with it, tests and benchmarks hold artifacts against it.
-Whatever llama.cpp cannot recover from ends its process, so a conversion runs it in one of its own (converter.generate).
+Whatever llama.cpp cannot recover from ends its process, so a conversion runs it in one of its own (converter.child).
 
     with LlamaCpp(path) as model:
         tokens = model.tokenize("Once upon a time")
@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import cache, cached_property
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -212,6 +213,17 @@ def _log(level: int, message: bytes, _: object) -> None:
 def installed() -> bool:
     """Whether the package that brings llama.cpp is there."""
     return find_spec("xllamacpp") is not None
+
+
+def version_text() -> str:
+    """Which llama.cpp it is, for people."""
+    return f"llama.cpp (xllamacpp {version('xllamacpp')})"
+
+
+def patience(artifact: Path, n_tokens: int) -> float:
+    """Seconds after which a run of so many tokens has surely got stuck: loading takes a while, and the slowest machine
+    goes through a tenth of a gigabyte of weights a second."""
+    return 120 + n_tokens * max(1.0, artifact.stat().st_size / 1e8)
 
 
 @cache

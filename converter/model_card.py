@@ -13,7 +13,7 @@ import yaml
 from calibration.corpus import EMBEDDED
 from converter.progress import size_text
 from converter.recipe import command_text, from_files
-from converter.report import figure, perplexity_change
+from converter.report import agreement_text, figure, perplexity_change
 from converter.verdict import COHERENT, FAILED, NOTICEABLE, SEVERE, findings
 from formats.errors import ConvertError
 
@@ -225,6 +225,7 @@ def _quality(report: Report) -> str:
         ["largest", figure(quality["max_kld"], ".4f")],
         ["same most likely token", f"{quality['top1_agreement']:.2%}"],
         ["scored", f"{quality['tokens']} tokens of {_corpus(quality['corpus'])}"],
+        *([["runtime", _text(agreement_text(agreement))]] if (agreement := report["agreement"]) else []),
     ]
     return _table(["quality", "measured"], rows)
 

@@ -8,7 +8,7 @@ from typing import Any
 from converter.pictures import Cell, by_layer_and_role, cell_of, layer_totals
 from converter.progress import size_text
 from converter.recipe import command_text
-from converter.report import PROMISES, feedback_text, figure, perplexity_change
+from converter.report import PROMISES, agreement_text, feedback_text, figure, perplexity_change
 from converter.svg import Figure, bars, columns_chart, short, style_sheet
 from converter.verdict import COHERENT, FAILED, NOTICEABLE, SEVERE, findings, missed_target
 from profiles.vocabulary import Role
@@ -36,6 +36,7 @@ def report_page(report: dict[str, Any], tensors: Sequence[dict[str, Any]]) -> st
         _banner(report),
         _numbers(report),
         *_section("What it writes", _answers(report["coherence"])),
+        *_section("What the runtime computes", _runtime(report["agreement"])),
         *_section("Size", _size(report, tensors)),
         *_section("Layer by layer", _figures(figures) + _layer_table(report)),
         *_section("Super weights", _super_weight_table(report)),
@@ -208,6 +209,14 @@ def _answers(coherence: dict[str, Any] | None) -> str:
         " follows the first token that the source would not have chosen; another text is not a worse one.</p>"
     )
     return intro + "".join(_answer(row) for row in coherence["prompts"])
+
+
+def _runtime(agreement: dict[str, Any] | None) -> str:
+    """What the true runtime computes beside our own evaluation of the same artifact."""
+    if agreement is None:
+        return ""
+    reasons = "".join(f"<li>{escape(reason)}</li>" for reason in agreement["reasons"])
+    return f"<p>{escape(agreement_text(agreement))}</p>" + (f"<ul>{reasons}</ul>" if reasons else "")
 
 
 def _answer(row: dict[str, Any]) -> str:
@@ -387,6 +396,9 @@ def _terms(quality: dict[str, Any] | None) -> str:
             f" calibration: the second half of {quality['samples']} samples of {quality['sequence_length']} tokens."
             " Divergence is of the artifact from the source, in nats a token. Perplexities compare within a report"
             " only.",
+            "runtime agreement": "text as the true runtime cuts it beside the source's tokenizer, where it ends beside"
+            " where the source does, and the divergence of its predictions from our own evaluation of the"
+            " same artifact. A runtime rounds the inputs of its products, so a small divergence is no error.",
             "next word found": f"the share of {quality['words']:,} words of the same text whose every token is the most"
             " probable one after the true text before it. A word begins with a token of a space and letters and goes"
             " on over tokens of letters.",

@@ -1,7 +1,7 @@
 """The whole conversion: the stages in the order they run, each of which leaves its result in the work directory.
 
 source -> describe -> plan -> preflight -> calibrate -> adapt -> encode -> write
-       -> verify -> quality -> guard -> report
+       -> verify -> quality -> agreement -> guard -> report
 
 What the stages do to a GGUF and to a safetensors directory is behind the seam of converter/target.py: of the one
 `adapt` protects super weights, of the other it moves outliers of the activations into the weights.
@@ -25,6 +25,7 @@ from calibration.importance import ImportanceMatrix
 from converter.analyse import analyse, analysis_is_needed, found_evidence, given_evidence, sensitivity_path
 from converter.breakdown import layer_rows
 from converter.calibrate import check_importance, planned_importance
+from converter.child import RuntimeTroubled
 from converter.directory_target import DirectoryTarget
 from converter.gguf_target import GgufTarget
 from converter.job import (
@@ -286,34 +287,34 @@ def _run_stages(
     with clock("verify"):
         errors, found = target.verify(adapted, paths, progress)
         paths = target.complete(adapted, paths)
-    quality = coherence = None
+    quality = coherence = agreement = None
     if job.quality:
+        from converter.agreement import runtime_agreement
         from converter.guard import guard
         from converter.quality import measure_quality
 
         candidate = target.candidate(adapted, paths, work_dir)
         with clock("quality"):
             quality = measure_quality(job, source, model_map, candidate, work_dir, progress, should_stop)
-        with clock("guard"):
-            coherence = guard(
-                source,
-                model_map,
-                candidate,
-                work_dir,
-                held_out=quality["corpus"],
-                seed=job.seed,
-                device=job.device,
-                threads=job.n_threads,
-                progress=progress,
-                should_stop=should_stop,
-            )
+        judges = {
+            "held_out": quality["corpus"],
+            "seed": job.seed,
+            "device": job.device,
+            "threads": job.n_threads,
+            "progress": progress,
+            "should_stop": should_stop,
+        }
+        with clock("agreement"), _judging("what the runtime computes", progress):
+            agreement = runtime_agreement(source, model_map, candidate, work_dir, **judges)
+        with clock("guard"), _judging("what the artifact writes", progress):
+            coherence = guard(source, model_map, candidate, work_dir, **judges)
     tasks = None
     if job.lm_eval:
         from converter.tasks import measured_tasks
 
         with clock("tasks"):
             tasks = measured_tasks(paths[0], job.lm_eval, job.lm_eval_limit, job.n_threads, work_dir)
-    verdict = overall(quality, coherence)
+    verdict = overall(quality, coherence, agreement)
     files: list[dict[str, Any]] = [
         {"path": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths
     ]
@@ -345,6 +346,7 @@ def _run_stages(
         "target_kld": plan.spent.budget.kld if plan.spent is not None else None,
         "quality": quality,
         "coherence": coherence,
+        "agreement": agreement,
         "tasks": tasks,
         "verdict": verdict,
         "better": better_recipe(job, lambda p: target.plan_of(p, prepared), plan, work_dir, verdict),
@@ -363,6 +365,16 @@ def _run_stages(
     return prepared, report
 
 
+@contextmanager
+def _judging(what: str, progress: Progress) -> Iterator[None]:
+    """A part of the verdict, which is left open when the system does not let the runtime run: the next run of the same
+    command judges it."""
+    try:
+        yield
+    except RuntimeTroubled as error:
+        progress.say(f"warning: not judged is {what}: {error}. Free some memory and run the same command again")
+
+
 def _finished_report(work_dir: Path, job: Job) -> dict[str, Any] | None:
     """The report of a job that is done and whose files are as it left them; a changed or missing file is an error.
 
@@ -373,7 +385,7 @@ def _finished_report(work_dir: Path, job: Job) -> dict[str, Any] | None:
         return None
     report = json.loads(path.read_bytes())
     tasks = report["tasks"] or {}
-    if job.quality and (report["quality"] is None or report["coherence"] is None):
+    if job.quality and None in (report["quality"], report["coherence"], report["agreement"]):
         return None
     if job.lm_eval and (tasks.get("tasks"), tasks.get("limit")) != (list(job.lm_eval), job.lm_eval_limit):
         return None

@@ -109,7 +109,7 @@ def evaluate_artifact(
 def open_candidate(artifact: Path, model_map: ModelMap) -> Candidate:
     """An artifact of this model as something to run. Raises ConvertError for one of another model."""
     if not artifact.is_dir():
-        return Candidate(DecodedArtifact(artifact_files(artifact), model_map), gguf=artifact)
+        return Candidate(DecodedArtifact(artifact_files(artifact), model_map), artifact=artifact)
     directory = DirectoryArtifact.of_recipe(artifact)
     directory.check_model(model_map)
-    return Candidate(directory, SchemeProducts(directory))
+    return Candidate(directory, SchemeProducts(directory), artifact)

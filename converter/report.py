@@ -181,6 +181,8 @@ def report_text(report: dict, plan: Plan) -> str:
         promises = [f"{report[key]:.4g} {what}" for key, what in PROMISES.items() if report[key] is not None]
         if promises:
             lines.append(f"promised     mean KLD {', '.join(promises)}")
+    if report["agreement"]:
+        lines.append(f"runtime      {agreement_text(report['agreement'])}")
     if report["coherence"]:
         lines.append(coherence_line(report["coherence"]))
     for task, metrics in (report["tasks"] or {"results": {}})["results"].items():
@@ -238,6 +240,25 @@ def quality_lines(quality: dict) -> list[str]:
             f" {quality['words']} words found"
         )
     return lines
+
+
+def agreement_text(agreement: Mapping) -> str:
+    """What the runtime computes beside our evaluation of the same artifact, and what was not looked at, for people."""
+    if agreement["verdict"] is None:
+        return f"not checked: {'; '.join(agreement['unchecked'])}"
+    parts = []
+    if agreement["texts"]:
+        parts.append(f"{agreement['texts'] - len(agreement['cuts'])} of {agreement['texts']} texts cut alike")
+    if agreement["ends"] is not None:
+        missing = agreement["ends"]["missing"]
+        parts.append(f"no end at {', '.join(missing)}" if missing else "ends where the source does")
+    if (logits := agreement["logits"]) is not None:
+        parts.append(
+            f"runtime agreement: mean KLD {figure(logits['mean_kld'], '.2g')}, same top token"
+            f" {logits['top1_agreement']:.1%} over {logits['scored']} of {logits['tokens']} tokens"
+        )
+    parts += [f"not checked: {what}" for what in agreement["unchecked"]]
+    return f"{agreement['verdict']}: {'; '.join(parts or agreement['reasons'])}  ({agreement['runtime']})"
 
 
 def coherence_line(coherence: dict) -> str:

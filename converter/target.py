@@ -5,7 +5,7 @@ The pipeline's stages are the same for a GGUF and for a safetensors directory; w
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from calibration.control import ShouldStop
 from calibration.importance import ImportanceMatrix
@@ -117,11 +117,20 @@ class Adapted:
 @dataclass(frozen=True)
 class Candidate:
     """The artifact as something to run: its weights under the checkpoint's names, decoded; arithmetic: how products
-    with them are computed, None for as they are; gguf: the file that llama.cpp runs, where it is one."""
+    with them are computed, None for as they are; artifact: what a runtime loads, a GGUF's first file or a directory."""
 
     weights: "WeightSource"
     arithmetic: "Arithmetic | None" = None
-    gguf: Path | None = None
+    artifact: Path | None = None
+
+    @property
+    def runtime(self) -> Literal["llama.cpp", "transformers"]:
+        """What the artifact is made for, or what stands in for it here: directories are vLLM's."""
+        return "transformers" if self.artifact is not None and self.artifact.is_dir() else "llama.cpp"
+
+    @property
+    def gguf(self) -> Path | None:
+        return self.artifact if self.runtime == "llama.cpp" else None
 
 
 class Target(Protocol):

@@ -16,18 +16,29 @@ from profiles.schema import QuantizationProfile, load_profile, preset_names
 COHERENT, NOTICEABLE, SEVERE, FAILED = "coherent", "noticeable", "severe", "failed"
 _DEGREES = (COHERENT, NOTICEABLE, SEVERE, FAILED)
 EXIT_CODE = 3
+# Whether the true runtime computes what our evaluation of the same artifact does: in all that was looked at; but for
+# what a runtime is known to do otherwise in places; or not.
+AGREES, DIFFERS, DISAGREES = "agrees", "differs", "disagrees"
 
 # How much larger a better recipe has to be, at least, to be worth the work.
 _LARGER = {NOTICEABLE: 1.1, SEVERE: 1.25, FAILED: 1.5}
 # What a loss of quality says of the model, see report.loss_degree.
 _OF_LOSS = {None: COHERENT, "noticeable": NOTICEABLE, "broken": SEVERE, "lost": FAILED}
+# What a runtime that computes something else makes of the artifact. What it is known to do otherwise in places (marks
+# of some scripts, ends beyond the three that a file can state) is said with the plan or the report and spoils nothing.
+_OF_AGREEMENT = {AGREES: COHERENT, DIFFERS: COHERENT, DISAGREES: SEVERE}
 # Formats that only models trained for them survive, or that hardware asks for: nobody is sent there.
 _SPECIAL = ("TQ1_0", "TQ2_0", "Q1_0", "Q2_0", "NVFP4", "MXFP4")
 
 
-def overall(quality: dict[str, Any] | None, coherence: dict[str, Any] | None) -> str | None:
-    """The worse of what the divergence says and of what was generated; None where nothing was measured."""
+def overall(
+    quality: dict[str, Any] | None, coherence: dict[str, Any] | None, agreement: dict[str, Any] | None
+) -> str | None:
+    """The worst of what the divergence says, of what was generated, and of what the runtime computes; None where
+    nothing was measured."""
     found = [coherence["verdict"]] if coherence is not None else []
+    if agreement is not None and agreement["verdict"] is not None:
+        found.append(_OF_AGREEMENT[agreement["verdict"]])
     if quality is not None:
         found.append(_OF_LOSS[loss_degree(quality)])
     return max(found, key=_DEGREES.index, default=None)
@@ -35,6 +46,11 @@ def overall(quality: dict[str, Any] | None, coherence: dict[str, Any] | None) ->
 
 def is_severe(verdict: str | None) -> bool:
     return verdict in (SEVERE, FAILED)
+
+
+def not_judged(report: Mapping[str, Any]) -> bool:
+    """Whether the system kept ending the runtime that a part of the verdict needs."""
+    return report["quality"] is not None and None in (report["coherence"], report["agreement"])
 
 
 def warning(report: Mapping[str, Any]) -> str | None:
@@ -66,16 +82,18 @@ def missed_target(report: Mapping[str, Any]) -> str | None:
 
 
 def findings(report: Mapping[str, Any]) -> list[str]:
-    """A sentence for each thing that is wrong with the predictions, and with what was generated."""
-    quality, coherence = report["quality"], report["coherence"]
+    """A sentence for each thing that is wrong with the predictions, with what the runtime computes, and with what was
+    generated."""
+    quality, coherence, agreement = report["quality"], report["coherence"], report["agreement"]
     lines = [loss_text(quality)] if loss_degree(quality) is not None else []
+    if agreement is not None and agreement["reasons"]:
+        kind = "computes something else than this model" if agreement["verdict"] == DISAGREES else "differs in part"
+        lines.append(f"{agreement['runtime']} {kind}: {'; '.join(agreement['reasons'])}")
     if coherence is None:
         return lines
     note = coherence["runtime_note"]
     if "failed" in note:
         lines.append(f"llama.cpp does not run the artifact: {note['failed']}")
-    if coherence["misread_prompts"]:
-        lines.append(f"llama.cpp splits {len(coherence['misread_prompts'])} of the prompts into other tokens")
     if n := coherence["held_out_not_finite"]:
         total = coherence["greedy_prompts"]
         lines.append(f"{n} of {total} continuations of held-out text end where the predictions are not finite")

@@ -117,7 +117,7 @@ class ModelMap:
 
     architecture: GGUF architecture name ("llama"); n_layers: decoder layers.
     metadata: the artifact's key-value pairs that describe the model and its tokenizer, in order of writing.
-    notes: what the artifact leaves out or does otherwise than the checkpoint, a sentence each, to be said with the plan.
+    notes: what the artifact leaves out or does otherwise than the checkpoint, a sentence each, said with the plan.
     """
 
     architecture: str

@@ -127,7 +127,7 @@ class Bench:
         text = f'description = "d"\ngood_for = "g"\ntarget = "safetensors"\nbase = "{row.scheme}"\n'
         plan = plan_modules(parse_profile(text, "peer", "peer"), modules, stored_dtypes(self.checkpoint))
         artifact = DirectoryArtifact.of_plan(directory, plan)
-        return Candidate(artifact, SchemeProducts(artifact)), directory
+        return Candidate(artifact, SchemeProducts(artifact), directory), directory
 
     def figures(self, candidate: Candidate, directory: Path) -> list[str]:
         scores = self.baseline.scores(candidate.weights, arithmetic=candidate.arithmetic)

@@ -8,13 +8,13 @@ from converter.model_map import describe, read_rows
 from converter.source import open_checkpoint
 
 
-def write_f32(directory: Path, path: Path) -> None:
-    """All of the model map in F32, through gguf's own writer."""
+def write_f32(directory: Path, path: Path, without: tuple[str, ...] = ()) -> None:
+    """All of the model map in F32, through gguf's own writer; but for the keys named."""
     checkpoint = open_checkpoint(str(directory))
     model_map = describe(checkpoint)
     writer = GGUFWriter(path, model_map.architecture)
     for key, value in model_map.metadata.items():
-        if key != "general.architecture":
+        if key not in ("general.architecture", *without):
             writer.add_key_value(key, value.value, value.type, value.sub_type)
     for spec in model_map.tensors:
         writer.add_tensor(spec.name, read_rows(checkpoint, spec, 0, spec.n_rows).reshape(spec.shape))

@@ -27,7 +27,6 @@ QUALITY = {
 COHERENCE = {
     "verdict": "coherent",
     "runtime_note": {},
-    "misread_prompts": [],
     "held_out_not_finite": 0,
     "prompts": [{"prompt": "Why?", "text": "SSSS", "problems": []}],
 }
@@ -69,10 +68,11 @@ def report(name: str = "Tiny-1B", n_bytes: int = 1000, **changes: Any) -> dict[s
         "errors": [{"tensor": "blk.0.ffn_up.weight", "format": "Q4_K", "weighted_error": 0.01}],
         "quality": QUALITY,
         "coherence": COHERENCE,
+        "agreement": None,
         "recipe_directory": f"recipe/{name}",
         **changes,
     }
-    return made | {"verdict": overall(made["quality"], made["coherence"])}
+    return made | {"verdict": overall(made["quality"], made["coherence"], made["agreement"])}
 
 
 def text_of(*reports: dict[str, Any], base_model: str | None = "Org/Tiny") -> str:

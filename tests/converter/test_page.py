@@ -124,7 +124,8 @@ def test_a_damaged_models_page_with_hostile_text(browser, work_dir, tmp_path, da
     coherence = report["coherence"]
     report |= {"model": HOSTILE, "revision": HOSTILE, "profile": HOSTILE, "verdict": "failed", "better": HOSTILE * 3}
     report["tasks"] = {"limit": 3, "results": {HOSTILE: {"acc": 0.25}}}
-    coherence |= {"runtime_note": {"failed": HOSTILE}, "misread_prompts": [HOSTILE]}
+    coherence |= {"runtime_note": {"failed": HOSTILE}}
+    report["agreement"] |= {"verdict": "disagrees", "reasons": [HOSTILE * 3], "runtime": HOSTILE}
     for row in coherence["prompts"]:
         row |= {"text": HOSTILE * 4, "agreed_text": HOSTILE, "source_text": "x" * 300, "prompt": HOSTILE}
         row["problems"] = [{"kind": "loop", "detail": HOSTILE}]
@@ -140,7 +141,14 @@ def test_a_damaged_models_page_with_hostile_text(browser, work_dir, tmp_path, da
 
 def test_a_page_of_what_was_not_measured(browser, work_dir, tmp_path):
     report = json.loads((work_dir / "report.json").read_text())
-    report |= {"quality": None, "coherence": None, "verdict": None, "calibration": None, "better": None}
+    report |= {
+        "quality": None,
+        "coherence": None,
+        "agreement": None,
+        "verdict": None,
+        "calibration": None,
+        "better": None,
+    }
     tensors = json.loads((work_dir / "plan.json").read_text())["tensors"]
     for row in tensors:
         if row["tensor"].startswith("blk."):  # as of formats that a sensitivity table lacks

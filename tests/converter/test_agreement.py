@@ -1,0 +1,220 @@
+"""The stage `agreement`: exact files agree in every architecture, and each kind of difference is seen and told."""
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import converter.child
+import converter.probe
+from calibration.control import Interrupted, never
+from converter.agreement import SCORED, compare_logits, judged, runtime_agreement, sliding_window
+from converter.child import RuntimeTroubled
+from converter.cli import main
+from converter.model_map import describe
+from converter.progress import Progress
+from converter.source import open_checkpoint
+from converter.target import Candidate
+from converter.verdict import EXIT_CODE, findings, is_severe, overall
+from converter.verify import DecodedArtifact
+from tests import tiny_models
+from tests.converter.f32_file import write_f32
+
+
+@pytest.fixture(scope="module")
+def f32(tiny, tmp_path_factory):
+    """f32("qwen2") is that tiny model as a GGUF in F32."""
+    root = tmp_path_factory.mktemp("f32")
+
+    def write(name: str) -> Path:
+        path = root / f"{name}.gguf"
+        if not path.exists():
+            write_f32(tiny(name), path)
+        return path
+
+    return write
+
+
+def agreement(model: Path, artifact: Path, work_dir: Path, should_stop=never, weights=None) -> dict:
+    checkpoint = open_checkpoint(str(model))
+    model_map = describe(checkpoint)
+    work_dir.mkdir(exist_ok=True)
+    weights = weights or DecodedArtifact([artifact], model_map)
+    return runtime_agreement(
+        checkpoint,
+        model_map,
+        Candidate(weights, artifact=artifact),
+        work_dir,
+        held_out="embedded",
+        seed=0,
+        device="cpu",
+        threads=2,
+        progress=Progress(quiet=True),
+        should_stop=should_stop,
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in tiny_models.TINY_MODELS if name != "llama"])
+def test_llama_cpp_agrees_with_the_evaluation_of_an_exact_file(tiny, f32, tmp_path, name):
+    found = agreement(tiny(name), f32(name), tmp_path)
+    assert found["verdict"] in ("agrees", "differs") and all(cut["known"] for cut in found["cuts"])
+    assert found["ends"]["missing"] == found["ends"]["ordinary"] == []
+    logits = found["logits"]
+    assert logits["mean_kld"] < 1e-6 and logits["relative_error"] < 1e-3 and logits["scored"] == SCORED
+    assert [path.name for path in tmp_path.iterdir()] == ["agreement.json"]
+
+
+def test_a_sample_is_longer_than_the_window(tiny):
+    checkpoint = open_checkpoint(str(tiny("gemma3")))
+    assert sliding_window(checkpoint, describe(checkpoint)) == 64
+    wide = replace(checkpoint, config={**checkpoint.config, "sliding_window": 500})
+    assert sliding_window(wide, describe(wide)) == 500
+
+
+class Scaled:
+    """An artifact's weights with one matrix doubled: a scale that the runtime does not know of."""
+
+    def __init__(self, weights: DecodedArtifact):
+        self._weights, self.tensors = weights, weights.tensors
+
+    def read(self, name: str) -> np.ndarray:
+        values = self._weights.read(name)
+        return values * np.float32(2) if name == "model.layers.1.mlp.down_proj.weight" else values
+
+
+def test_a_scale_that_the_runtime_does_not_apply_is_seen(tiny, f32, tmp_path):
+    weights = DecodedArtifact([f32("llama-256")], describe(open_checkpoint(str(tiny("llama-256")))))
+    found = agreement(tiny("llama-256"), f32("llama-256"), tmp_path, weights=Scaled(weights))
+    assert found["verdict"] == "disagrees" and "diverge from our evaluation" in found["reasons"][0]
+    report = {"quality": None, "coherence": None, "agreement": found}
+    assert "llama.cpp (xllamacpp" in findings(report)[0] and "computes something else" in findings(report)[0]
+    assert is_severe(overall(None, None, found))
+
+
+def test_a_layer_that_the_runtime_computes_otherwise_is_seen(tiny, f32, tmp_path):
+    """The same weights with attention in a window, which the file says nothing of."""
+    windowed = shutil.copytree(tiny("qwen2"), tmp_path / "windowed")
+    config = json.loads((windowed / "config.json").read_text())
+    layer_types = ["sliding_attention"] * config["num_hidden_layers"]
+    config |= {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0, "layer_types": layer_types}
+    (windowed / "config.json").write_text(json.dumps(config))
+    checkpoint = open_checkpoint(str(tiny("qwen2")))
+    weights = DecodedArtifact([f32("qwen2")], describe(checkpoint))
+    moved = replace(checkpoint, location=windowed)
+    found = runtime_agreement(
+        moved,
+        describe(checkpoint),
+        Candidate(weights, artifact=f32("qwen2")),
+        tmp_path,
+        held_out="embedded",
+        seed=0,
+        device="cpu",
+        threads=2,
+        progress=Progress(quiet=True),
+        should_stop=never,
+    )
+    assert found["verdict"] == "disagrees" and found["logits"]["relative_error"] > 0.25
+
+
+def test_another_pre_tokenizer_is_seen_and_strictness_fails(tiny, tmp_path, monkeypatch):
+    """Digits one by one in the source, by three in the file; and a token of two digits that tells."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = shutil.copytree(tiny("llama-256"), tmp_path / "model")
+    definition = json.loads((model / "tokenizer.json").read_text())
+    vocabulary, merges = definition["model"]["vocab"], definition["model"]["merges"]
+    vocabulary["12"] = vocabulary.pop("".join(merges.pop()))
+    merges.append(["1", "2"])
+    (model / "tokenizer.json").write_text(json.dumps(definition))
+    arguments = ["--profile", "uniform-8bit", "--pre-tokenizer", "llama-bpe", "--sequence-length", "32", "--strict"]
+    arguments += ["--output", str(tmp_path / "m.gguf"), str(model)]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == EXIT_CODE, done.stderr
+    assert "computes something else than this model: it cuts" in done.stderr
+    report = json.loads((tmp_path / "m.bitwright" / "report.json").read_text())
+    assert report["agreement"]["verdict"] == "disagrees" and report["verdict"] == "severe"
+    assert "What the runtime computes" in (tmp_path / "m.bitwright" / "report.html").read_text()
+
+
+def test_an_end_that_the_file_does_not_state_is_seen(tiny, f32, tmp_path):
+    """The source ends at a word of its own, the file at none that the source knows."""
+    other = shutil.copytree(tiny("llama-256"), tmp_path / "other")
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        settings = json.loads((other / name).read_text())
+        settings.pop("eos_token", None)
+        (other / name).write_text(json.dumps(settings | ({} if "tokenizer" in name else {"eos_token_id": 300})))
+    found = agreement(other, f32("llama-256"), tmp_path)
+    assert found["verdict"] == "disagrees" and len(found["ends"]["missing"]) == 1
+    assert "does not end at" in found["reasons"][0]
+
+
+def test_what_no_runtime_can_load_is_a_finding_and_what_is_absent_none(tiny, f32, tmp_path, monkeypatch):
+    broken = tmp_path / "broken.gguf"
+    write_f32(tiny("llama-256"), broken, without=("llama.attention.layer_norm_rms_epsilon",))
+    found = agreement(tiny("llama-256"), broken, tmp_path / "broken")
+    assert found["verdict"] == "disagrees" and "does not run the artifact" in found["reasons"][0]
+    monkeypatch.setattr(converter.probe, "installed", lambda: False)
+    found = agreement(tiny("llama-256"), f32("llama-256"), tmp_path / "absent")
+    assert found["verdict"] is None and "xllamacpp is not installed" in found["unchecked"][0]
+    assert overall(None, None, found) is None
+
+
+def test_too_large_for_this_machine_is_said_and_the_rest_is_checked(tiny, f32, tmp_path, monkeypatch):
+    class Memory:
+        available = 1000
+
+    monkeypatch.setattr("converter.agreement.psutil.virtual_memory", Memory)
+    found = agreement(tiny("llama-256"), f32("llama-256"), tmp_path)
+    assert found["verdict"] == "agrees" and found["logits"] is None and found["texts"] > 10
+    assert found["unchecked"][0].startswith("logits: llama.cpp takes")
+
+
+@pytest.mark.parametrize("n_kills", [1, 2])
+def test_a_child_that_the_system_ends_is_started_once_more_and_never_judged(tiny, f32, tmp_path, monkeypatch, n_kills):
+    """As when memory runs out. The next run of the same stage judges."""
+    kills = iter(range(n_kills))
+
+    class Killed(converter.child.subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            if next(kills, None) is not None:
+                os.kill(self.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(converter.child.subprocess, "Popen", Killed)
+    if n_kills == 2:
+        with pytest.raises(RuntimeTroubled, match="SIGKILL, 2 times"):
+            agreement(tiny("llama-256"), f32("llama-256"), tmp_path)
+        assert not (tmp_path / "agreement.json").exists()
+    assert agreement(tiny("llama-256"), f32("llama-256"), tmp_path)["verdict"] == "agrees"
+
+
+def test_a_child_that_stands_still_is_given_up(monkeypatch):
+    class Sleeps(converter.child.subprocess.Popen):
+        def __init__(self, _, **options):
+            super().__init__(["sleep", "600"], **options)
+
+    monkeypatch.setattr(converter.child.subprocess, "Popen", Sleeps)
+    with pytest.raises(RuntimeTroubled, match=r"llama\.cpp stood still for 0 s, 2 times"):
+        converter.child.converse("any", {}, 1, name="llama.cpp", patience=0.3, should_stop=never)
+
+
+def test_it_stops_when_asked(tiny, f32, tmp_path):
+    with pytest.raises(Interrupted):
+        agreement(tiny("llama-256"), f32("llama-256"), tmp_path, should_stop=lambda: True)
+    assert agreement(tiny("llama-256"), f32("llama-256"), tmp_path)["verdict"] == "agrees"
+
+
+def test_logits_are_compared_by_divergence_and_by_error():
+    logits = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32)
+    same = compare_logits(logits, logits + np.float32(3))  # a constant changes no distribution
+    assert same["mean_kld"] < 1e-9 and same["relative_error"] < 1e-6 and same["top1_agreement"] == 1
+    other = compare_logits(logits, 2 * logits)
+    assert other["mean_kld"] > 0.05 and other["relative_error"] == pytest.approx(1, abs=1e-5)
+    assert compare_logits(logits, np.full_like(logits, np.nan))["mean_kld"] is None
+    lost = {**compare_logits(logits, np.full_like(logits, np.nan)), "tokens": 10, "scored": 5}
+    assert judged("llama.cpp", texts=1, logits=lost)["verdict"] == "disagrees"
