@@ -6,7 +6,7 @@ multiplies by, text cut into other tokens, an end that is none. So the runtime i
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ SAMPLE_TOKENS = 512
 LONGEST_WINDOW = 4096
 # Between runtime and evaluation: nats, and relative error of the logits. llama.cpp rounds the inputs of its products to
 # 8 bits, which costs a model of any format far less than this; what computes something else costs far more.
+# transformers computes directories in 16 bits, and rounds inputs that differ in their last bits otherwise: as far from
+# our evaluation as that is from the source it may come, and no further.
 MOST_KLD, MOST_ERROR = 0.05, 0.25
 
 
@@ -66,7 +68,7 @@ def runtime_agreement(
     candidate: Candidate,
     work_dir: Path,
     *,
-    held_out: str | None,
+    quality: Mapping[str, Any],
     seed: int,
     device: str,
     threads: int,
@@ -76,14 +78,14 @@ def runtime_agreement(
     """What the runtime computes beside what the evaluation does, as plain data. Measured once: the result stays in the
     work directory.
 
-    held_out: name of the corpus that the sample is of. Raises Interrupted, and RuntimeTroubled when the system keeps
-    ending the runtime; then nothing is kept.
+    quality: of the artifact beside its source; the sample is of its corpus. Raises Interrupted, and RuntimeTroubled
+    when the system keeps ending the runtime; then nothing is kept.
     """
     result = work_dir / "agreement.json"
     if not result.exists():
         checkpoint, model_map = runnable(checkpoint, model_map, work_dir)
         options = {"device": device, "threads": threads, "progress": progress, "should_stop": should_stop}
-        found = _compared(checkpoint, model_map, candidate, work_dir, held_out, seed, options)
+        found = _compared(checkpoint, model_map, candidate, work_dir, quality, seed, options)
         with whole_file(result, "runtime agreement") as file:
             file.write(json.dumps(found, indent=1).encode())
     return json.loads(result.read_bytes())
@@ -94,19 +96,19 @@ def _compared(
     model_map: ModelMap,
     candidate: Candidate,
     work_dir: Path,
-    held_out: str | None,
+    quality: Mapping[str, Any],
     seed: int,
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """options: device, threads, progress and should_stop."""
     runtime, artifact = candidate.runtime, candidate.artifact
-    if artifact is None:
-        return judged(runtime, unchecked=["there is no artifact that a runtime could load"])
+    if artifact is None or candidate.unreadable is not None:
+        return judged(runtime, unchecked=[candidate.unreadable or "there is no artifact that a runtime could load"])
     tokenizer = load_tokenizer(checkpoint.location)
     texts = [*map(Text, TEXTS), *_special_texts(tokenizer), *map(Text, MARKED_TEXTS)]
     n_tokens, unchecked = _sample_length(candidate, checkpoint, model_map)
     n_last = min(SCORED, n_tokens // 2)
-    sample = _sample(held_out, tokenizer, n_tokens, seed)
+    sample = _sample(quality["corpus"], tokenizer, n_tokens, seed)
     scratch = work_dir / "runtime-logits.npy"
     options["progress"]("agreement", 0, n_tokens, "tokens")
     asked = {"scratch": scratch, "threads": options["threads"], "should_stop": options["should_stop"]}
@@ -136,6 +138,7 @@ def _compared(
         cuts=_other_cuts(tokenizer, texts, found),
         ends=compare_ends(end_tokens(checkpoint.location, tokenizer), found.end_tokens, model_map, tokenizer),
         logits=compared,
+        limits=(MOST_KLD, MOST_ERROR) if runtime == "llama.cpp" else (max(MOST_KLD, quality["mean_kld"] or 0), None),
         unchecked=unchecked,
     )
 
@@ -147,12 +150,14 @@ def judged(
     cuts: Sequence[dict[str, Any]] = (),
     ends: dict[str, Any] | None = None,
     logits: dict[str, Any] | None = None,
+    limits: tuple[float, float | None] = (MOST_KLD, MOST_ERROR),
     unchecked: Sequence[str] = (),
     failed: str | None = None,
 ) -> dict[str, Any]:
     """The findings with their verdict, None where nothing was checked, and a sentence for each that counts against it.
 
-    cuts, ends, logits: see _other_cuts, compare_ends and compare_logits. failed: how the runtime failed.
+    cuts, ends, logits: see _other_cuts, compare_ends and compare_logits. limits: of the divergence, and of the error
+    where that counts. failed: how the runtime failed.
     """
     wrong: list[str] = [] if failed is None else [f"it does not run the artifact: {failed}"]
     doubtful: list[str] = []
@@ -171,7 +176,8 @@ def judged(
             wrong.append(f"it ends at {', '.join(ends['ordinary'])}, which the source writes in any text")
     if logits is not None:
         kld, error = logits["mean_kld"], logits["relative_error"]
-        if kld is None or kld > MOST_KLD or error > MOST_ERROR:
+        most_kld, most_error = limits
+        if kld is None or kld > most_kld or (most_error is not None and error > most_error):
             by = "no finite number" if kld is None else f"{kld:.3g} nats, and its logits by {error:.1%},"
             wrong.append(
                 f"its predictions diverge from our evaluation of the same artifact by {by} over the last"

@@ -73,6 +73,15 @@ class DirectoryArtifact:
         format_name, _ = self.tensors[name]
         return None if format_name in KEPT else get_scheme(format_name, name)
 
+    @property
+    def unreadable(self) -> str | None:
+        """Why transformers does not read the directory, which vLLM does; None where it should."""
+        for name in self.tensors:
+            scheme = self.scheme(name) if ".experts." in name else None
+            if scheme is not None and scheme.activations is not None and scheme.activations.type == "int":
+                return "transformers has no experts whose inputs are rounded to integers, as vLLM has"
+        return None
+
     def n_bytes(self, name: str) -> int:
         """Of everything that stands for this tensor."""
         format_name, shape = self.tensors[name]

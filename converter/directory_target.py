@@ -197,7 +197,7 @@ class DirectoryTarget:
 
     def candidate(self, adapted: Adapted, paths: list[Path], work_dir: Path) -> Candidate:
         artifact = DirectoryArtifact.of_plan(paths[0].parent, adapted.prepared.plan)
-        return Candidate(artifact, SchemeProducts(artifact), artifact.directory)
+        return Candidate(artifact, SchemeProducts(artifact), artifact.directory, artifact.unreadable)
 
     def uniform_sizes(self, surveyed: Surveyed) -> list[dict[str, Any]]:
         """Of the schemes: what does not fit becomes what a plan would make of it."""

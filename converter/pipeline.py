@@ -296,8 +296,7 @@ def _run_stages(
         candidate = target.candidate(adapted, paths, work_dir)
         with clock("quality"):
             quality = measure_quality(job, source, model_map, candidate, work_dir, progress, should_stop)
-        judges = {
-            "held_out": quality["corpus"],
+        judges: dict[str, Any] = {
             "seed": job.seed,
             "device": job.device,
             "threads": job.n_threads,
@@ -305,9 +304,9 @@ def _run_stages(
             "should_stop": should_stop,
         }
         with clock("agreement"), _judging("what the runtime computes", progress):
-            agreement = runtime_agreement(source, model_map, candidate, work_dir, **judges)
+            agreement = runtime_agreement(source, model_map, candidate, work_dir, quality=quality, **judges)
         with clock("guard"), _judging("what the artifact writes", progress):
-            coherence = guard(source, model_map, candidate, work_dir, **judges)
+            coherence = guard(source, model_map, candidate, work_dir, held_out=quality["corpus"], **judges)
     tasks = None
     if job.lm_eval:
         from converter.tasks import measured_tasks

@@ -112,4 +112,4 @@ def open_candidate(artifact: Path, model_map: ModelMap) -> Candidate:
         return Candidate(DecodedArtifact(artifact_files(artifact), model_map), artifact=artifact)
     directory = DirectoryArtifact.of_recipe(artifact)
     directory.check_model(model_map)
-    return Candidate(directory, SchemeProducts(directory), artifact)
+    return Candidate(directory, SchemeProducts(directory), artifact, directory.unreadable)

@@ -117,11 +117,13 @@ class Adapted:
 @dataclass(frozen=True)
 class Candidate:
     """The artifact as something to run: its weights under the checkpoint's names, decoded; arithmetic: how products
-    with them are computed, None for as they are; artifact: what a runtime loads, a GGUF's first file or a directory."""
+    with them are computed, None for as they are; artifact: what a runtime loads, a GGUF's first file or a directory;
+    unreadable: why the runtime that is here does not read it, None where it should."""
 
     weights: "WeightSource"
     arithmetic: "Arithmetic | None" = None
     artifact: Path | None = None
+    unreadable: str | None = None
 
     @property
     def runtime(self) -> Literal["llama.cpp", "transformers"]:

@@ -26,6 +26,8 @@ from converter.verify import DecodedArtifact
 from tests import tiny_models
 from tests.converter.f32_file import write_f32
 
+QUALITY = {"corpus": "embedded", "mean_kld": 0.0}
+
 
 @pytest.fixture(scope="module")
 def f32(tiny, tmp_path_factory):
@@ -51,7 +53,7 @@ def agreement(model: Path, artifact: Path, work_dir: Path, should_stop=never, we
         model_map,
         Candidate(weights, artifact=artifact),
         work_dir,
-        held_out="embedded",
+        quality=QUALITY,
         seed=0,
         device="cpu",
         threads=2,
@@ -112,7 +114,7 @@ def test_a_layer_that_the_runtime_computes_otherwise_is_seen(tiny, f32, tmp_path
         describe(checkpoint),
         Candidate(weights, artifact=f32("qwen2")),
         tmp_path,
-        held_out="embedded",
+        quality=QUALITY,
         seed=0,
         device="cpu",
         threads=2,
@@ -207,6 +209,28 @@ def test_it_stops_when_asked(tiny, f32, tmp_path):
     with pytest.raises(Interrupted):
         agreement(tiny("llama-256"), f32("llama-256"), tmp_path, should_stop=lambda: True)
     assert agreement(tiny("llama-256"), f32("llama-256"), tmp_path)["verdict"] == "agrees"
+
+
+@pytest.mark.parametrize("profile", ["w4a16", "NVFP4"])
+def test_transformers_agrees_with_the_evaluation_of_a_directory(tiny, tmp_path, monkeypatch, profile):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    arguments = ["--profile", profile, "--calibration", str(tmp_path / "text.txt"), "--samples", "128", "--json"]
+    arguments += ["--sequence-length", "16", "--output", str(tmp_path / "m"), str(tiny("llama-256"))]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)["agreement"]
+    assert found["verdict"] == "agrees" and found["runtime"].startswith("transformers"), found["reasons"]
+    assert found["logits"]["mean_kld"] is not None and not found["cuts"] and not found["ends"]["missing"]
+
+
+def test_a_directory_that_transformers_does_not_read_is_said_to_be_so(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    arguments = ["--profile", "W8A8", "--json", "--sequence-length", "16", "--output", str(tmp_path / "m")]
+    done = CliRunner().invoke(main, [*arguments, str(tiny("qwen3_moe"))])
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)["agreement"]
+    assert found["verdict"] is None and "no experts whose inputs are rounded" in found["unchecked"][0]
 
 
 def test_logits_are_compared_by_divergence_and_by_error():
