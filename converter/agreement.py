@@ -19,7 +19,8 @@ from calibration.logits import last_logits
 from converter.calibrate import load_tokenizer, runnable
 from converter.checkpoint import Checkpoint
 from converter.child import RuntimeFailed, RuntimeUnavailable
-from converter.guard import chat_text, end_tokens
+from converter.end_of_generation import source_end_tokens
+from converter.guard import chat_text
 from converter.probe import Probe, Text, probe
 from converter.progress import Progress, size_text
 from converter.target import Candidate
@@ -136,7 +137,7 @@ def _compared(
         found.runtime,
         texts=len(texts),
         cuts=_other_cuts(tokenizer, texts, found),
-        ends=compare_ends(end_tokens(checkpoint.location, tokenizer), found.end_tokens, model_map, tokenizer),
+        ends=compare_ends(source_end_tokens(checkpoint.location), found.end_tokens, model_map, tokenizer),
         logits=compared,
         limits=(MOST_KLD, MOST_ERROR) if runtime == "llama.cpp" else (max(MOST_KLD, quality["mean_kld"] or 0), None),
         unchecked=unchecked,

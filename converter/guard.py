@@ -18,6 +18,7 @@ from calibration.generation import Generation, Reading, generate_greedily, read_
 from converter.calibrate import load_tokenizer, runnable
 from converter.checkpoint import Checkpoint
 from converter.child import RuntimeFailed, RuntimeUnavailable
+from converter.end_of_generation import source_end_tokens
 from converter.generate import Generated, generate_by_llama_cpp
 from converter.progress import Progress
 from converter.target import Candidate
@@ -76,7 +77,7 @@ def guard(
         asked = [prompt_tokens(tokenizer, prompt) for prompt in PROMPTS]
         samples = load_corpus(held_out, tokenizer, HELD_OUT_PROMPTS, _HELD_OUT_APART, seed, split="test")
         prompts = [*asked, *samples.tokens[:, :HELD_OUT_TOKENS].tolist()]
-        generated, note = _generate(checkpoint, candidate, prompts, tokenizer, parts, options)
+        generated, note = _generate(checkpoint, candidate, prompts, parts, options)
         continuations = [generation.tokens for generation in generated.generations]
         texts = list(zip(prompts, continuations, strict=True))
         readings = read_continuations(checkpoint, checkpoint.location, texts, work_dir=parts / "read", **options)
@@ -120,7 +121,6 @@ def _generate(
     checkpoint: Checkpoint,
     candidate: Candidate,
     prompts: Sequence[Sequence[int]],
-    tokenizer: Any,
     parts: Path,
     options: dict[str, Any],
 ) -> tuple[Generated, dict[str, str]]:
@@ -143,7 +143,7 @@ def _generate(
             )
         except (RuntimeUnavailable, RuntimeFailed) as error:
             note = {"failed" if isinstance(error, RuntimeFailed) else "unavailable": str(error)}
-            ends = end_tokens(checkpoint.location, tokenizer)
+            ends = source_end_tokens(checkpoint.location)
             generations = generate_greedily(
                 candidate.weights,
                 checkpoint.location,
@@ -160,16 +160,6 @@ def _generate(
             file.write(json.dumps([generated.to_dict(), note]).encode())
     data, note = json.loads(kept.read_bytes())
     return Generated.from_dict(data), note
-
-
-def end_tokens(directory: Path, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a text, as configuration, generation settings and tokenizer name them."""
-    found = {tokenizer.eos_token_id}
-    for name in ("config.json", "generation_config.json"):
-        if (directory / name).exists():
-            named = json.loads((directory / name).read_bytes()).get("eos_token_id")
-            found |= set(named) if isinstance(named, list) else {named}
-    return frozenset(token for token in found if isinstance(token, int))
 
 
 def _judged(

@@ -28,13 +28,13 @@ def describe(checkpoint: Checkpoint, pre_tokenizer: str | None = None) -> ModelM
     configuration = configure(checkpoint.config, str(checkpoint.location / "config.json"))
     tensors = tuple(_Describer(checkpoint, configuration).tensors())
     metadata = model_metadata(checkpoint, configuration, tensors)
-    metadata |= tokenizer_metadata(checkpoint.location, configuration.dimensions["vocab"], pre_tokenizer)
+    tokenizer = tokenizer_metadata(checkpoint.location, configuration.dimensions["vocab"], pre_tokenizer)
     return ModelMap(
         configuration.architecture.gguf_name,
         configuration.dimensions["layers"],
         tensors,
-        metadata,
-        configuration.notes,
+        metadata | tokenizer.values,
+        configuration.notes + tokenizer.notes,
     )
 
 

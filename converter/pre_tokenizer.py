@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
+from converter.tokenizer_files import objects, steps
 from formats.errors import ConvertError, nearest
+
+_NFC = {"type": "NFC"}
+_COMPOSES = (
+    "The tokenizer composes characters first (NFC), llama.cpp does not: text that is not composed gets other tokens."
+)
 
 # What a ByteLevel step splits by when its `use_regex` is on: GPT-2's expression.
 _GPT2_EXPRESSION = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -31,12 +37,25 @@ class PreTokenizer:
         return "\n    ".join([*self.steps, f"ignore_merges: {str(self.ignore_merges).lower()}"])
 
 
+@dataclass(frozen=True)
+class PreTokenizerName:
+    """name: llama.cpp's. notes: what it will do otherwise than tokenizer.json says, a sentence each."""
+
+    name: str
+    notes: tuple[str, ...] = ()
+
+
 @cache
-def _table() -> tuple[dict[PreTokenizer, str], list[str]]:
+def _table() -> tuple[dict[PreTokenizer, PreTokenizerName], list[str]]:
     """The known definitions with llama.cpp's name for each, and every name that llama.cpp loads."""
     content = tomllib.loads(files("converter").joinpath("pre_tokenizers.toml").read_text(encoding="utf-8"))
     known = {
-        PreTokenizer(tuple(entry["expressions"]), entry["ignore_merges"]): entry["name"]
+        PreTokenizer(tuple(entry["expressions"]), entry["ignore_merges"]): PreTokenizerName(
+            entry["name"],
+            (f"llama.cpp cuts rare text otherwise than this tokenizer: {entry['differs']}.",)
+            if "differs" in entry
+            else (),
+        )
         for entry in content["definition"]
     }
     return known, content["names"]
@@ -53,56 +72,54 @@ def check_name(name: str) -> None:
         )
 
 
-def find_name(definition: dict, where: str) -> str:
+def find_name(definition: dict, where: str) -> PreTokenizerName:
     """llama.cpp's name for the pre-tokenizer of a parsed tokenizer.json; an unknown one is an error that shows it."""
-    found = normal_form(definition)
+    found = normal_form(definition, where)
     known, names = _table()
+    composes = (_COMPOSES,) if _NFC in steps(definition, "normalizer", where) else ()
     if found in known:
-        return known[found]
+        return PreTokenizerName(known[found].name, known[found].notes + composes)
     otherwise = PreTokenizer(found.steps, not found.ignore_merges)
     if otherwise in known and _merges_reach_all_tokens(definition, where):
-        return known[otherwise]
+        return PreTokenizerName(known[otherwise].name, known[otherwise].notes + composes)
     closest = max(known, key=lambda candidate: difflib.SequenceMatcher(None, str(found), str(candidate)).ratio())
     raise ConvertError(
         f"llama.cpp has no name for this pre-tokenizer:\n    {found}\n"
-        f"  the nearest known one is {known[closest]!r}:\n    {closest}",
+        f"  the nearest known one is {known[closest].name!r}:\n    {closest}",
         where,
         f"if you know which one it is, say so with --pre-tokenizer NAME, one of {', '.join(names)}",
     )
 
 
-def normal_form(definition: dict) -> PreTokenizer:
+def normal_form(definition: dict, where: str) -> PreTokenizer:
     """The pre-tokenizer of a parsed tokenizer.json: the same for all ways to spell the same thing."""
-    # llama.cpp normalises nothing for this kind. NFC leaves composed text as it is; its own converter ignores it too.
-    steps = [f"normalizer {one}" for one in flatten(definition.get("normalizer")) if one != {"type": "NFC"}]
-    *splits, last = flatten(definition.get("pre_tokenizer")) or [{}]
-    steps += [_split(step) for step in splits]
+    # llama.cpp normalises nothing for this kind. NFC leaves composed text as it is.
+    pieces = [f"normalizer {one}" for one in steps(definition, "normalizer", where) if one != _NFC]
+    *splits, last = steps(definition, "pre_tokenizer", where) or [{}]
+    pieces += [_split(step) for step in splits]
     match last:
         # Bytes become letters in the last step, behind all splits, as in llama.cpp.
         case {"type": "ByteLevel", "add_prefix_space": False}:
-            steps += [_GPT2_EXPRESSION] if last.get("use_regex", True) else []
+            pieces += [_GPT2_EXPRESSION] if last.get("use_regex", True) else []
         case _:
-            steps.append(str(last))
-    return PreTokenizer(tuple(steps), bool(definition["model"].get("ignore_merges")))
-
-
-def flatten(component: dict | None) -> list[dict]:
-    """The steps of a normalizer or pre-tokenizer: of a Sequence, of Sequences in it, of a single step, or of none."""
-    if component is None:
-        return []
-    if component.get("type") != "Sequence":
-        return [component]
-    parts = component.get("pretokenizers", component.get("normalizers", []))
-    return [step for part in parts for step in flatten(part)]
+            pieces.append(str(last))
+    return PreTokenizer(tuple(pieces), bool(definition["model"].get("ignore_merges")))
 
 
 def merge_pairs(definition: dict, where: str) -> list[tuple[str, str]]:
     """The merges of a parsed tokenizer.json by rank: "left right" in older files, ["left", "right"] in newer ones."""
-    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in definition["model"]["merges"])
-    try:
-        return [(left, right) for left, right in pairs]
-    except (TypeError, ValueError):
-        raise ConvertError("a merge has not two parts", where, "fetch the file again") from None
+    vocabulary = definition["model"]["vocab"]
+    pairs = []
+    for merge in definition["model"]["merges"]:
+        match merge.split(" ", 1) if isinstance(merge, str) else merge:
+            case [str() as left, str() as right]:
+                pairs.append((left, right))
+            case _:
+                raise ConvertError(f"a merge has not two parts: {merge!r}", where, "fetch the file again")
+        unknown = next((text for text in (left, right, left + right) if text not in vocabulary), None)
+        if unknown is not None:
+            raise ConvertError(f"a merge has {unknown!r}, which is no token", where, "fetch the file again")
+    return pairs
 
 
 def _split(step: dict) -> str:
@@ -110,7 +127,7 @@ def _split(step: dict) -> str:
     match step:
         case {"type": "Digits", "individual_digits": individual}:
             return r"\p{N}" if individual else r"\p{N}+"
-        case {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior}:
+        case {"type": "Split", "pattern": {"Regex": str() as regex}, "behavior": str() as behavior}:
             if _isolates(regex, behavior, bool(step.get("invert"))):
                 return _printable(regex)
     return str(step)
@@ -138,5 +155,5 @@ def _merges_reach_all_tokens(definition: dict, where: str) -> bool:
 
     vocabulary = definition["model"]["vocab"]
     merged = BPE(vocab=vocabulary, merges=merge_pairs(definition, where))
-    added = {token["content"] for token in definition.get("added_tokens", [])}
+    added = {token.get("content") for token in objects(definition, "added_tokens", where)}
     return all(len(merged.tokenize(token)) == 1 for token in vocabulary if token not in added)

@@ -1,4 +1,4 @@
-"""SentencePiece's tokenizer.model: pieces, and the two settings that decide whether and how llama.cpp can use them."""
+"""SentencePiece's tokenizer.model: its pieces, and the settings that decide whether and how llama.cpp can use them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,85 +8,68 @@ from gguf import TokenType
 
 from formats.errors import ConvertError
 
-# Field numbers of sentencepiece_model.proto.
-_TRAINER_SPEC, _NORMALIZER_SPEC = 2, 3
-_TRAINER_MODEL_TYPE, _NORMALIZER_ADD_DUMMY_PREFIX = 3, 3
 _KINDS = {1: "Unigram", 2: "BPE", 3: "word", 4: "character"}
 _BPE = 2
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """pieces, scores and types by token id; add_dummy_prefix: whether a space is put in front of the text."""
+    """pieces, scores and types by token id. begin, end: the pieces that start and end a text, None for none.
+    add_dummy_prefix: whether a space is put in front of the text.
+    remove_extra_whitespaces: whether spaces in a row become one, and those at both ends none.
+    foreign: settings that change the text, and that llama.cpp does not know, as "name = value"."""
 
     pieces: list[str]
     scores: list[float]
     types: list[TokenType]
+    begin: str | None
+    end: str | None
     add_dummy_prefix: bool
+    remove_extra_whitespaces: bool
+    foreign: tuple[str, ...]
 
 
 def read(path: Path) -> SentencePieceModel:
     """Read a tokenizer.model; ConvertError if it is none, or not a BPE."""
-    from sentencepiece import SentencePieceProcessor
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
 
+    messages: Any = sentencepiece_model_pb2
+    model = messages.ModelProto()
     try:
-        processor = SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError):
-        raise ConvertError("not a model of SentencePiece", str(path), "fetch the file again") from None
-    sections = _fields(path.read_bytes())
-    trainer, normalizer = _fields(sections.get(_TRAINER_SPEC, b"")), _fields(sections.get(_NORMALIZER_SPEC, b""))
-    kind = trainer.get(_TRAINER_MODEL_TYPE, 1)
-    if kind != _BPE:
+        model.ParseFromString(path.read_bytes())
+    except OSError as error:
+        raise ConvertError(f"the file cannot be read: {error.strerror}", str(path), "make it readable") from None
+    except DecodeError:
+        model.Clear()
+    if not model.pieces:
+        raise ConvertError("not a model of SentencePiece", str(path), "fetch the file again")
+    trainer = model.trainer_spec
+    if trainer.model_type != _BPE:
         raise ConvertError(
-            f"a SentencePiece model of the kind {_KINDS.get(kind, kind)} cannot be converted, only BPE can: llama.cpp "
-            "would cut text into other tokens",
+            f"a SentencePiece model of the kind {_KINDS.get(trainer.model_type, trainer.model_type)} cannot be "
+            "converted, only BPE can: llama.cpp would cut text into other tokens",
             str(path),
             "convert a checkpoint whose tokenizer is a BPE",
         )
-    ids = list(range(processor.vocab_size()))
-    types = [TokenType.NORMAL] * len(ids)
-    for test, token_type in (
-        (processor.is_byte, TokenType.BYTE),
-        (processor.is_unused, TokenType.UNUSED),
-        (processor.is_control, TokenType.CONTROL),
-        (processor.is_unknown, TokenType.UNKNOWN),
-    ):
-        for index, holds in enumerate(test(ids)):
-            if holds:
-                types[index] = token_type
     return SentencePieceModel(
-        processor.id_to_piece(ids),
-        processor.get_score(ids),
-        types,
-        bool(normalizer.get(_NORMALIZER_ADD_DUMMY_PREFIX, True)),
+        pieces=[piece.piece for piece in model.pieces],
+        scores=[piece.score for piece in model.pieces],
+        types=[TokenType(piece.type) for piece in model.pieces],  # both have the same numbers
+        begin=trainer.bos_piece if trainer.bos_id >= 0 else None,
+        end=trainer.eos_piece if trainer.eos_id >= 0 else None,
+        add_dummy_prefix=model.normalizer_spec.add_dummy_prefix,
+        remove_extra_whitespaces=model.normalizer_spec.remove_extra_whitespaces,
+        foreign=tuple(_foreign(trainer, model.normalizer_spec)),
     )
 
 
-def _fields(message: bytes) -> dict[int, Any]:
-    """The last value of every field of a protocol buffers message: numbers as int, everything else as bytes."""
-    fields: dict[int, Any] = {}
-    position = 0
-    while position < len(message):
-        tag, position = _varint(message, position)
-        number, wire_type = tag >> 3, tag & 7
-        if wire_type == _VARINT:
-            fields[number], position = _varint(message, position)
-            continue
-        size = {_FIXED64: 8, _FIXED32: 4}.get(wire_type, 0)
-        if wire_type == _BYTES:
-            size, position = _varint(message, position)
-        fields[number] = message[position : position + size]
-        position += size
-    return fields
-
-
-def _varint(message: bytes, position: int) -> tuple[int, int]:
-    """A number in groups of 7 bits, lowest first; returns it and the position behind it."""
-    value = shift = 0
-    while True:
-        byte = message[position]
-        value |= (byte & 0x7F) << shift
-        position, shift = position + 1, shift + 7
-        if byte < 0x80:
-            return value, position
+def _foreign(trainer: Any, normalizer: Any) -> list[str]:
+    found = []
+    if normalizer.precompiled_charsmap:
+        found.append(f"normalization_rule_name = {normalizer.name or 'custom'}")
+    if not normalizer.escape_whitespaces:
+        found.append("escape_whitespaces = false")
+    if trainer.treat_whitespace_as_suffix:
+        found.append("treat_whitespace_as_suffix = true")
+    return found

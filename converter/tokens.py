@@ -1,25 +1,30 @@
-"""The three kinds of vocabulary: tokens with their types and scores or merges, as llama.cpp wants them."""
+"""A vocabulary as llama.cpp wants it: what both kinds share, and byte-level BPE."""
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from gguf import TokenType
 
-from converter import sentencepiece_model
-from converter.pre_tokenizer import flatten, merge_pairs
+from converter.pre_tokenizer import PreTokenizerName, merge_pairs
+from converter.tokenizer_files import TokenizerFiles, objects, part, steps
 from formats.errors import ConvertError
 
-# Scores of llama.cpp's converter for ids without a token, and for tokens that were added after training.
-_NO_TOKEN_SCORE, _ADDED_SCORE = -10000.0, -1000.0
-
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# Classes of transformers that take `add_prefix_space` from tokenizer_config.json, whatever tokenizer.json says.
+_PREFIXING_CLASSES = ("GPT2Tokenizer", "Qwen2Tokenizer")
+# What tokenizer.json may say of an added token, and what comes of it.
+_TOKEN_SETTINGS = {
+    "lstrip": "white space before them gets tokens of its own",
+    "rstrip": "white space behind them gets tokens of its own",
+    "single_word": "they are found inside of words, too",
+}
+_NAMED_IN_A_NOTE = 5
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """model, pre: `tokenizer.ggml.model` and `.pre`. tokens, types and scores go by token id, merges by rank."""
+    """model, pre: `tokenizer.ggml.model` and `.pre`. tokens, types and scores go by token id, merges by rank.
+    notes: what llama.cpp will do otherwise than the tokenizer, a sentence each."""
 
     model: str
     pre: str
@@ -28,166 +33,141 @@ class Vocabulary:
     scores: list[float] | None = None
     merges: list[str] | None = None
     add_space_prefix: bool | None = None
+    notes: tuple[str, ...] = ()
 
 
-def is_byte_level(definition: dict) -> bool:
-    """Whether a parsed tokenizer.json is a BPE over bytes (GPT-2's kind)."""
-    decoder = definition.get("decoder") or {}
-    steps = decoder.get("decoders", [decoder])
-    return _model(definition).get("type") == "BPE" and any(step.get("type") == "ByteLevel" for step in steps)
+def is_byte_level(files: TokenizerFiles) -> bool:
+    """Whether tokenizer.json is a BPE over bytes (GPT-2's kind)."""
+    where = files.where("tokenizer.json")
+    return is_bpe(files) and any(step.get("type") == "ByteLevel" for step in steps(files.definition, "decoder", where))
 
 
-def has_byte_fallback(definition: dict) -> bool:
-    """Whether a parsed tokenizer.json is a BPE over characters, with byte tokens for those it does not know."""
-    return _model(definition).get("type") == "BPE" and bool(_model(definition).get("byte_fallback"))
+def is_bpe(files: TokenizerFiles) -> bool:
+    where = files.where("tokenizer.json")
+    return part(part(files.definition, "model", dict, where) or {}, "type", str, where) == "BPE"
 
 
-def _model(definition: dict) -> dict:
-    return definition.get("model") or {}
+def check_parts(files: TokenizerFiles) -> None:
+    """Raise ConvertError unless the BPE of tokenizer.json has merges, a vocabulary of ids, and no parts that llama.cpp
+    does not have."""
+    where = files.where("tokenizer.json")
+    model = files.definition["model"]
+    for key, kind in (("vocab", dict), ("merges", list)):
+        if not isinstance(model.get(key), kind) or not model[key]:
+            raise ConvertError(f"the BPE has no {key!r} of the usual form", where, "fetch the file again")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(key):
+            raise ConvertError(
+                f"llama.cpp has no {key}, and this BPE has {model[key]!r}",
+                f"{where}: model",
+                "no GGUF of this tokenizer would cut text into the right tokens",
+            )
+    for text, index in model["vocab"].items():
+        check_token(text, index, where)
 
 
-def check_parts(definition: dict, where: str) -> None:
-    """Raise ConvertError unless the BPE of a parsed tokenizer.json has merges and a vocabulary of ids."""
-    for part, kind in (("vocab", dict), ("merges", list)):
-        if not isinstance(_model(definition).get(part), kind) or not _model(definition)[part]:
-            raise ConvertError(f"the BPE has no {part!r} of the usual form", where, "fetch the file again")
-    for text, index in _model(definition)["vocab"].items():
-        _check_id(text, index, where)
-
-
-def _check_id(text: object, index: object, where: str) -> None:
-    if not isinstance(text, str) or not isinstance(index, int) or index < 0:
+def check_token(text: object, index: object, where: str) -> None:
+    """Raise ConvertError unless this is a text and an id."""
+    if not isinstance(text, str) or not isinstance(index, int) or isinstance(index, bool) or index < 0:
         raise ConvertError(f"{text!r} with the id {index!r} is no token", where, "fetch the file again")
 
 
-def byte_level(definition: dict, settings: dict, vocab_size: int, pre: str, where: str) -> Vocabulary:
+def check_ids(texts: Mapping[str, int], vocab_size: int, where: str) -> None:
+    """Raise ConvertError for ids that the model has no embedding for."""
+    beyond = {text: index for text, index in texts.items() if index >= vocab_size}
+    if not beyond:
+        return
+    text, index = max(beyond.items(), key=lambda item: item[1])
+    raise ConvertError(
+        f"the tokenizer has the token id {index} ({text!r}), but the model has embeddings for {vocab_size} tokens only "
+        f"(tokens beyond: {len(beyond)})",
+        where,
+        "put the tokenizer that belongs to this model into the directory; where only tokens that were added later are "
+        "too many, remove them from the file",
+    )
+
+
+def byte_level(files: TokenizerFiles, vocab_size: int, pre: PreTokenizerName) -> Vocabulary:
     """A BPE over bytes: letters stand for bytes, but an added token is text as it is."""
-    added = _added_tokens(definition, settings, where)
+    where = files.where("tokenizer.json")
+    definition = files.definition
+    added = added_tokens(files)
     indices = definition["model"]["vocab"]
-    if (largest := max([*indices.values(), *added])) >= vocab_size:
-        raise ConvertError(
-            f"the tokenizer has the token id {largest}, but the model has embeddings for {vocab_size} tokens only",
-            where,
-            "put the tokenizer that belongs to this model into the directory",
-        )
-    tokens, types = _no_tokens(vocab_size)
+    check_ids(indices, vocab_size, where)
+    check_ids({token["content"]: index for index, token in added.items()}, vocab_size, where)
+    tokens, types = no_tokens(vocab_size)
     for text, index in indices.items():
         tokens[index], types[index] = text, TokenType.NORMAL
     for index, token in added.items():
         text = token["content"] if token.get("normalized") else _decode_bytes(token["content"])
-        tokens[index], types[index] = text, _added_type(text, token)
-    _check_unique(tokens, where)
+        tokens[index], types[index] = text, added_type(text, token)
+    check_unique(tokens, where)
     space = chr(256 + ord(" "))  # the letter of that byte, because a plain space parts the two sides of a merge
     merges = [
         f"{left.replace(' ', space)} {right.replace(' ', space)}" for left, right in merge_pairs(definition, where)
     ]
-    return Vocabulary("gpt2", pre, tokens, types, merges=merges, add_space_prefix=settings.get("add_prefix_space"))
+    prefix, prefix_notes = _letters_prefix(files)
+    notes = (*pre.notes, *prefix_notes, *token_notes(added.values()))
+    return Vocabulary("gpt2", pre.name, tokens, types, merges=merges, add_space_prefix=prefix, notes=notes)
 
 
-def sentencepiece(
-    model_file: Path, definition: dict, settings: dict, added_texts: Mapping[str, int], vocab_size: int
-) -> Vocabulary:
-    """SentencePiece's BPE from its own file. Ids from vocab_size on are left out, as llama.cpp's converter does.
-
-    added_texts: the content of added_tokens.json; the two other JSON files are newer and override it.
-    """
-    model = sentencepiece_model.read(model_file)
-    where = str(model_file.parent)
-    tokens, types = _no_tokens(vocab_size)
-    scores = [_NO_TOKEN_SCORE] * vocab_size
-    n_pieces = min(len(model.pieces), vocab_size)
-    tokens[:n_pieces] = model.pieces[:n_pieces]
-    types[:n_pieces] = model.types[:n_pieces]
-    scores[:n_pieces] = model.scores[:n_pieces]
-    for text, index in added_texts.items():
-        _check_id(text, index, where)
-        if index < vocab_size:
-            tokens[index], types[index], scores[index] = text, TokenType.USER_DEFINED, _ADDED_SCORE
-    _put_added(_added_tokens(definition, settings, where), tokens, types, scores)
-    _check_unique(tokens, where)
-    prefix = settings.get("add_prefix_space")
-    if prefix is None and not model.add_dummy_prefix:
-        prefix = False
-    return Vocabulary("llama", "default", tokens, types, scores=scores, add_space_prefix=prefix)
+def _letters_prefix(files: TokenizerFiles) -> tuple[bool | None, list[str]]:
+    """`add_space_prefix` of a byte-level BPE, whose tokenizer.json asks for no space, and what there is to say."""
+    where = files.where("tokenizer_config.json")
+    stated = part(files.settings, "add_prefix_space", bool, where)
+    if not stated:
+        return stated, []
+    if files.tokenizer_class in _PREFIXING_CLASSES:
+        raise ConvertError(
+            "llama.cpp cannot put a space in front of the text of a byte-level BPE, as this tokenizer does",
+            f"{where}: add_prefix_space",
+            "no GGUF of this tokenizer would cut text into the right tokens",
+        )
+    return False, [prefix_contradiction(True, "tokenizer.json")]
 
 
-def byte_fallback(definition: dict, settings: dict, vocab_size: int, where: str) -> Vocabulary:
-    """SentencePiece's BPE in a tokenizer.json, which has merges in the place of scores.
-
-    llama.cpp merges the two neighbours that make the token of the best score. So that this is the pair of the first
-    merge, a token's score is minus the rank of the first merge that makes it.
-    """
-    merges = merge_pairs(definition, where)
-    rank: dict[str, int] = {}
-    for order, (left, right) in enumerate(merges):
-        rank.setdefault(left + right, order)
-    tokens, types = _no_tokens(vocab_size)
-    scores = [_NO_TOKEN_SCORE] * vocab_size
-    for text, index in definition["model"]["vocab"].items():
-        if index < vocab_size:
-            tokens[index] = text
-            types[index] = TokenType.BYTE if _BYTE_TOKEN.fullmatch(text) else TokenType.NORMAL
-            scores[index] = -float(rank.get(text, len(merges)))
-    _put_added(_added_tokens(definition, settings, where), tokens, types, scores)
-    _check_unique(tokens, where)
-    prefix = settings.get("add_prefix_space")
-    if not _adds_space_prefix(definition, where) and prefix is None:
-        prefix = False
-    return Vocabulary("llama", "default", tokens, types, scores=scores, add_space_prefix=prefix)
+def prefix_contradiction(stated: bool, other: str) -> str:
+    does, does_not = f"{other} puts one", f"{other} puts none"
+    return (
+        f"tokenizer_config.json has add_prefix_space = {str(stated).lower()}, but {does_not if stated else does} in "
+        "front of a text; transformers does the latter, and so does the GGUF."
+    )
 
 
-def _adds_space_prefix(definition: dict, where: str) -> bool:
-    """Whether the text gets a space in front. Raises ConvertError for steps that llama.cpp does not take."""
-    adds_prefix = escapes_spaces = False
-    for step in [*flatten(definition.get("normalizer")), *flatten(definition.get("pre_tokenizer"))]:
-        match step:
-            case {"type": "Prepend", "prepend": "▁"}:
-                adds_prefix = True
-            case {"type": "Metaspace", "replacement": "▁"} if not _splits_words(step, definition):
-                escapes_spaces = True
-                default = "always" if step.get("add_prefix_space", True) else "never"
-                adds_prefix |= step.get("prepend_scheme", default) != "never"
-            case {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
-                escapes_spaces = True
-            case {"type": "Split", "pattern": {"String": " "} | {"Regex": " "}} if escapes_spaces:
-                pass  # no space is left to split at
-            case _:
-                raise _foreign(f"llama.cpp cannot do this step of the tokenizer: {step}", where)
-    if not escapes_spaces:
-        raise _foreign("the tokenizer does not write spaces as ▁, as llama.cpp does", where)
-    return adds_prefix
-
-
-def _foreign(what: str, where: str) -> ConvertError:
-    return ConvertError(what, where, "add the tokenizer.model that the tokenizer was made from, if there is one")
-
-
-def _splits_words(metaspace: dict, definition: dict) -> bool:
-    """Whether the step keeps tokens apart that llama.cpp, which never splits, would merge."""
-    return metaspace.get("split", True) and any("▁" in text[1:] for text in definition["model"]["vocab"])
-
-
-def _added_tokens(definition: dict, settings: dict, where: str) -> dict[int, dict]:
+def added_tokens(files: TokenizerFiles) -> dict[int, dict[str, Any]]:
     """Added tokens by id: those of tokenizer_config.json, and of tokenizer.json, which is the one that runs."""
-    listed = [{**token, "id": int(index)} for index, token in (settings.get("added_tokens_decoder") or {}).items()]
-    added = [*listed, *(definition.get("added_tokens") or [])]
-    for token in added:
-        _check_id(token.get("content"), token.get("id"), where)
-    return {token["id"]: token for token in added}
+    where = files.where("tokenizer_config.json")
+    added = {}
+    for key, token in (part(files.settings, "added_tokens_decoder", dict, where) or {}).items():
+        if not isinstance(token, dict) or not (isinstance(key, str) and key.isdecimal()):
+            raise ConvertError(f"{token!r} with the id {key!r} is no token", where, "fetch the file again")
+        check_token(token.get("content"), int(key), where)
+        added[int(key)] = token
+    where = files.where("tokenizer.json")
+    for token in objects(files.definition, "added_tokens", where):
+        check_token(token.get("content"), token.get("id"), where)
+        added[token["id"]] = token
+    return added
 
 
-def _put_added(added: dict[int, dict], tokens: list[str], types: list[TokenType], scores: list[float]) -> None:
-    for index, token in added.items():
-        if index < len(tokens):
-            text = token["content"]
-            types[index], scores[index] = _added_type(text, token), _ADDED_SCORE
-            # llama.cpp looks for these in the text as it was before spaces became ▁.
-            tokens[index] = text.replace("▁", " ") if types[index] == TokenType.USER_DEFINED else text
-
-
-def _added_type(text: str, token: dict) -> TokenType:
+def added_type(text: str, token: Mapping[str, Any]) -> TokenType:
     """llama.cpp finds CONTROL tokens in a text only when it is asked to, USER_DEFINED ones always."""
     return TokenType.CONTROL if token.get("special") or _looks_special(text) else TokenType.USER_DEFINED
+
+
+def token_notes(added: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What a GGUF cannot say of added tokens: one sentence a setting, which names the tokens."""
+    notes = []
+    for setting, consequence in _TOKEN_SETTINGS.items():
+        names = [token["content"] for token in added if token.get(setting)]
+        if names:
+            named = ", ".join(names[:_NAMED_IN_A_NOTE])
+            more = len(names) - _NAMED_IN_A_NOTE
+            notes.append(
+                f"A GGUF has no place for the `{setting}` of added tokens, so that {consequence}: {named}"
+                f"{f' and {more} more' if more > 0 else ''}."
+            )
+    return notes
 
 
 def _looks_special(text: str) -> bool:
@@ -218,11 +198,13 @@ def _decode_bytes(text: str) -> str:
         return text
 
 
-def _no_tokens(vocab_size: int) -> tuple[list[str], list[TokenType]]:
+def no_tokens(vocab_size: int) -> tuple[list[str], list[TokenType]]:
+    """The tokens of ids that no file names, and their types."""
     return [f"[PAD{index}]" for index in range(vocab_size)], [TokenType.UNUSED] * vocab_size
 
 
-def _check_unique(tokens: list[str], where: str) -> None:
+def check_unique(tokens: list[str], where: str) -> None:
+    """Raise ConvertError for two ids with one text."""
     if len(set(tokens)) == len(tokens):
         return
     first: dict[str, int] = {}

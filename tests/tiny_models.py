@@ -1,5 +1,6 @@
 """Tiny random checkpoints of every architecture, written by transformers itself, with the logits it computes."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -10,7 +11,7 @@ import numpy as np
 import sentencepiece
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 N_TOKENS = 200
 VOCAB_SIZE = 400
@@ -217,42 +218,13 @@ def _sentencepiece(add_dummy_prefix: bool) -> bytes:
 
 
 def _save_sentencepiece(directory: Path, add_dummy_prefix: bool = True) -> None:
-    """tokenizer.model, and beside it the tokenizer.json that is made from it, as checkpoints have them: without the
-    latter transformers takes the settings of the model's type for those of the file."""
-    model = _sentencepiece(add_dummy_prefix)
-    (directory / "tokenizer.model").write_bytes(model)
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    ids = range(processor.vocab_size())
-    vocabulary = {processor.id_to_piece(i): i for i in ids}
-    # Of the pairs that make a token the first one merged is that of the best score; the order is that of the tokens.
-    merges = [
-        (piece[:cut], piece[cut:])
-        for piece, i in sorted(vocabulary.items(), key=lambda entry: -processor.get_score(entry[1]))
-        if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i))
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
-    ]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    prepend = [normalizers.Prepend("▁")] if add_dummy_prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 1, 0)] if add_dummy_prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
-    tokenizer.add_special_tokens([piece for piece, i in vocabulary.items() if processor.is_control(i)] + ["<unk>"])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocabulary["<s>"])]
-    )
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        add_bos_token=True,
-        add_eos_token=False,
-    )
-    fast.save_pretrained(directory)
+    (directory / "tokenizer.model").write_bytes(_sentencepiece(add_dummy_prefix))
+    settings: dict[str, Any] = {"add_bos_token": True, "add_eos_token": False}
+    if add_dummy_prefix:
+        settings |= {"tokenizer_class": "LlamaTokenizer"}
+    else:
+        settings |= {"tokenizer_class": "GemmaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "mask_token": None}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 _TOKENIZERS: dict[str, Callable[[Path], None]] = {

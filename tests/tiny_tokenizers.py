@@ -118,7 +118,7 @@ def byte_fallback(
 
 def sentencepiece(directory: Path, settings: dict[str, Any] | None = None, **options: Any) -> Any:
     """options: of SentencePiece's trainer. settings: the content of tokenizer_config.json. Returns the processor."""
-    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+    from sentencepiece import SentencePieceTrainer
 
     directory.mkdir(parents=True, exist_ok=True)
     lines = [line for text in (*PLAIN_TEXTS, *HARD_TEXTS) for line in text.split("\n") if line] * 2
@@ -137,6 +137,13 @@ def sentencepiece(directory: Path, settings: dict[str, Any] | None = None, **opt
         sentence_iterator=iter(lines), model_prefix=str(directory / "tokenizer"), **(defaults | options)
     )
     (directory / "tokenizer_config.json").write_text(json.dumps(settings or {}))
+    return load_sentencepiece(directory)
+
+
+def load_sentencepiece(directory: Path) -> Any:
+    """SentencePiece's own processor of the directory's tokenizer.model."""
+    from sentencepiece import SentencePieceProcessor
+
     return SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
 
 

@@ -15,7 +15,7 @@ from converter.child import RuntimeFailed
 from converter.cli import main
 from converter.generate import generate_by_llama_cpp
 from converter.gguf_target import GgufTarget
-from converter.guard import N_TOKENS, PROMPTS, end_tokens, guard, prompt_tokens, verdict
+from converter.guard import N_TOKENS, PROMPTS, guard, prompt_tokens, verdict
 from converter.job import Job
 from converter.llama_cpp import LlamaCpp
 from converter.model_map import describe
@@ -144,7 +144,6 @@ def test_prompts_are_asked_as_the_model_is_used(smollm2, tiny):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     text = tokenizer.decode(prompt_tokens(tokenizer, "Why?"))
     assert text.startswith("<|im_start|>") and text.endswith("<|im_start|>assistant\n") and "Why?" in text
-    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in end_tokens(smollm2, tokenizer)
     bare = AutoTokenizer.from_pretrained(tiny("llama-tied"))
     assert prompt_tokens(bare, "Why?") == bare("Why?")["input_ids"]
     bare.chat_template = "{{ raise_exception('system message first') }}"

@@ -27,10 +27,17 @@ BPE_KEYS = {
     "tokenizer.ggml.add_bos_token": "stated although it is the default of most BPE vocabularies: llama.cpp has others "
     "that start every text with a token, and theirs leaves the key out"
 }
+# These have a tokenizer.model and no tokenizer.json.
+REBUILT_KEYS = {
+    "tokenizer.ggml.add_space_prefix": "transformers rebuilds the tokenizer for these model types without a space in "
+    "front of a text; theirs leaves the key out"
+}
 EXCEPTIONS: dict[str, dict[str, str]] = {name: dict(WRITERS_KEYS) for name in TINY_MODELS}
 for _name, _tiny in TINY_MODELS.items():
     if _tiny.tokenizer == "bpe":
         EXCEPTIONS[_name] |= BPE_KEYS
+    if _tiny.architecture in ("Mistral", "Mixtral", "Phi3"):
+        EXCEPTIONS[_name] |= REBUILT_KEYS
 # transformers' attention_factor takes the place of yarn's usual one; llama.cpp's runtime multiplies its own usual one
 # by attn_factor: the quotient belongs there. Theirs writes the whole into a key that its runtime does not use for this.
 EXCEPTIONS["llama-yarn-attention-factor"] |= {
