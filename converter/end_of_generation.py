@@ -79,7 +79,8 @@ def end_keys(
     text, which llama.cpp takes from the same key. tokens, types: the vocabulary. others: ids that no text has inside,
     the best first, one of which stands in where nothing ends a text.
     """
-    excepted = {text for text, others in EXCEPTIONS if set(tokens).issuperset(others)}
+    present = set(tokens)
+    excepted = {text for text, companions in EXCEPTIONS if present.issuperset(companions)}
     own = [index for index, text in enumerate(tokens) if text in NAMES and text not in excepted]
     if not ends and appended is None:
         return _no_end(own, tokens, types, others)

@@ -19,6 +19,7 @@ from converter.tokens import (
     no_tokens,
     prefix_contradiction,
     token_notes,
+    usable,
 )
 from formats.errors import ConvertError
 
@@ -66,11 +67,11 @@ def sentencepiece(files: TokenizerFiles, model: SentencePieceModel, vocab_size: 
     for index, kind in enumerate(model.types):
         if kind == TokenType.USER_DEFINED:
             tokens[index] = _as_in_text(tokens[index])
-    added = legacy_added_tokens(files)
-    check_ids(added, vocab_size, files.where("added_tokens.json"))
-    for text, index in added.items():
-        tokens[index], types[index], scores[index] = text, TokenType.USER_DEFINED, _ADDED_SCORE
-    return _finished(files, model.add_dummy_prefix, tokens, types, scores, where, _sentencepiece_notes(files, model))
+    added, notes = usable({index: {"content": text} for text, index in legacy_added_tokens(files).items()}, vocab_size)
+    for index, token in added.items():
+        tokens[index], types[index], scores[index] = token["content"], TokenType.USER_DEFINED, _ADDED_SCORE
+    notes += _sentencepiece_notes(files, model)
+    return _finished(files, model.add_dummy_prefix, tokens, types, scores, where, notes)
 
 
 def byte_fallback(files: TokenizerFiles, vocab_size: int) -> Vocabulary:
@@ -112,8 +113,7 @@ def _finished(
     notes: list[str],
 ) -> Vocabulary:
     """The vocabulary with its added tokens, checked. asked: whether tokenizer.model wants a space in front."""
-    added = added_tokens(files)
-    check_ids({token["content"]: index for index, token in added.items()}, len(tokens), str(files.directory))
+    added, added_notes = usable(added_tokens(files), len(tokens))
     for index, token in added.items():
         text = token["content"]
         types[index], scores[index] = added_type(text, token), _ADDED_SCORE
@@ -121,7 +121,7 @@ def _finished(
     check_unique(tokens, where)
     _check_bytes(tokens, where)
     prefix = _prefix(files)
-    notes = [*notes, *_prefix_notes(files, prefix, asked), *token_notes(added.values())]
+    notes = [*notes, *added_notes, *_prefix_notes(files, prefix, asked), *token_notes(added.values())]
     stated = part(files.settings, "add_prefix_space", bool, files.where("tokenizer_config.json"))
     # Absent, llama.cpp puts one.
     written = None if prefix != "never" and stated is None else prefix != "never"

@@ -92,7 +92,7 @@ def _vocabulary(files: TokenizerFiles, vocab_size: int, pre_tokenizer: str | Non
 
 def _write_special_tokens(writer: gguf.GGUFWriter, files: TokenizerFiles, found: Vocabulary) -> list[str]:
     """The ids of the special tokens, and whether they are put around a text. Returns notes."""
-    ids = token_ids(files)
+    ids = {text: index for text, index in token_ids(files).items() if index < len(found.tokens)}
     named, notes = _named_ids(files, ids)
     for role in _ROLES:
         configured = configured_ids(files.config, f"{role}_token_id", files.where("config.json"))

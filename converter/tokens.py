@@ -1,6 +1,6 @@
 """A vocabulary as llama.cpp wants it: what both kinds share, and byte-level BPE."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ _TOKEN_SETTINGS = {
     "single_word": "they are found inside of words, too",
 }
 _NAMED_IN_A_NOTE = 5
+_LONGEST_ID = 20  # digits
 
 
 @dataclass(frozen=True)
@@ -82,19 +83,34 @@ def check_ids(texts: Mapping[str, int], vocab_size: int, where: str) -> None:
         f"the tokenizer has the token id {index} ({text!r}), but the model has embeddings for {vocab_size} tokens only "
         f"(tokens beyond: {len(beyond)})",
         where,
-        "put the tokenizer that belongs to this model into the directory; where only tokens that were added later are "
-        "too many, remove them from the file",
+        "put the tokenizer that belongs to this model into the directory",
     )
+
+
+def usable(added: Mapping[int, dict[str, Any]], vocab_size: int) -> tuple[dict[int, dict[str, Any]], list[str]]:
+    """The added tokens that the model has embeddings for, and what there is to say of the others: a tokenizer may be
+    that of a family of models, of which some have fewer tokens."""
+    beyond = {index: token["content"] for index, token in added.items() if index >= vocab_size}
+    note = (
+        f"The model has embeddings for {vocab_size} tokens only, and cannot use added tokens that are left out: "
+        f"{_few([f'{text} ({index})' for index, text in beyond.items()])}."
+    )
+    return {index: token for index, token in added.items() if index < vocab_size}, [note] if beyond else []
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first of the names, and how many more there are."""
+    more = len(names) - _NAMED_IN_A_NOTE
+    return ", ".join(names[:_NAMED_IN_A_NOTE]) + (f" and {more} more" if more > 0 else "")
 
 
 def byte_level(files: TokenizerFiles, vocab_size: int, pre: PreTokenizerName) -> Vocabulary:
     """A BPE over bytes: letters stand for bytes, but an added token is text as it is."""
     where = files.where("tokenizer.json")
     definition = files.definition
-    added = added_tokens(files)
     indices = definition["model"]["vocab"]
     check_ids(indices, vocab_size, where)
-    check_ids({token["content"]: index for index, token in added.items()}, vocab_size, where)
+    added, added_notes = usable(added_tokens(files), vocab_size)
     tokens, types = no_tokens(vocab_size)
     for text, index in indices.items():
         tokens[index], types[index] = text, TokenType.NORMAL
@@ -107,7 +123,7 @@ def byte_level(files: TokenizerFiles, vocab_size: int, pre: PreTokenizerName) ->
         f"{left.replace(' ', space)} {right.replace(' ', space)}" for left, right in merge_pairs(definition, where)
     ]
     prefix, prefix_notes = _letters_prefix(files)
-    notes = (*pre.notes, *prefix_notes, *token_notes(added.values()))
+    notes = (*pre.notes, *prefix_notes, *added_notes, *token_notes(added.values()))
     return Vocabulary("gpt2", pre.name, tokens, types, merges=merges, add_space_prefix=prefix, notes=notes)
 
 
@@ -139,7 +155,7 @@ def added_tokens(files: TokenizerFiles) -> dict[int, dict[str, Any]]:
     where = files.where("tokenizer_config.json")
     added = {}
     for key, token in (part(files.settings, "added_tokens_decoder", dict, where) or {}).items():
-        if not isinstance(token, dict) or not (isinstance(key, str) and key.isdecimal()):
+        if not isinstance(token, dict) or not (key.isdecimal() and len(key) < _LONGEST_ID):
             raise ConvertError(f"{token!r} with the id {key!r} is no token", where, "fetch the file again")
         check_token(token.get("content"), int(key), where)
         added[int(key)] = token
@@ -155,17 +171,14 @@ def added_type(text: str, token: Mapping[str, Any]) -> TokenType:
     return TokenType.CONTROL if token.get("special") or _looks_special(text) else TokenType.USER_DEFINED
 
 
-def token_notes(added: Iterable[Mapping[str, Any]]) -> list[str]:
+def token_notes(added: Collection[Mapping[str, Any]]) -> list[str]:
     """What a GGUF cannot say of added tokens: one sentence a setting, which names the tokens."""
     notes = []
     for setting, consequence in _TOKEN_SETTINGS.items():
         names = [token["content"] for token in added if token.get(setting)]
         if names:
-            named = ", ".join(names[:_NAMED_IN_A_NOTE])
-            more = len(names) - _NAMED_IN_A_NOTE
             notes.append(
-                f"A GGUF has no place for the `{setting}` of added tokens, so that {consequence}: {named}"
-                f"{f' and {more} more' if more > 0 else ''}."
+                f"A GGUF has no place for the `{setting}` of added tokens, so that {consequence}: {_few(names)}."
             )
     return notes
 

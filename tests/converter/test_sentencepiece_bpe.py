@@ -189,20 +189,20 @@ def test_spaces_that_only_sentencepiece_would_remove_are_said(tmp_path):
     assert found == own("two  spaces")["input_ids"] != processor.encode("two  spaces")
 
 
-@pytest.mark.parametrize("name", ["added_tokens.json", "tokenizer_config.json", "tokenizer.model"])
-def test_ids_beyond_the_embeddings_are_refused(name, tmp_path):
+@pytest.mark.parametrize("name", ["added_tokens.json", "tokenizer_config.json"])
+def test_added_tokens_without_an_embedding_are_left_out_and_named(name, tmp_path):
     n = saved(tmp_path, {"tokenizer_class": "LlamaTokenizer"})
-    if name == "added_tokens.json":
-        (tmp_path / name).write_text(json.dumps({"[late]": n}))
-    elif name == "tokenizer_config.json":
-        change_json(
-            tmp_path / name, lambda content: content.update(added_tokens_decoder={str(n): {"content": "[late]"}})
-        )
-    else:
-        n -= 1
-    with pytest.raises(ConvertError, match=rf"token id {n} \(.*embeddings for {n} tokens only"):
-        tokenizer_metadata(tmp_path, n)
-    assert len(values(tmp_path, n + 1)["ggml.tokens"]) == n + 1
+    late = {"[late]": n} if name == "added_tokens.json" else {"added_tokens_decoder": {str(n): {"content": "[late]"}}}
+    change_json(tmp_path / name, lambda content: content.update(late))
+    assert f"that are left out: [late] ({n})." in notes(tmp_path, n)
+    assert "[late]" not in values(tmp_path, n)["ggml.tokens"]
+    assert "[late]" not in notes(tmp_path, n + 1) and values(tmp_path, n + 1)["ggml.tokens"][n] == "[late]"
+
+
+def test_a_model_with_fewer_embeddings_than_pieces_is_refused(tmp_path):
+    n = saved(tmp_path, {"tokenizer_class": "LlamaTokenizer"})
+    with pytest.raises(ConvertError, match=rf"token id {n - 1} \(.*embeddings for {n - 1} tokens only"):
+        tokenizer_metadata(tmp_path, n - 1)
 
 
 # ---- tokenizer.model and tokenizer.json

@@ -170,8 +170,10 @@ def test_tokens_have_the_types_and_texts_of_llama_cpps_converter(tmp_path):
 
 def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path):
     n = build(tmp_path, EXACT[0]).get_vocab_size()
-    with pytest.raises(ConvertError, match=rf"token id {n - 1} \('\[über\]'\), but .* embeddings for {n - 1} tokens"):
-        tokenizer_metadata(tmp_path, n - 1)
+    with pytest.raises(
+        ConvertError, match=f"token id {n - 3} .*, but the model has embeddings for {n - 3} tokens only"
+    ):
+        tokenizer_metadata(tmp_path, n - 3)
     change_json(tmp_path / "tokenizer.json", lambda content: content["added_tokens"][-1].update(content="<|begin|>"))
     with pytest.raises(ConvertError, match=r"same text '<\|begin\|>'"):
         tokenizer_metadata(tmp_path, n)
@@ -193,6 +195,17 @@ def test_smollm2_equals_the_file_that_llama_cpps_converter_wrote(tmp_path):
     with load(tmp_path, 49152) as model:
         tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
         assert differing(model, tokenizer, [*ALL_TEXTS, "<|im_start|>user\nHi<|im_end|>\n"]) == []
+
+
+def test_added_tokens_without_an_embedding_are_left_out_and_named(tmp_path):
+    """transformers loads such a tokenizer, too; the token is of no use to the model."""
+    n = build(tmp_path).get_vocab_size()
+    change_json(tmp_path / "tokenizer_config.json", lambda content: content.update(eos_token="[über]"))
+    left_out, no_end, *_ = tokenizer_metadata(tmp_path, n - 1).notes
+    assert f"embeddings for {n - 1} tokens only" in left_out and left_out.endswith(f"left out: [über] ({n - 1}).")
+    assert "eos_token [über] is none of its tokens" in no_end
+    with load(tmp_path, n - 1) as model:
+        assert model.n_vocab == n - 1 and model.end_tokens == {1}
 
 
 def test_settings_of_added_tokens_that_a_gguf_has_no_place_for_are_said(tmp_path):
