@@ -16,10 +16,10 @@ Layouts as of llama.cpp's tools/imatrix (July 2025 for GGUF).
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
+from gguf import GGMLQuantizationType, GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
 from calibration.importance import ImportanceMatrix
@@ -27,8 +27,6 @@ from calibration.super_weights import SuperWeightReport
 from formats.errors import ConvertError
 from formats.gguf_file import TensorEntry, lay_out, padded, read_gguf
 from formats.whole_file import whole_file
-
-T = TypeVar("T")
 
 _TYPE, _DATASETS = "general.type", "imatrix.datasets"
 _CHUNK_COUNT, _CHUNK_SIZE = "imatrix.chunk_count", "imatrix.chunk_size"
@@ -77,7 +75,7 @@ def save_imatrix(path: Path, matrix: ImportanceMatrix) -> None:
 
 def _load_gguf(path: Path) -> ImportanceMatrix:
     reader = read_gguf(path)
-    if _value(path, reader, _TYPE, str) != "imatrix":
+    if reader.value(_TYPE, str) != "imatrix":
         raise ConvertError(
             "this GGUF file is no importance matrix",
             str(path),
@@ -96,33 +94,19 @@ def _load_gguf(path: Path) -> ImportanceMatrix:
         counts[weight] = _whole_counts(path, weight, counted.decode(0, counted.n_rows).astype(np.float64).reshape(-1))
     if not sums:
         raise _damaged(path, "it has no entries")
-    datasets, size = _value(path, reader, _DATASETS, list), _value(path, reader, _CHUNK_SIZE, int)
-    found = _value(path, reader, _SUPER_WEIGHTS, str)
-    identity: dict[str, Any] = {field: _value(path, reader, key, str) for key, field in _IDENTITY.items()}
+    datasets, size = reader.value(_DATASETS, list), reader.value(_CHUNK_SIZE, int)
+    found = reader.value(_SUPER_WEIGHTS, str)
+    identity: dict[str, Any] = {field: reader.value(key, str) for key, field in _IDENTITY.items()}
     return ImportanceMatrix(
         sums,
         counts,
         corpus=", ".join(map(str, datasets or [])) or None,
-        samples=_value(path, reader, _CHUNK_COUNT, int) or None,
+        samples=reader.value(_CHUNK_COUNT, int) or None,
         sequence_length=size if size and size != _CHUNKS_ARE_ROWS else None,
         super_weights=SuperWeightReport.from_json(found, str(path)) if found is not None else None,
         where=str(path),
         **identity,
     )
-
-
-def _value(path: Path, reader: GGUFReader, key: str, kind: type[T]) -> T | None:
-    """The key's value, None when the file has no such key."""
-    field = reader.get_field(key)
-    if field is None:
-        return None
-    try:
-        value = field.contents()
-    except ValueError as error:
-        raise _damaged(path, f"{key} cannot be read ({error})") from error
-    if not isinstance(value, kind):
-        raise _damaged(path, f"{key} is {value!r}")
-    return value
 
 
 def _whole_counts(path: Path, weight: str, counts: np.ndarray) -> np.ndarray:

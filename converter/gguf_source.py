@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gguf import GGUFValueType, Keys, ReaderField
+from gguf import Keys
 from gguf.gguf_writer import GGUFValue
 
 from converter.architecture import Architecture, architectures, gguf_name, gguf_name_map
@@ -10,6 +10,7 @@ from converter.checkpoint import DTYPE_BYTES, Checkpoint, StoredTensor
 from converter.rope import FREQUENCIES, LONG_FACTORS, SHORT_FACTORS
 from formats.errors import ConvertError, nearest
 from formats.gguf_file import EncodedTensor, TensorEntry, read_gguf
+from formats.regular_file import open_regular
 from profiles.vocabulary import ModelMap, Role, TensorSpec
 
 # What the writer states about the new file itself.
@@ -19,12 +20,11 @@ _WRITERS_KEYS = (Keys.General.FILE_TYPE, Keys.General.QUANTIZATION_VERSION, Keys
 def open_gguf(path: Path) -> Checkpoint:
     """The GGUF file as a checkpoint. Raises ConvertError for a file that is no GGUF, is cut short or malformed, for one
     of several splits, and for quantized tensors."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if file.read(4) != b"GGUF":
             raise ConvertError("this file is no GGUF", str(path), "give a GGUF file or the directory of a checkpoint")
     reader = read_gguf(path)
-    metadata = {key: _value(field) for key, field in reader.fields.items() if not key.startswith("GGUF.")}
-    if (count := metadata.get(Keys.Split.LLM_KV_SPLIT_COUNT)) and count.value > 1:
+    if (reader.value(Keys.Split.LLM_KV_SPLIT_COUNT, int) or 1) > 1:
         raise ConvertError(
             "this is one of several splits of a model", str(path), "merge them first: llama-gguf-split --merge"
         )
@@ -38,16 +38,15 @@ def open_gguf(path: Path) -> Checkpoint:
                 "convert from the original checkpoint, or from its GGUF in F32, F16 or BF16",
             )
         tensors[tensor.name] = StoredTensor(dtype, tensor.shape, path, tensor.offset)
-    architecture = metadata.get(Keys.General.ARCHITECTURE)
-    config = {"model_type": architecture.value if architecture else None}
-    return Checkpoint(path, path.stem, None, config, tensors, metadata)
+    config = {"model_type": reader.value(Keys.General.ARCHITECTURE, str)}
+    return Checkpoint(path, path.stem, None, config, tensors, reader.metadata())
 
 
 def open_parts(path: Path) -> tuple[dict[str, GGUFValue], dict[str, EncodedTensor], list[TensorEntry]]:
     """What a GGUF file in one piece consists of, to lay it out anew: key-values, tensors by name, and their entries in
     the file's order. Raises ConvertError for one of several splits, and as read_gguf does."""
     reader = read_gguf(path)
-    metadata = {key: _value(field) for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    metadata = reader.metadata()
     if Keys.Split.LLM_KV_SPLIT_COUNT in metadata:
         raise ConvertError(
             "this is one of several splits of a model", str(path), "merge them: llama-gguf-split --merge"
@@ -70,17 +69,19 @@ def describe_gguf(checkpoint: Checkpoint) -> ModelMap:
     block_count = metadata.get(Keys.LLM.BLOCK_COUNT.format(arch=name))
     if block_count is None:
         raise ConvertError(f"the file lacks the key {name}.block_count", where, "convert the original checkpoint")
+    n_layers = block_count.value
+    if type(n_layers) is not int or not 0 < n_layers <= len(checkpoint.tensors):
+        raise ConvertError(
+            f"{name}.block_count is {str(n_layers)[:60]}, and the file has {len(checkpoint.tensors)} tensors",
+            where,
+            "convert the original checkpoint",
+        )
     roles = _roles(known)
     tensors = tuple(
         _describe_tensor(tensor_name, tensor, roles, where) for tensor_name, tensor in checkpoint.tensors.items()
     )
     kept = {key: value for key, value in metadata.items() if key not in _WRITERS_KEYS and not key.startswith("split.")}
-    return ModelMap(name, block_count.value, tensors, kept)
-
-
-def _value(field: ReaderField) -> GGUFValue:
-    is_array = field.types[0] is GGUFValueType.ARRAY
-    return GGUFValue(field.contents(), field.types[0], field.types[-1] if is_array else None)
+    return ModelMap(name, n_layers, tensors, kept)
 
 
 def _roles(known: list[Architecture]) -> dict[str, Role]:

@@ -4,6 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gguf import Keys
+
 from calibration.activation_file import save_activations
 from calibration.control import ShouldStop
 from calibration.imatrix_file import load_imatrix, save_imatrix
@@ -37,8 +39,7 @@ def is_imatrix(path: Path) -> bool:
         return path.is_file()
     if path.suffix != ".gguf" or not path.is_file():
         return False
-    field = read_gguf(path).get_field("general.type")
-    return field is not None and field.contents() == "imatrix"
+    return read_gguf(path).value(Keys.General.TYPE, str) == "imatrix"
 
 
 def write_importance(

@@ -102,13 +102,11 @@ def _inspect_sensitivity(path: Path) -> dict[str, Any]:
 
 def _inspect_artifact(path: Path) -> dict[str, Any]:
     files = artifact_files(path)
-    fields = read_gguf(path).fields
+    first = read_gguf(path)
     metadata = {}
-    for key, field in fields.items():
-        if not key.startswith("GGUF."):
-            value = field.contents()
-            long = isinstance(value, str | list) and len(value) > _LONGEST_VALUE
-            metadata[key] = f"({len(value)} {'characters' if isinstance(value, str) else 'values'})" if long else value
+    for key, field in first.fields.items():
+        long = field.size > _LONGEST_VALUE
+        metadata[key] = f"({field.size} {'values' if field.is_array else 'bytes'})" if long else first.contents(key)
     tensors = [
         {"tensor": t.name, "shape": list(t.shape), "format": t.ggml_type.name, "bytes": t.n_bytes}
         for t in artifact_tensors(files).values()

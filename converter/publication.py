@@ -108,8 +108,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _plain_metadata(path: Path) -> dict[str, Any]:
     """The key-values that are no lists: vocabularies are of no interest here."""
-    fields = read_gguf(path).fields
-    return {key: field.contents() for key, field in fields.items() if len(field.types) == 1}
+    return {key: entry.value for key, entry in read_gguf(path).metadata().items() if entry.sub_type is None}
 
 
 def repository_stem(artifact: FinishedArtifact, name: str | None) -> str:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from gguf import Keys
 
 from calibration.importance import ImportanceMatrix
 from converter.checkpoint import Checkpoint
@@ -21,6 +22,7 @@ from profiles.vocabulary import ModelMap, Rescaled, TensorSpec
 
 _CHUNK_WEIGHTS = 1 << 22
 _LOSSLESS = ("F32",)
+_MOST_SHARDS = 99999  # their numbers have five digits
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,11 @@ def artifact_tensors(paths: list[Path]) -> dict[str, EncodedTensor]:
 
 def artifact_files(path: Path) -> list[Path]:
     """All files of the artifact that begins with this one: itself, or every shard. A missing shard is an error."""
-    field = read_gguf(path).get_field("split.count")
-    count = int(field.contents()) if field else 1
-    if count <= 1:
+    count = read_gguf(path).value(Keys.Split.LLM_KV_SPLIT_COUNT, int) or 1
+    if count == 1:
         return [path]
+    if not 1 < count <= _MOST_SHARDS:
+        raise ConvertError(f"the file names itself one of {count} shards", str(path), "write the artifact again")
     stem = path.name.removesuffix(f"-00001-of-{count:05d}.gguf")
     paths = [path.with_name(f"{stem}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
     for shard in paths:
@@ -76,11 +79,11 @@ def as_stored(model_map: ModelMap, paths: list[Path]) -> ModelMap:
 
     Raises ConvertError for a damaged record.
     """
-    field = read_gguf(paths[0]).get_field(f"bitwright.{RESCALED_KEY}")
-    if field is None:
+    record = read_gguf(paths[0]).value(f"bitwright.{RESCALED_KEY}", str)
+    if record is None:
         return model_map
     try:
-        recorded = json.loads(field.contents())
+        recorded = json.loads(record)
         tensors = [replace(t, rescaled=_rescaled(t, recorded.get(t.name, []))) for t in model_map.tensors]
     except (ValueError, TypeError, AttributeError) as error:
         raise ConvertError(

@@ -6,23 +6,29 @@ The header comes from the `gguf` package's own writer; only the tensor data is s
 tensor has to be whole in memory and the size is known in advance.
 """
 
+import os
+import struct
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFReader, GGUFWriter, Keys
+from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFWriter, Keys
 from gguf.constants import GGUFValueType
-from gguf.gguf_reader import ReaderField
 from gguf.gguf_writer import SHARD_NAME_FORMAT, GGUFValue
 from gguf.quants import dequantize
 
 from formats.block_format import BlockFormat, NewerType
 from formats.errors import ConvertError
+from formats.gguf_fields import NUMBER_DTYPES, BigEndian, GgufField, TensorInfo, read_header
+from formats.regular_file import open_regular
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,23 @@ def tensor_info_bytes(name: str, n_dimensions: int) -> int:
     return 8 + len(name.encode()) + 4 + 8 * n_dimensions + 4 + 8
 
 
+class _HeaderWriter(GGUFWriter):
+    """The package's writer; arrays of numbers are packed as a whole, and may be empty, which it refuses."""
+
+    def _pack_val(
+        self, val: Any, vtype: GGUFValueType, add_vtype: bool, sub_type: GGUFValueType | None = None
+    ) -> bytes:
+        if vtype is not GGUFValueType.ARRAY or sub_type is None or not (sub_type in NUMBER_DTYPES or len(val) == 0):
+            return super()._pack_val(val, vtype, add_vtype, sub_type)
+        packed = np.array(val, NUMBER_DTYPES.get(sub_type)).tobytes()
+        return struct.pack("<IIQ", vtype, sub_type, len(val)) + packed
+
+
 def _render_header(metadata: Mapping[str, GGUFValue], tensors: Sequence[TensorEntry]) -> bytes:
     architecture = metadata[Keys.General.ARCHITECTURE].value if Keys.General.ARCHITECTURE in metadata else ""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "header"
-        writer = GGUFWriter(path, architecture)
+        writer = _HeaderWriter(path, architecture)
         if not architecture:  # a later shard of a split file describes nothing but itself
             writer.kv_data[0].clear()
         for key, value in metadata.items():
@@ -181,33 +199,73 @@ class EncodedTensor:
         return rows * np.array(self.scales, np.float32)[matrices, None]
 
 
-class GgufFile(GGUFReader):
-    """The `gguf` package's reader (memory-mapped), whose tensors are EncodedTensors: types that the package does not
-    know yet are read too, and no tensor may lie outside of the file."""
+@dataclass(frozen=True, eq=False)
+class GgufFile:
+    """A file's key-values and tensors, in its order; types that the `gguf` package does not know yet are read too, and
+    no tensor lies outside of the file or upon another."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.tensors: list[EncodedTensor] = []  # type: ignore[assignment]
-        super().__init__(path)
+    path: Path
+    fields: Mapping[str, GgufField]
+    tensors: tuple[EncodedTensor, ...]
 
-    def _build_tensors(self, start_offs: int, fields: list[ReaderField]) -> None:
-        tensors: dict[str, EncodedTensor] = {}
-        for field in fields:
-            _, _, _, dimensions, type_id, offset = field.parts
-            if field.name in tensors:
-                raise ValueError(f"the tensor {field.name!r} is there twice")
-            shape = tuple(int(n) for n in dimensions[::-1])
-            if 0 in shape:
-                raise ValueError(f"the tensor {field.name!r} has no elements")
-            ggml_type, block_size, type_size = _geometry(int(type_id[0]))
-            if shape[-1] % block_size:
-                raise ValueError(f"rows of {shape[-1]} in {field.name!r} are no multiple of {block_size}")
-            n_bytes = prod(shape) // block_size * type_size
-            start = start_offs + int(offset[0])
-            if start + n_bytes > len(self.data):
-                raise ValueError(f"the data of {field.name!r} would end at byte {start + n_bytes} of {len(self.data)}")
-            tensors[field.name] = EncodedTensor(self.path, field.name, shape, ggml_type, start, n_bytes)
-        self.tensors = list(tensors.values())  # type: ignore[assignment]
+    def value(self, key: str, kind: type[T]) -> T | None:
+        """The key's value, None when the file has no such key. Raises ConvertError for one of another kind."""
+        if key not in self.fields:
+            return None
+        value = self.contents(key)
+        if not isinstance(value, kind):
+            raise self._odd(key, f"is {str(value)[:60]!r}")
+        return value
+
+    def metadata(self) -> dict[str, GGUFValue]:
+        """All key-values, as the `gguf` package's writer takes them. Raises ConvertError for a text that is no text."""
+        return {
+            key: GGUFValue(self.contents(key), field.value_type, field.item_type) for key, field in self.fields.items()
+        }
+
+    def contents(self, key: str) -> Any:
+        """The value of a key that is there. Raises ConvertError for a text that is no text."""
+        try:
+            return self.fields[key].contents()
+        except UnicodeDecodeError as error:
+            raise self._odd(key, f"is no UTF-8 ({error.reason})") from None
+
+    def _odd(self, key: str, problem: str) -> ConvertError:
+        return ConvertError(f"the value of {key} {problem}", str(self.path), "fetch or write the file again")
+
+
+def _tensors(path: Path, infos: Sequence[TensorInfo], data_start: int, size: int) -> tuple[EncodedTensor, ...]:
+    """Raises ValueError for what lies outside of the file, and for what llama.cpp would not load."""
+    tensors: dict[str, EncodedTensor] = {}
+    for info in infos:
+        name, shape = info.name, info.shape
+        if name in tensors:
+            raise ValueError(f"the tensor {name!r} is there twice")
+        if 0 in shape:
+            raise ValueError(f"the tensor {name!r} has no elements")
+        ggml_type, block_size, type_size = _geometry(info.type_id)
+        if shape[-1] % block_size:
+            raise ValueError(f"rows of {shape[-1]} in {name!r} are no multiple of {block_size}")
+        n_bytes = prod(shape) // block_size * type_size
+        start = data_start + info.offset
+        if start + n_bytes > size:
+            raise ValueError(f"the data of {name!r} would end at byte {start + n_bytes} of {size}")
+        tensors[name] = EncodedTensor(path, name, shape, ggml_type, start, n_bytes)
+    in_order = sorted(tensors.values(), key=lambda tensor: tensor.offset)
+    for before, tensor in pairwise(in_order):
+        if before.offset + before.n_bytes > tensor.offset:
+            raise ValueError(f"the data of {tensor.name!r} overlaps that of {before.name!r}")
+    return tuple(tensors.values())
+
+
+def _alignment(fields: Mapping[str, GgufField]) -> int:
+    field = fields.get(Keys.General.ALIGNMENT)
+    if field is None:
+        return GGUF_DEFAULT_ALIGNMENT
+    alignment = field.contents()
+    if field.value_type is not GGUFValueType.UINT32 or alignment < 1 or alignment & (alignment - 1):
+        raise ValueError(f"its alignment is {alignment!r}, and must be a power of two")
+    return alignment
 
 
 def _geometry(type_id: int) -> tuple[IntEnum, int, int]:
@@ -227,12 +285,21 @@ def _codec(ggml_type: IntEnum) -> BlockFormat:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """A GGUF file. Raises ConvertError when it is missing, no GGUF, cut short, or names data outside of itself."""
-    try:
-        return GgufFile(path)
-    except OSError as error:
-        raise ConvertError(f"the file cannot be read: {error}", str(path), "name a readable GGUF file") from None
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeDecodeError, MemoryError) as error:
-        raise ConvertError(
-            f"this is no complete GGUF file: {error}", str(path), "fetch or write the file again"
-        ) from None
+    """A GGUF file. Raises ConvertError when it is missing, no little-endian GGUF, cut short, or names data outside of
+    itself."""
+    with open_regular(path, "name a readable GGUF file") as file:
+        try:
+            fields, infos, end = read_header(file)
+            alignment, size = _alignment(fields), os.fstat(file.fileno()).st_size
+            tensors = _tensors(path, infos, -(-end // alignment) * alignment, size)
+        except BigEndian:
+            raise ConvertError(
+                "the file is big-endian, and little-endian ones are read",
+                str(path),
+                f"turn a copy of it round: gguf-convert-endian {path} little",
+            ) from None
+        except (OSError, ValueError, struct.error) as error:
+            raise ConvertError(
+                f"this is no complete GGUF file: {error}", str(path), "fetch or write the file again"
+            ) from None
+    return GgufFile(path, fields, tensors)
