@@ -1,9 +1,7 @@
 """Reading a safetensors directory of schemes: its weights as a runtime decodes them, and its products as one computes
 them."""
 
-import json
 import re
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -11,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from converter.checkpoint import INDEX_NAME, block_spans
-from converter.safetensors_source import SINGLE_NAME
+from converter.checkpoint import block_spans
+from converter.safetensors_source import read_weight_map, shard_names
 from formats.bfloat16 import bfloat16
 from formats.cache_scheme import SCALE_DTYPE, SCALE_SHAPE
 from formats.errors import ConvertError
 from formats.plain import decode_bf16
-from formats.safetensors_file import NUMPY_DTYPES
+from formats.regular_file import read_json
+from formats.safetensors_file import StoredArray, read_header
 from formats.schemes import Scheme, get_scheme
 from formats.weight_scheme import Tensors
 from profiles.plan import Plan
@@ -27,7 +26,6 @@ from profiles.vocabulary import ModelMap
 RECIPE_NAME = "bitwright.json"
 """The recipe of a directory, with the scheme of every tensor and the hash of every file."""
 
-_MAX_HEADER_BYTES = 100_000_000
 _CACHE_SCALE = re.compile(r"layers\.(\d+)\..*\.([kv])_scale")
 
 
@@ -139,14 +137,10 @@ class DirectoryArtifact:
         """Some values of a tensor that is stored as this dtype and shape."""
         if name not in self._stored:
             raise self._damaged(f"lacks the tensor {name!r}")
-        path, found, offset = self._stored[name]
-        if (found["dtype"], tuple(found["shape"])) != (dtype, shape):
-            raise self._damaged(f"has {name!r} as {found['dtype']} {found['shape']}, and not {dtype} {list(shape)}")
-        kind = NUMPY_DTYPES[dtype]
-        values = np.fromfile(path, kind, n_values, offset=offset + first * kind.itemsize)
-        if values.size != n_values:
-            raise self._damaged(f"ends inside of the tensor {name!r}")
-        return values
+        found = self._stored[name]
+        if (found.dtype, found.shape) != (dtype, shape):
+            raise self._damaged(f"has {name!r} as {found.dtype} {list(found.shape)}, and not {dtype} {list(shape)}")
+        return found.read(first, n_values)
 
     def _damaged(self, what: str) -> ConvertError:
         return ConvertError(f"the directory {what}", str(self.directory), "write the artifact again")
@@ -160,41 +154,36 @@ def to_float32(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def read_recipe(directory: Path) -> dict[str, Any]:
-    """What the directory says of its making. Raises ConvertError where it says nothing."""
+    """What the directory says of its making. Raises ConvertError where it says nothing, or nothing that makes sense."""
     path = directory / RECIPE_NAME
-    try:
-        recipe = json.loads(path.read_bytes())
-        if not isinstance(recipe, dict) or "tensors" not in recipe:
-            raise ValueError("it names no tensors")
-    except (OSError, ValueError) as error:
-        raise ConvertError(
-            f"the directory has no readable {RECIPE_NAME} ({error})", str(path), "name a directory that this tool wrote"
-        ) from None
+    remedy = "name a directory that this tool wrote"
+    if not path.is_file():
+        raise ConvertError(f"the directory has no {RECIPE_NAME}", str(directory), remedy)
+    recipe = read_json(path, remedy=remedy)
+    tensors = recipe.get("tensors")
+    if not isinstance(tensors, list) or not all(_describes_a_tensor(entry) for entry in tensors):
+        raise ConvertError("its list of tensors is absent or damaged", str(path), remedy)
+    if not isinstance(recipe.get("recipe"), dict):
+        raise ConvertError("its recipe is absent or damaged", str(path), remedy)
     return recipe
 
 
-def read_headers(directory: Path) -> dict[str, tuple[Path, dict[str, Any], int]]:
-    """Tensor -> (file, {"dtype", "shape"}, offset of its first byte), of all shards."""
-    index = directory / INDEX_NAME
-    files = sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index.exists() else [SINGLE_NAME]
-    stored: dict[str, tuple[Path, dict[str, Any], int]] = {}
-    for name in files:
-        path = directory / Path(name).name
-        try:
-            with path.open("rb") as file:
-                length = struct.unpack("<Q", file.read(8))[0]
-                if length > _MAX_HEADER_BYTES:
-                    raise ValueError(f"a header of {length} bytes")
-                header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            size = path.stat().st_size
-            for tensor, entry in header.items():
-                begin, end = entry["data_offsets"]
-                if not 0 <= begin <= end <= size - 8 - length:
-                    raise ValueError(f"{tensor!r} lies outside of the file")
-                stored[tensor] = (path, entry, 8 + length + begin)
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-            raise ConvertError(
-                f"this is no readable safetensors file: {error}", str(path), "write the artifact again"
-            ) from None
+def _describes_a_tensor(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("tensor", "format")):
+        return False
+    shape, scales = entry.get("shape"), entry.get("cache_scales", [])
+    if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
+        return False
+    # A scheme is of matrices.
+    known = len(shape) == 2 or (entry["format"] in KEPT and 0 < len(shape) <= 4)
+    return known and isinstance(scales, list) and all(isinstance(name, str) for name in scales)
+
+
+def read_headers(directory: Path) -> dict[str, StoredArray]:
+    """Every tensor of all shards by its name. Raises ConvertError for a shard that is absent or damaged."""
+    weight_map = read_weight_map(directory)
+    stored: dict[str, StoredArray] = {}
+    for shard in shard_names(weight_map):
+        tensors, _ = read_header(directory / shard, "write the artifact again")
+        stored |= {name: t for name, t in tensors.items() if weight_map is None or weight_map.get(name) == shard}
     return stored

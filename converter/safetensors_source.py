@@ -1,17 +1,15 @@
 """A Hugging Face directory with safetensors weights, single or sharded; every header is checked before it is used."""
 
-import json
-import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from converter.checkpoint import DTYPE_BYTES, INDEX_NAME, Checkpoint, StoredTensor
+from formats import safetensors_file
 from formats.errors import ConvertError
+from formats.regular_file import read_json
 
 SINGLE_NAME = "model.safetensors"
-# The reference implementation's own limit on the header's length.
-MAX_HEADER_BYTES = 100_000_000
 # Last part of the name -> the matrices whose rows follow each other in every expert.
 _FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -62,7 +60,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         raise ConvertError("the directory has no config.json", str(directory), "point to a Hugging Face checkpoint")
-    config = _read_json(path)
+    config = read_json(path)
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise ConvertError(
@@ -84,7 +82,7 @@ def read_weight_map(directory: Path) -> dict[str, str] | None:
     index = directory / INDEX_NAME
     if not index.is_file():
         return None
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConvertError("the index has no weight_map", str(index), "fetch the index again")
     for name in weight_map.values():
@@ -120,78 +118,13 @@ def _present_shards(directory: Path, weight_map: dict[str, str] | None) -> list[
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file: 8 bytes of length, little endian, JSON of that length, then the data,
-    which the tensors fill without gap or overlap (https://github.com/huggingface/safetensors#format)."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if length < 0 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise _broken(path, f"its header of {length} bytes does not fit into a file of {size}")
-        raw = file.read(length)
-    try:
-        header = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise _broken(path, f"its header is no JSON ({error})") from None
-    if not isinstance(header, dict):
-        raise _broken(path, "its header is no JSON object")
-    header.pop("__metadata__", None)
-    tensors, spans = {}, []
-    for name, entry in header.items():
-        tensors[name], span = _parse_entry(path, name, entry, data_start=8 + length)
-        spans.append((*span, name))
-    _check_spans(path, sorted(spans), n_data_bytes=size - 8 - length)
-    return tensors
-
-
-def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> tuple[StoredTensor, tuple[int, int]]:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    except (KeyError, TypeError, ValueError):
-        raise _broken(path, f"its entry for {name!r} lacks dtype, shape or data_offsets") from None
-    if not isinstance(shape, list) or not all(_is_count(n) for n in [*shape, begin, end]):
-        raise _broken(path, f"its entry for {name!r} has sizes that are no whole numbers")
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise unknown_dtype(name, dtype, str(path))
-    tensor = StoredTensor(dtype, tuple(shape), path, data_start + begin)
-    if end - begin != tensor.n_bytes:
-        raise _broken(
-            path, f"{name!r} of shape {shape} in {dtype} takes {tensor.n_bytes} bytes, its entry says {end - begin}"
-        )
-    return tensor, (begin, end)
-
-
-def _check_spans(path: Path, spans: list[tuple[int, int, str]], n_data_bytes: int) -> None:
-    position = 0
-    for begin, end, name in spans:
-        if end > n_data_bytes:
-            raise ConvertError(
-                f"the file ends {end - n_data_bytes} bytes before the end of the tensor {name!r}",
-                str(path),
-                "the download was cut short: fetch this file again",
-            )
-        if begin != position:
-            raise _broken(
-                path,
-                f"the data of {name!r} {'overlaps' if begin < position else 'leaves a gap after'} the tensor before it",
-            )
-        position = end
-    if position != n_data_bytes:
-        raise _broken(path, f"{n_data_bytes - position} bytes after the last tensor belong to none")
-
-
-def _is_count(n: Any) -> bool:
-    return isinstance(n, int) and not isinstance(n, bool) and n >= 0
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConvertError(f"{path.name} is no JSON: {error}", str(path), "fetch this file again") from None
-    if not isinstance(content, dict):
-        raise ConvertError(f"{path.name} is no JSON object", str(path), "fetch this file again")
-    return content
+    """The tensors of one safetensors file. Raises ConvertError as safetensors_file.read_header does, and for a dtype
+    that holds no weights."""
+    stored, _ = safetensors_file.read_header(path)
+    for name, tensor in stored.items():
+        if tensor.dtype not in DTYPE_BYTES:
+            raise unknown_dtype(name, tensor.dtype, str(path))
+    return {name: StoredTensor(t.dtype, t.shape, path, t.offset) for name, t in stored.items()}
 
 
 def unknown_dtype(name: str, dtype: str, where: str) -> ConvertError:
@@ -200,7 +133,3 @@ def unknown_dtype(name: str, dtype: str, where: str) -> ConvertError:
         where,
         "convert a checkpoint in F32, F16 or BF16",
     )
-
-
-def _broken(path: Path, what: str) -> ConvertError:
-    return ConvertError(f"this is no valid safetensors file: {what}", str(path), "fetch this file again")

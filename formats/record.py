@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from formats.errors import ConvertError
+from formats.regular_file import parse_json
+from formats.safetensors_file import read_header
 from formats.whole_file import whole_file
 
 
@@ -34,9 +35,8 @@ class RecordKind:
         if path.suffix != ".safetensors" or not path.is_file():
             return False
         try:
-            with safe_open(path, framework="numpy") as file:
-                return self.key in (file.metadata() or {})
-        except (SafetensorError, OSError):
+            return self.key in read_header(path)[1]
+        except ConvertError:
             return False
 
     def load(self, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -45,27 +45,25 @@ class RecordKind:
         Raises ConvertError for a file that is missing, truncated, of another version or of another kind.
         """
         where = str(path)
+        if not path.exists():
+            raise ConvertError("there is no such file", where, f"check the path of the {self.title}")
         try:
-            with safe_open(path, framework="numpy") as file:
-                text = (file.metadata() or {}).get(self.key)
-                if text is None:
-                    raise ConvertError(
-                        f"this safetensors file is no {self.title}", where, f"give a file that `{self.command}` wrote"
-                    )
-                header = self._parse(where, text)
-                return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            raise ConvertError("there is no such file", where, f"check the path of the {self.title}") from None
-        except (SafetensorError, OSError) as error:
-            raise self.damaged(where, str(error)) from None
+            tensors, metadata = read_header(path)
+        except ConvertError as error:
+            raise self.damaged(where, error.what) from None
+        text = metadata.get(self.key)
+        if not isinstance(text, str):
+            raise ConvertError(
+                f"this safetensors file is no {self.title}", where, f"give a file that `{self.command}` wrote"
+            )
+        header = self._parse(where, text)
+        return header, {name: tensor.read().reshape(tensor.shape) for name, tensor in tensors.items()}
 
     def _parse(self, where: str, text: str) -> dict[str, Any]:
         try:
-            header = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise self.damaged(where, f"its description is no JSON ({error})") from None
-        if not isinstance(header, dict):
-            raise self.damaged(where, "its description is no JSON object")
+            header = parse_json(text, where, "its description", "")
+        except ConvertError as error:
+            raise self.damaged(where, error.what) from None
         if header.get("version") != self.version:
             raise ConvertError(
                 f"the {self.title} is of version {header.get('version')!r}, this release reads version {self.version}",

@@ -1,17 +1,24 @@
-"""The beginning of a safetensors file, known before its first tensor is.
+"""Safetensors files: the beginning, known before the first tensor is, and the one reader, which trusts no file.
 
     header's length, 8 bytes little endian | header, JSON padded with blanks to 8 bytes | the tensors without gaps
 
 So a file's size and every tensor's place are known as well, and nothing is in memory but the tensor that is written.
+Read is nothing but a file whose tensors fill it to the byte (https://github.com/huggingface/safetensors#format).
 """
 
 import json
+import os
+import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from formats.errors import ConvertError
+from formats.regular_file import open_regular
 
 NUMPY_DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype("?"),
@@ -27,6 +34,16 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
     "I64": np.dtype("<i8"),
 }
 """What holds a tensor of safetensors' dtype here; of dtypes that numpy lacks, the bits."""
+
+# Everything the format knows, in bits of a value.
+_DTYPE_BITS = {name: 8 * dtype.itemsize for name, dtype in NUMPY_DTYPES.items()} | {
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E8M0": 8},
+    **{"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "U16": 16, "U32": 32, "U64": 64, "C64": 64},
+}
+# The reference implementation's own limit on the header's length.
+_MAX_HEADER_BYTES = 100_000_000
+# What numpy can hold, and more than any model has.
+_MOST_DIMENSIONS = 32
 
 
 def header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> bytes:
@@ -47,3 +64,114 @@ def header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """Where a tensor lies: safetensors' name of its dtype, its shape, and the offset of its first byte in the file."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self, first: int = 0, n_values: int | None = None) -> np.ndarray:
+        """Some values in their order, all of them by default, in the dtype of NUMPY_DTYPES: [n_values].
+
+        A plain file read: a mapping would end the process when the file is cut short under it. Raises ConvertError for
+        a dtype that numpy has no place for, and for a file that has become shorter.
+        """
+        kind = NUMPY_DTYPES.get(self.dtype)
+        if kind is None:
+            raise ConvertError(
+                f"{self.name!r} is stored as {self.dtype}, which nothing here reads", str(self.path), "do not use it"
+            )
+        n_values = prod(self.shape) - first if n_values is None else n_values
+        values = np.fromfile(self.path, kind, n_values, offset=self.offset + first * kind.itemsize)
+        if values.size != n_values:
+            raise ConvertError(
+                f"the file ends inside the tensor {self.name!r}", str(self.path), "fetch or write this file again"
+            )
+        return values
+
+
+def read_header(path: Path, remedy: str = "fetch this file again") -> tuple[dict[str, StoredArray], dict[str, Any]]:
+    """The tensors by name, and the metadata. Raises ConvertError, with that remedy, for anything but a whole file."""
+    with open_regular(path, remedy) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if not 0 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+                raise _Broken(f"its header of {length} bytes does not fit into a file of {size}")
+            header = _parse_header(file.read(length))
+            metadata = header.pop("__metadata__", {})
+            if not isinstance(metadata, dict):
+                raise _Broken("its metadata is no JSON object")
+            data_start, spans, tensors = 8 + length, [], {}
+            for name, entry in header.items():
+                dtype, shape, begin, end = _parse_entry(name, entry)
+                spans.append((begin, end, name))
+                tensors[name] = StoredArray(path, name, dtype, shape, data_start + begin)
+            _check_spans(sorted(spans), size - data_start)
+        except (_Broken, OSError) as error:
+            raise ConvertError(f"this is no valid safetensors file: {error}", str(path), remedy) from None
+    return tensors, metadata
+
+
+class _Broken(Exception):
+    """What is wrong with a file."""
+
+
+def _parse_header(text: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(text, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _Broken(f"its header is no JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise _Broken("its header is no JSON object")
+    return header
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Broken("its header names something twice")
+    return found
+
+
+def _parse_entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise _Broken(f"its entry for {name!r} lacks dtype, shape or data_offsets") from None
+    if not isinstance(shape, list) or not all(_is_size(n) for n in [*shape, begin, end]):
+        raise _Broken(f"its entry for {name!r} has sizes that are no whole numbers")
+    if len(shape) > _MOST_DIMENSIONS:
+        raise _Broken(f"{name!r} has {len(shape)} dimensions")
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
+        raise _Broken(f"{name!r} is stored as {str(dtype)[:60]}, which safetensors does not know")
+    n_bits = prod(shape) * _DTYPE_BITS[dtype]
+    if n_bits != 8 * (end - begin):
+        raise _Broken(
+            f"{name!r} of shape {shape} in {dtype} takes {-(-n_bits // 8)} bytes, its entry says {end - begin}"
+        )
+    return dtype, tuple(shape), begin, end
+
+
+def _check_spans(spans: list[tuple[int, int, str]], n_data_bytes: int) -> None:
+    position = 0
+    for begin, end, name in spans:
+        if end > n_data_bytes:
+            raise _Broken(f"the file ends {end - n_data_bytes} bytes before the end of the tensor {name!r}")
+        if begin != position:
+            problem = "overlaps" if begin < position else "leaves a gap after"
+            raise _Broken(f"the data of {name!r} {problem} the tensor before it")
+        position = end
+    if position != n_data_bytes:
+        raise _Broken(f"{n_data_bytes - position} bytes after the last tensor belong to none")
+
+
+def _is_size(n: Any) -> bool:
+    return type(n) is int and 0 <= n < 1 << 64
