@@ -11,10 +11,15 @@ import numpy as np
 from gguf.gguf_writer import GGUFValue
 
 from formats.errors import ConvertError
+from formats.regular_file import LARGEST_METADATA_BYTES, check_size, open_regular, read_whole
 
-# Everything beside the weights that a conversion reads; also all that is fetched of a Hub repository.
-METADATA_PATTERNS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md")
 INDEX_NAME = "model.safetensors.index.json"
+METADATA_PATTERNS = (
+    *("config.json", "generation_config.json", INDEX_NAME, "adapter_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "*.jinja", "README.md"),
+)
+"""Everything beside the weights that a conversion reads; also all that is fetched of a Hub repository."""
 
 # numpy has no bfloat16: its bits are read as uint16 and become the upper half of a float32.
 _NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -120,7 +125,7 @@ class Checkpoint:
         """
         if self.location.is_file():
             return [(self.location.name, self.location.stat().st_size, _weights_identity(self.location))]
-        small = (path for path in self.location.iterdir() if is_metadata_file(path.name))
+        small = metadata_files(self.location)
         entries = [(path.name, path.stat().st_size, _content_identity(path)) for path in small]
         weights: dict[Path, int] = {}
         for tensor in self.tensors.values():
@@ -139,8 +144,33 @@ def block_spans(n_rows: int, n_columns: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + step, n_rows)) for start in range(0, n_rows, step))
 
 
-def is_metadata_file(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in METADATA_PATTERNS)
+def metadata_files(directory: Path) -> list[Path]:
+    """Those files of a checkpoint that METADATA_PATTERNS name, by name.
+
+    Raises ConvertError for one that is no regular file, is larger than any of its kind, or is a link to a file that is
+    not the model's: what it names would be read, and copied into an artifact that others are given.
+    """
+    found = []
+    for path in sorted(directory.iterdir()):
+        if any(fnmatch(path.name, pattern) for pattern in METADATA_PATTERNS):
+            if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in _roots(directory)):
+                raise ConvertError(
+                    "the file is a link to a place outside of the model",
+                    f"{path} -> {path.readlink()}",
+                    "put a copy of the file itself there, if you trust it, or take the link out",
+                )
+            check_size(path, LARGEST_METADATA_BYTES, "take it out of the model's directory, or fetch it again")
+            found.append(path)
+    return found
+
+
+def _roots(directory: Path) -> list[Path]:
+    """Where a model's own files may lie: in its directory, or in the Hub's cache, whose snapshots are links."""
+    from huggingface_hub import constants
+
+    resolved = directory.resolve()
+    in_cache = [resolved.parent.parent] if resolved.parent.name == "snapshots" else []
+    return [resolved, *in_cache, Path(constants.HF_HUB_CACHE).resolve()]
 
 
 def _to_float32(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -152,10 +182,10 @@ def _to_float32(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _content_identity(path: Path) -> str:
-    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+    return f"sha256:{hashlib.sha256(read_whole(path, LARGEST_METADATA_BYTES)).hexdigest()}"
 
 
 def _weights_identity(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = file.read(1 << 20)
     return f"head-sha256:{hashlib.sha256(head).hexdigest()} mtime_ns:{path.stat().st_mtime_ns}"

@@ -15,6 +15,9 @@ from typing import Any
 import click
 
 from converter import BUDGET_PROFILE, DEFAULT_PROFILE, default_profile
+from converter.boundary import clear_errors
+from converter.interrupts import STOPPED, stops_at_once
+from converter.streams import give_up_stdout, keep_streams_usable
 from formats.errors import ConvertError
 
 PATH = click.Path(path_type=Path)
@@ -27,7 +30,20 @@ class DefaultGroup(click.Group):
 
     default = "convert-model"
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        keep_streams_usable()
+        return super().main(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            if ctx.meta["as_json"]:
+                say_as_json(error.format_message(), "the command line", "see --help", error.exit_code)
+            raise
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["as_json"] = "--json" in args
         if args and args[0] not in self.commands and args[0] not in ("--help", "--version"):
             args = [self.default, *args]
         return super().parse_args(ctx, args)
@@ -43,22 +59,38 @@ class DefaultGroup(click.Group):
 
 
 def fails_clearly(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn an error into three lines on stderr and an exit code; --verbose adds the traceback."""
+    """Turn an error into three lines on stderr and an exit code, with --json into an object on stdout, too; --verbose
+    adds the traceback. SIGTERM and SIGHUP end a command as Ctrl-C does."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, verbose: bool, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with clear_errors(), stops_at_once():
+                command(*args, **kwargs)
         except ConvertError as error:
             if verbose:
                 traceback.print_exc()
             click.echo(f"error: {error}", err=True)
+            if kwargs.get("as_json"):
+                say_as_json(error.what, error.where, error.remedy, error.exit_code)
+            give_up_stdout()
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("error: stopped at once; run the same command again to continue", err=True)
-            sys.exit(130)
+            if kwargs.get("as_json"):
+                say_as_json("stopped at once", this_command(), "run the same command again to continue", STOPPED)
+            sys.exit(STOPPED)
 
     return click.option("--verbose", is_flag=True, help="Show the traceback of an error.")(wrapped)
+
+
+def say_as_json(what: str, where: str, remedy: str, exit_code: int) -> None:
+    """An error for machines, on stdout."""
+    error = {"what": what, "where": where, "remedy": remedy}
+    try:
+        click.echo(json.dumps({"error": error, "exit_code": exit_code}))
+    except OSError:
+        pass  # stdout itself is the trouble; stderr and the exit code have said so
 
 
 calibration_dtype_option = click.option(
@@ -227,8 +259,9 @@ def convert_model(
         return
     if strict and not options["quality"]:
         raise ConvertError("--strict judges what --no-quality leaves out", "--strict", "leave out one of the two")
+    from converter.interrupts import Stop
     from converter.pipeline import run
-    from converter.progress import Progress, Stop
+    from converter.progress import Progress
     from converter.report import report_text
     from converter.verdict import EXIT_CODE, is_severe, not_judged
 
@@ -412,7 +445,8 @@ def check_profile(file: Path) -> None:
 def imatrix(model: str, output: Path, **options: Any) -> None:
     """Compute the importance matrix of MODEL, or convert one between GGUF and .dat."""
     from converter.importance import write_importance
-    from converter.progress import Progress, Stop
+    from converter.interrupts import Stop
+    from converter.progress import Progress
 
     progress = Progress()
     try:

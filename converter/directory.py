@@ -7,18 +7,18 @@ and recipe follow, and once it is verified a rename completes it.
 import json
 import os
 import shutil
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from calibration.control import ShouldStop
-from converter.checkpoint import INDEX_NAME, METADATA_PATTERNS, Checkpoint
+from converter.checkpoint import INDEX_NAME, Checkpoint, metadata_files
 from converter.directory_artifact import RECIPE_NAME, read_recipe
 from converter.job import file_sha256
 from converter.progress import Progress
 from converter.safetensors_layout import SafetensorsLayout, index_json
 from converter.write import JOURNAL, ArtifactWriter, PlanEncoder
 from formats.errors import ConvertError
+from formats.regular_file import read_json
 from formats.whole_file import sync_directory, whole_file
 
 CONFIG_NAME = "config.json"
@@ -110,13 +110,12 @@ def _write_companions(
     quantization: dict[str, Any],
     recipe: dict[str, Any],
 ) -> None:
-    for source in sorted(checkpoint.location.iterdir()):
-        copied = any(fnmatch(source.name, pattern) for pattern in METADATA_PATTERNS)
-        if source.is_file() and copied and source.name not in _NOT_COPIED:
+    for source in metadata_files(checkpoint.location):
+        if source.name not in _NOT_COPIED:
             shutil.copyfile(source, directory / source.name)
     if (index := index_json(layouts)) is not None:
         (directory / INDEX_NAME).write_bytes(index)
-    config = json.loads((checkpoint.location / CONFIG_NAME).read_bytes())
+    config = read_json(checkpoint.location / CONFIG_NAME)
     _write_json(directory / CONFIG_NAME, {**config, "quantization_config": quantization})
     files = [
         {"path": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}

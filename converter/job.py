@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from calibration.activation_ranges import RangeMethod
 from calibration.control import Interrupted
 from calibration.smoothing import Alpha
+from converter.interrupts import STOPPED
 from formats.block_format import Effort
 from formats.errors import ConvertError
 from formats.whole_file import whole_file
@@ -123,7 +124,7 @@ class Job:
 class Stopped(ConvertError):
     """The user asked for an end, and everything so far is saved."""
 
-    exit_code = 130
+    exit_code = STOPPED
 
     def __init__(self, where: Path, resume_command: str):
         super().__init__("stopped as asked; nothing is lost", str(where), f"resume with: {resume_command}")

@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 from tqdm import tqdm
 
@@ -12,7 +11,10 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Called by the stages as progress(stage, done, total, unit); units are counted ("layers") or bytes ("B")."""
+    """Called by the stages as progress(stage, done, total, unit); units are counted ("layers") or bytes ("B").
+
+    It falls silent when stderr takes no more, on a full disk or where the terminal is gone: that ends no job.
+    """
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
@@ -21,12 +23,20 @@ class Progress:
         self._last_line = 0.0
 
     def __call__(self, stage: str, done: int, total: int, unit: str) -> None:
-        if self.quiet:
-            return
-        if sys.stderr.isatty():
-            self._draw(stage, done, total, unit)
-        else:
-            self._print(stage, done, total, unit)
+        with self._unless_stderr_fails():
+            if self.quiet or sys.stderr is None:
+                return
+            if sys.stderr.isatty():
+                self._draw(stage, done, total, unit)
+            else:
+                self._print(stage, done, total, unit)
+
+    @contextmanager
+    def _unless_stderr_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError):
+            self.quiet, self._bar = True, None
 
     def _draw(self, stage: str, done: int, total: int, unit: str) -> None:
         if self._bar is None or self._stage != stage:
@@ -48,14 +58,16 @@ class Progress:
         print(f"{stage}: {counted}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        with self._unless_stderr_fails():
+            if self._bar is not None:
+                self._bar.close()
         self._bar, self._stage = None, ""
 
     def say(self, message: str) -> None:
         """One line for the user, above a bar if one is drawn."""
-        if not self.quiet:
-            tqdm.write(message, file=sys.stderr)
+        with self._unless_stderr_fails():
+            if not self.quiet and sys.stderr is not None:
+                tqdm.write(message, file=sys.stderr)
 
 
 def size_text(n_bytes: float) -> str:
@@ -65,33 +77,3 @@ def size_text(n_bytes: float) -> str:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.2f} {unit}"
         n_bytes /= 1024
     return f"{n_bytes:.2f} TiB"
-
-
-class Stop:
-    """Asks for an end: the first Ctrl-C lets the current layer finish, the second ends at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __call__(self) -> bool:
-        return self.asked
-
-    @contextmanager
-    def on_interrupt(self) -> Iterator["Stop"]:
-        import signal
-
-        def handle(signum: int, frame: FrameType | None) -> None:
-            if self.asked:
-                raise KeyboardInterrupt
-            self.asked = True
-            print("\nfinishing this layer; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
-
-        try:
-            previous = signal.signal(signal.SIGINT, handle)
-        except ValueError:  # not the main thread: whoever runs us there owns the signals
-            yield self
-            return
-        try:
-            yield self
-        finally:
-            signal.signal(signal.SIGINT, previous)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoint import DTYPE_BYTES, INDEX_NAME, Checkpoint, StoredTensor
+from converter.checkpoint import DTYPE_BYTES, INDEX_NAME, Checkpoint, StoredTensor, metadata_files
 from formats import safetensors_file
 from formats.errors import ConvertError
 from formats.regular_file import read_json
@@ -57,6 +57,7 @@ def split_experts(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json, a text model's own configuration lifted to the top. Refuses quantized checkpoints."""
+    metadata_files(directory)  # before anything opens one that is a trap
     path = directory / "config.json"
     if not path.is_file():
         raise ConvertError("the directory has no config.json", str(directory), "point to a Hugging Face checkpoint")

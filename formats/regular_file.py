@@ -18,8 +18,8 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-LARGEST_JSON_BYTES = 256 << 20
-"""The largest tokenizer.json there is has a tenth of it."""
+LARGEST_METADATA_BYTES = 256 << 20
+"""Of a file beside the weights: the largest tokenizer.json that is known has a fifth of it."""
 
 
 def open_regular(path: Path, remedy: str = "name a readable file") -> BinaryIO:
@@ -39,19 +39,29 @@ def open_regular(path: Path, remedy: str = "name a readable file") -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def read_whole(path: Path, limit: int, remedy: str = "name a readable file") -> bytes:
-    """Its content. Raises ConvertError as open_regular does, and for more than `limit` bytes."""
+def check_size(path: Path, limit: int, remedy: str) -> None:
+    """Raises ConvertError as open_regular does, and for more than `limit` bytes."""
     with open_regular(path, remedy) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > limit:
-            raise ConvertError(f"the file has {size} bytes, and {limit} are the most of its kind", str(path), remedy)
+        _check_size(file, path, limit, remedy)
+
+
+def read_whole(path: Path, limit: int, remedy: str = "name a readable file") -> bytes:
+    """Its content. Raises ConvertError as check_size does."""
+    with open_regular(path, remedy) as file:
+        _check_size(file, path, limit, remedy)
         try:
             return file.read(limit)
         except OSError as error:
             raise ConvertError(f"the file cannot be read ({error.strerror})", str(path), remedy) from None
 
 
-def read_json(path: Path, limit: int = LARGEST_JSON_BYTES, remedy: str = "fetch this file again") -> dict[str, Any]:
+def _check_size(file: BinaryIO, path: Path, limit: int, remedy: str) -> None:
+    size = os.fstat(file.fileno()).st_size
+    if size > limit:
+        raise ConvertError(f"the file has {size} bytes, and {limit} are the most for its kind", str(path), remedy)
+
+
+def read_json(path: Path, limit: int = LARGEST_METADATA_BYTES, remedy: str = "fetch this file again") -> dict[str, Any]:
     """The JSON object in the file. Raises ConvertError as read_whole does, and for anything else in it."""
     return parse_json(read_whole(path, limit, remedy), str(path), path.name, remedy)
 
