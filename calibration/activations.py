@@ -16,8 +16,8 @@ from formats.whole_file import whole_file
 
 if TYPE_CHECKING:
     from calibration.activation_observer import InputObserver
+    from calibration.choices import Dtype
     from calibration.corpus import Corpus
-    from calibration.model import Dtype
     from calibration.stream import LayerStream
     from calibration.weights import WeightSource
 

@@ -15,8 +15,8 @@ from calibration.labels import Labels
 from formats.errors import ConvertError
 
 if TYPE_CHECKING:
+    from calibration.choices import Dtype
     from calibration.corpus import Corpus
-    from calibration.model import Dtype
     from calibration.weights import WeightSource
 
 

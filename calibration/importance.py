@@ -13,8 +13,8 @@ from calibration.super_weights import SuperWeightReport
 from formats.errors import ConvertError
 
 if TYPE_CHECKING:
+    from calibration.choices import Dtype
     from calibration.corpus import Corpus
-    from calibration.model import Dtype
     from calibration.weights import WeightSource
 
 

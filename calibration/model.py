@@ -1,14 +1,12 @@
 """transformers' model of a configuration, built without weights."""
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
 
+from calibration.choices import Dtype
 from formats.errors import ConvertError
-
-Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 def choose_dtype(name: Dtype, device: torch.device) -> torch.dtype:

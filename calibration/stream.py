@@ -19,9 +19,9 @@ import torch
 
 from calibration.arithmetic import Arithmetic
 from calibration.checkpointing import NOT_STARTED, HiddenStates, StreamCheckpoint
+from calibration.choices import Dtype
 from calibration.control import Interrupted, Progress, ShouldStop, never, silent
 from calibration.micro_batches import fitting_samples, most_samples
-from calibration.model import Dtype
 from calibration.observer import NoStatistic, Observer, ProductTap, locate_matrices
 from calibration.streamed_model import LayerCall, StreamedModel
 from calibration.weights import HEAD, WeightSource

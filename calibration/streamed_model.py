@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from calibration.arithmetic import Arithmetic, computed_by
+from calibration.choices import Dtype
 from calibration.key_values import PassingCache
-from calibration.model import Dtype, build_without_weights, choose_device, choose_dtype, load_config
+from calibration.model import build_without_weights, choose_device, choose_dtype, load_config
 from calibration.observer import locate_matrices
 from calibration.weights import ParameterReader, WeightSource
 

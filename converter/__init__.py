@@ -1,5 +1,6 @@
 """The pipeline from a checkpoint to an artifact. `convert` is the command line's main command for Python."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ def default_profile(options: dict[str, Any]) -> str:
 
 
 def convert(
-    model: str,
-    profile: str | None = None,
+    model: str | Path,
+    profile: str | Path | None = None,
     output: str | Path | None = None,
-    overrides: tuple[str, ...] = (),
+    overrides: str | Sequence[str] = (),
     fresh: bool = False,
     quiet: bool = False,
     **options: Any,
@@ -27,28 +28,17 @@ def convert(
 
     model: Hub id, local directory or GGUF file. profile: a preset's name or the path of a TOML file; the default is
     "balanced-4bit", with a target "budget". overrides: "PATTERN=FORMAT" texts. options: the other fields of
-    converter.job.Job (imatrix, calibration, samples, target_bpw, ...); target_size in bytes or as "1.2GiB".
-    Raises formats.errors.ConvertError; calling again with the same arguments continues.
+    converter.job.Job (imatrix, calibration, samples, target_bpw, ...), as converter.options.build_job takes them.
+    Raises formats.errors.ConvertError and nothing else; calling again with the same arguments continues.
     """
-    from converter.job import Job
+    from converter.boundary import clear_errors
+    from converter.job import check_option
+    from converter.options import build_job
     from converter.pipeline import run
     from converter.progress import Progress
-    from profiles.budget import parse_size
-    from profiles.rules import parse_override
-    from profiles.schema import load_profile
 
-    for key in ("imatrix", "work_dir", "sensitivity"):
-        if options.get(key) is not None:
-            options[key] = Path(options[key])
-    if options.get("target_size") is not None:
-        options["target_size"] = parse_size(str(options["target_size"]), "target_size")
-    loaded = load_profile(profile or default_profile(options))
-    job = Job(
-        model=str(model),
-        profile=loaded,
-        overrides=tuple(parse_override(text, loaded.target) for text in overrides),
-        output=Path(output) if output is not None else None,
-        **options,
-    )
-    _, report = run(job, Progress(quiet), fresh=fresh)
-    return report
+    with clear_errors():
+        check_option("fresh", fresh, bool)
+        check_option("quiet", quiet, bool)
+        job = build_job(model, profile, overrides, output=output, **options)
+        return run(job, Progress(quiet), fresh=fresh)[1]

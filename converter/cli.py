@@ -9,12 +9,13 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
-from converter import BUDGET_PROFILE, DEFAULT_PROFILE, default_profile
+from converter import BUDGET_PROFILE, DEFAULT_PROFILE
 from converter.boundary import clear_errors
 from converter.interrupts import STOPPED, stops_at_once
 from converter.streams import give_up_stdout, keep_streams_usable
@@ -87,10 +88,8 @@ def fails_clearly(command: Callable[..., None]) -> Callable[..., None]:
 def say_as_json(what: str, where: str, remedy: str, exit_code: int) -> None:
     """An error for machines, on stdout."""
     error = {"what": what, "where": where, "remedy": remedy}
-    try:
+    with suppress(OSError):  # where stdout itself is the trouble, stderr and the exit code have said so
         click.echo(json.dumps({"error": error, "exit_code": exit_code}))
-    except OSError:
-        pass  # stdout itself is the trouble; stderr and the exit code have said so
 
 
 calibration_dtype_option = click.option(
@@ -169,32 +168,13 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def build_job(
-    profile: str | None,
-    overrides: tuple[str, ...],
-    split_size: str | None,
-    target_size: str | None,
-    lm_eval: str | None,
-    alpha: str | None,
-    **options: Any,
-):
+def build_job(split_size: str | None, alpha: str | None, **options: Any):
+    """The Job of a command's options."""
     from calibration.smoothing import parse_alpha
-    from converter.job import Job
-    from profiles.budget import parse_size
-    from profiles.rules import parse_override
-    from profiles.schema import load_profile
+    from converter.options import build_job as build
 
-    loaded = load_profile(profile or default_profile({**options, "target_size": target_size}))
-    return Job(
-        profile=loaded,
-        overrides=tuple(parse_override(text, loaded.target) for text in overrides),
-        shard_bytes=parse_size(split_size, "--split-size") if split_size else None,
-        target_size=parse_size(target_size, "--target-size") if target_size else None,
-        lm_eval=tuple(name.strip() for name in lm_eval.split(",") if name.strip()) if lm_eval else (),
-        alpha=None if alpha is None else parse_alpha(alpha),
-        command=this_command(),
-        **options,
-    )
+    smooth = None if alpha is None else parse_alpha(alpha)
+    return build(**options, shard_bytes=split_size, alpha=smooth, command=this_command())
 
 
 def this_command() -> str:

@@ -14,7 +14,6 @@ from converter import DEFAULT_PROFILE
 from converter.analyse import measure_sensitivity
 from converter.calibrate import calibrate
 from converter.job import (
-    Job,
     WorkDirectory,
     calibration_file_sha256,
     default_work_dir,
@@ -22,6 +21,7 @@ from converter.job import (
     tool_identity,
 )
 from converter.model_map import describe
+from converter.options import build_job
 from converter.preflight import check_samples
 from converter.progress import Progress
 from converter.sensitivity import CANDIDATE_FORMATS
@@ -30,7 +30,6 @@ from converter.source import open_checkpoint
 from converter.super_weights import known_super_weights
 from formats.errors import ConvertError
 from formats.gguf_file import read_gguf
-from profiles.schema import load_profile
 
 
 def is_imatrix(path: Path) -> bool:
@@ -71,7 +70,7 @@ def write_importance(
         _convert_file(Path(model), output, progress, super_weights or sensitivity)
         return [output]
     work_dir = options.pop("work_dir", None) or default_work_dir(output)
-    job = Job(model=model, profile=load_profile(DEFAULT_PROFILE), output=output, work_dir=work_dir, **options)
+    job = build_job(model, DEFAULT_PROFILE, output=output, work_dir=work_dir, **options)
     check_samples(job.samples, job.sequence_length)
     checkpoint = open_checkpoint(model, metadata_only=True)
     model_map = describe(checkpoint)

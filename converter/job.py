@@ -10,22 +10,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from calibration.activation_ranges import RangeMethod
+from calibration.choices import Device, Dtype
 from calibration.control import Interrupted
-from calibration.smoothing import Alpha
+from calibration.smoothing import Alpha, SmoothQuantConfig
 from converter.interrupts import STOPPED
 from formats.block_format import Effort
-from formats.errors import ConvertError
+from formats.errors import ConvertError, nearest
 from formats.whole_file import whole_file
 from profiles.protection import Mode, Protection
 from profiles.rules import LayerQuantizationConfig
 from profiles.schema import QuantizationProfile
-
-if TYPE_CHECKING:
-    from calibration.model import Dtype
 
 UNDECIDED = "undecided"
 """In a job's fingerprint: what is not known before some of its work is done."""
@@ -82,10 +82,20 @@ class Job:
     lm_eval: tuple[str, ...] = ()
     lm_eval_limit: int | None = None
     threads: int = 0
-    device: str = "auto"
-    calibration_dtype: "Dtype" = "auto"
+    device: Device = "auto"
+    calibration_dtype: Dtype = "auto"
     seed: int = 0
     command: str = "the same call"
+
+    def __post_init__(self) -> None:
+        """Raises ConvertError for a value that its field cannot have."""
+        for name, declared in _declared().items():
+            check_option(name, getattr(self, name), declared)
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConvertError(f"{name} is {value}, and is {least} at least", _option(name), "leave it out")
+        SmoothQuantConfig(self.alpha or 0)
 
     def aimed(self) -> "Job":
         """This job with its targets in its profile."""
@@ -119,6 +129,63 @@ class Job:
             return self.threads
         # The cores that this process may use, where the system tells.
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# What numbers are at least; where it is 1, None stands for nothing.
+_LEAST = {"refine": 0, "threads": 0, "seed": 0, "shard_bytes": 1, "target_size": 1, "lm_eval_limit": 1}
+
+
+@cache
+def _declared() -> dict[str, Any]:
+    return get_type_hints(Job)
+
+
+def check_option(name: str, value: object, declared: Any) -> None:
+    """Raises ConvertError for a value that is not of the declared type, with the nearest of those that are named."""
+    if _is_a(value, declared):
+        return
+    choices, kinds = _choices(declared), _kinds(declared)
+    named = isinstance(value, str) and len(choices) == len(kinds)
+    remedy = nearest(str(value), choices) if named else f"give {' or '.join(sorted(kinds))}"
+    raise ConvertError(f"{name} is {repr(value)[:60]}, which it cannot be", _option(name), remedy)
+
+
+def _option(name: str) -> str:
+    return f"{name}, --{name.replace('_', '-')} of the command"
+
+
+def _is_a(value: object, declared: Any) -> bool:
+    origin, options = get_origin(declared), get_args(declared)
+    if origin is Literal:
+        return isinstance(value, str) and value in options
+    if origin in (Union, UnionType):
+        return any(_is_a(value, option) for option in options)
+    if origin in (tuple, list):
+        return isinstance(value, origin) and all(_is_a(item, options[0]) for item in value)
+    if declared is float:
+        return type(value) in (int, float) and isfinite(value)  # type: ignore[arg-type]
+    if declared is Path and "\0" in str(value):
+        return False
+    return type(value) is declared if declared in (int, bool) else isinstance(value, declared)
+
+
+def _choices(declared: Any) -> list[str]:
+    """The texts that a type names."""
+    if get_origin(declared) is Literal:
+        return list(get_args(declared))
+    return [choice for option in get_args(declared) for choice in _choices(option)]
+
+
+def _kinds(declared: Any) -> set[str]:
+    """What a type takes, in words."""
+    words = {str: "a text", int: "a whole number", float: "a number", bool: "True or False", Path: "a path"}
+    if get_origin(declared) is Literal:
+        return {repr(value) for value in get_args(declared)}
+    if get_origin(declared) in (tuple, list):
+        return {"a list of texts"}
+    if declared in words:
+        return {words[declared]}
+    return {kind for option in get_args(declared) for kind in _kinds(option)}
 
 
 class Stopped(ConvertError):
