@@ -26,6 +26,7 @@ from calibration.importance import ImportanceMatrix
 from calibration.super_weights import SuperWeightReport
 from formats.errors import ConvertError
 from formats.gguf_file import TensorEntry, lay_out, padded, read_gguf
+from formats.regular_file import open_regular
 from formats.whole_file import whole_file
 
 _TYPE, _DATASETS = "general.type", "imatrix.datasets"
@@ -49,7 +50,7 @@ def load_imatrix(path: Path) -> ImportanceMatrix:
     Raises ConvertError for a file that is missing, truncated, neither of the two, or holds impossible values.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path, "check the path given to --imatrix") as file:
             magic = file.read(4)
         if magic == b"GGUF":
             return _load_gguf(path)
@@ -164,6 +165,8 @@ def _load_dat(path: Path, data: np.ndarray) -> ImportanceMatrix:
     sums, counts = {}, {}
     for _ in range(n_entries):
         name, chunks, n_values = take_name(take_int()), take_int(), take_int()
+        if name in sums:
+            raise _damaged(path, f"{name} is there twice")
         if chunks <= 0 or n_values <= 0:
             raise _damaged(path, f"{name} has {n_values} values of {chunks} chunks")
         sums[name] = take(n_values, "<f4").astype(np.float64).reshape(1, -1)

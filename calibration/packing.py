@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from calibration.chat_template import ChatTemplate, TemplateFailed
 from formats.errors import ConvertError
 
 Conversation = list[dict[str, str]]
@@ -41,16 +42,17 @@ def documents(passages: Iterable[str | Conversation], tokenizer: Any, chat: bool
     Raises ConvertError for a template that cannot be rendered.
     """
     begin = begin_token(tokenizer)
-    for i, passage in enumerate(passages):
-        if isinstance(passage, str):
-            conversation = _as_conversation(passage) if chat and i % 2 else None
-            text = _rendered(conversation, tokenizer) if conversation else passage
-        elif chat:
-            text = _rendered(passage, tokenizer)
-        else:
-            text = "".join(f"{message['content']}\n\n" for message in passage)
-        # A template may write the token that begins a text itself; a sample has one of its own.
-        yield _document(text.removeprefix(tokenizer.bos_token) if begin is not None else text, tokenizer)
+    with ChatTemplate(tokenizer) as template:
+        for i, passage in enumerate(passages):
+            if isinstance(passage, str):
+                conversation = _as_conversation(passage) if chat and i % 2 else None
+                text = _rendered(conversation, template) if conversation else passage
+            elif chat:
+                text = _rendered(passage, template)
+            else:
+                text = "".join(f"{message['content']}\n\n" for message in passage)
+            # A template may write the token that begins a text itself; a sample has one of its own.
+            yield _document(text.removeprefix(tokenizer.bos_token) if begin is not None else text, tokenizer)
 
 
 def pack(found: list[Document], sequence_length: int, begin: int | None) -> np.ndarray:
@@ -83,17 +85,15 @@ def _as_conversation(passage: str) -> Conversation | None:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _rendered(conversation: Conversation, tokenizer: Any) -> str:
-    from jinja2 import TemplateError
-
+def _rendered(conversation: Conversation, template: ChatTemplate) -> str:
     try:
-        return tokenizer.apply_chat_template(conversation, tokenize=False)
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        return template.render(conversation)
+    except TemplateFailed as error:
         raise ConvertError(
             f"the chat template cannot be rendered: {error}",
             "chat template of the tokenizer",
             "mend it, or calibrate on plain text with --no-chat",
-        ) from error
+        ) from None
 
 
 def _document(text: str, tokenizer: Any) -> Document:

@@ -20,7 +20,7 @@ from converter.calibrate import load_tokenizer, runnable
 from converter.checkpoint import Checkpoint
 from converter.child import RuntimeFailed, RuntimeUnavailable
 from converter.end_of_generation import source_end_tokens
-from converter.guard import chat_text
+from converter.guard import chat_texts
 from converter.probe import Probe, Text, probe
 from converter.progress import Progress, size_text
 from converter.target import Candidate
@@ -211,9 +211,8 @@ def _sample(held_out: str | None, tokenizer: Any, n_tokens: int, seed: int) -> l
 def _special_texts(tokenizer: Any) -> list[Text]:
     """A conversation by the model's own template, and special tokens between words; those alone that stand for
     themselves wherever they are."""
-    texts = []
-    if (rendered := chat_text(tokenizer, QUESTION)) is not None:
-        texts.append(Text(rendered, special=False))
+    rendered, _ = chat_texts(tokenizer, [QUESTION])
+    texts = [Text(text, special=False) for text in rendered or ()]
     plain = [
         token.content
         for _, token in sorted(tokenizer.added_tokens_decoder.items())

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from calibration.chat_template import ChatTemplate, TemplateFailed
 from calibration.coherence import problems
 from calibration.control import ShouldStop
 from calibration.corpus import load_corpus
@@ -74,7 +75,9 @@ def guard(
             "progress": progress,
             "should_stop": should_stop,
         }
-        asked = [prompt_tokens(tokenizer, prompt) for prompt in PROMPTS]
+        asked, template_note = prompt_tokens(tokenizer, PROMPTS)
+        if template_note:
+            progress.say(template_note)
         samples = load_corpus(held_out, tokenizer, HELD_OUT_PROMPTS, _HELD_OUT_APART, seed, split="test")
         prompts = [*asked, *samples.tokens[:, :HELD_OUT_TOKENS].tolist()]
         generated, note = _generate(checkpoint, candidate, prompts, parts, options)
@@ -97,24 +100,26 @@ def guard(
     return json.loads(result.read_bytes())
 
 
-def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
-    """The prompt as the model is used to get it: in its chat template, if it has one that takes a plain question."""
-    text = chat_text(tokenizer, prompt)
-    return tokenizer(prompt)["input_ids"] if text is None else tokenizer(text, add_special_tokens=False)["input_ids"]
+def prompt_tokens(tokenizer: Any, prompts: Sequence[str]) -> tuple[list[list[int]], str]:
+    """The prompts as the model is used to get them: in its chat template, if it has one that takes a plain question;
+    and why they are not, "" where there is nothing to say."""
+    texts, note = chat_texts(tokenizer, prompts)
+    if texts is None:  # the bare question is as good a beginning
+        return [tokenizer(prompt)["input_ids"] for prompt in prompts], note
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts], note
 
 
-def chat_text(tokenizer: Any, prompt: str) -> str | None:
-    """The question as the chat template renders it, up to where the answer begins; None without a template, or with
-    one that wants something else."""
+def chat_texts(tokenizer: Any, prompts: Sequence[str]) -> tuple[list[str] | None, str]:
+    """The questions as the chat template renders them, up to where the answer begins; None without a template, or with
+    one that wants something else. And what there is to say about that, "" for nothing."""
     if not getattr(tokenizer, "chat_template", None):
-        return None
-    from jinja2 import TemplateError
-
-    question = [{"role": "user", "content": prompt}]
+        return None, ""
     try:
-        return tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True, date_string=_DAY)
-    except (TemplateError, ValueError, TypeError, KeyError):
-        return None
+        with ChatTemplate(tokenizer) as template:
+            questions = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            return [template.render(q, add_generation_prompt=True, date_string=_DAY) for q in questions], ""
+    except TemplateFailed as error:
+        return None, f"the chat template takes no plain question ({error}): the guard's prompts are asked without it"
 
 
 def _generate(

@@ -46,6 +46,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from formats.errors import ConvertError, nearest
+from formats.regular_file import read_whole
 from formats.schemes import SCHEMES
 from profiles.activations import ActivationRules, parse_activations
 from profiles.budget import Budget, parse_budget
@@ -56,6 +57,8 @@ from profiles.strict import known_keys, number, tables
 from profiles.target import Target, format_name, parse_target
 from profiles.tiers import Tier, parse_score, parse_tiers
 
+# More than a person writes.
+_LARGEST_BYTES = 1 << 20
 PRESETS = Path(__file__).parent / "presets"
 _TOP_KEYS = (
     *("description", "good_for", "extends", "target", "base", "tier", "rule"),
@@ -118,7 +121,7 @@ def parse_profile(text: str, name: str, where: str, _extending: tuple[str, ...] 
     """A profile from TOML text; raises ConvertError with file, key and remedy."""
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConvertError(f"the profile is not valid TOML: {error}", where, "mend the line that is named") from None
     known_keys(table, _TOP_KEYS, where)
     for key in ("description", "good_for"):
@@ -212,8 +215,9 @@ def load_profile(name_or_path: str) -> QuantizationProfile:
                 f"{nearest(name_or_path, profile_names())} `convert profiles list` describes each; "
                 "a file of your own ends in .toml",
             )
+    remedy = "name a readable TOML file"
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConvertError(f"the profile cannot be read: {error}", str(path), "name a readable TOML file") from None
+        text = read_whole(path, _LARGEST_BYTES, remedy).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConvertError(f"the profile cannot be read: {error}", str(path), remedy) from None
     return parse_profile(text, path.stem, path.name)

@@ -142,12 +142,15 @@ def test_prompts_are_asked_as_the_model_is_used(smollm2, tiny):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    text = tokenizer.decode(prompt_tokens(tokenizer, "Why?"))
+    (tokens,), note = prompt_tokens(tokenizer, ["Why?"])
+    text = tokenizer.decode(tokens)
+    assert not note
     assert text.startswith("<|im_start|>") and text.endswith("<|im_start|>assistant\n") and "Why?" in text
     bare = AutoTokenizer.from_pretrained(tiny("llama-tied"))
-    assert prompt_tokens(bare, "Why?") == bare("Why?")["input_ids"]
+    assert prompt_tokens(bare, ["Why?"]) == ([bare("Why?")["input_ids"]], "")
     bare.chat_template = "{{ raise_exception('system message first') }}"
-    assert prompt_tokens(bare, "Why?") == bare("Why?")["input_ids"]
+    plain, note = prompt_tokens(bare, ["Why?"])
+    assert plain == [bare("Why?")["input_ids"]] and "TemplateError: system message first" in note
 
 
 def rows(*kinds: str) -> list[dict]:

@@ -1,0 +1,147 @@
+"""Chat templates, rendered by transformers in a process of its own: a template is a program that came with the model.
+
+transformers' sandbox keeps it from this machine's files, and nothing keeps it from counting to 10**12 or from asking
+for a text of 2 GB. The child has so many seconds of computing for each conversation and so much memory; one that takes
+more is ended by the system. It reads one JSON object a line on stdin, the template and the names of special tokens
+first, and answers each conversation with one line.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+_SECONDS = 5.0  # of computing, for one conversation
+_BYTES = 512 << 20  # beside what the interpreter and transformers take
+_LONGEST_TEXT = 16 << 20  # characters
+
+
+class TemplateFailed(Exception):
+    """Why a conversation cannot be rendered, in one line."""
+
+
+class ChatTemplate:
+    """A tokenizer's template. A context: leaving it ends the child, which the first rendering has started."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "ChatTemplate":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._child is not None:
+            _end(self._child)
+            self._child = None
+
+    def render(self, conversation: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """What tokenizer.apply_chat_template(conversation, tokenize=False, **variables) gives.
+
+        Raises TemplateFailed for a template that is absent, raises an error, or takes too much.
+        """
+        if self._child is None:
+            self._child = self._start()
+        assert self._child.stdin is not None and self._child.stdout is not None
+        try:
+            self._child.stdin.write(_line({"conversation": list(conversation), "variables": variables}))
+            self._child.stdin.flush()
+            answer = self._child.stdout.readline()
+        except BrokenPipeError:
+            answer = b""
+        if not answer.endswith(b"\n"):
+            child, self._child = self._child, None
+            raise TemplateFailed(_why_ended(_end(child)))
+        found = json.loads(answer)
+        if "error" in found:
+            raise TemplateFailed(found["error"])
+        return found["text"]
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        try:
+            template = self._tokenizer.get_chat_template()
+            tokens = self._tokenizer.special_tokens_map
+            first = _line({"template": template, "tokens": tokens, "seconds": _SECONDS})
+        except (ValueError, TypeError) as error:
+            raise TemplateFailed(str(error).splitlines()[0]) from None
+        root = str(Path(__file__).parent.parent)
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "calibration.chat_template"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # a Ctrl-C is ours to answer
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(":")},
+        )
+        assert child.stdin is not None
+        child.stdin.write(first)
+        return child
+
+
+def _line(data: dict[str, Any]) -> bytes:
+    return json.dumps(data).encode() + b"\n"
+
+
+def _end(child: "subprocess.Popen[bytes]") -> int:
+    """The exit code of the child, which may have ended already."""
+    assert child.stdin is not None and child.stdout is not None
+    with suppress(BrokenPipeError):
+        child.stdin.close()
+    try:
+        return child.wait(timeout=5)  # it ends with its input
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return child.wait()
+    finally:
+        child.stdout.close()
+
+
+def _why_ended(code: int) -> str:
+    if code == -signal.SIGPROF:
+        return f"it takes more than {_SECONDS:g} seconds of computing"
+    return f"rendering ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
+
+
+def _serve() -> None:
+    """What the child does."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # a library's own chatter is no answer
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    requests = sys.stdin.buffer
+    given = json.loads(requests.readline())
+    _limit_memory()
+    for request in requests:
+        asked = json.loads(request)
+        # The default answer to SIGPROF ends a process, within any operation.
+        signal.setitimer(signal.ITIMER_PROF, given["seconds"])
+        try:
+            variables = {**given["tokens"], **asked["variables"]}
+            text = render_jinja_template([asked["conversation"]], chat_template=given["template"], **variables)[0][0]
+            if len(text) > _LONGEST_TEXT:
+                raise ValueError(f"it writes {len(text)} characters")
+            answer = _line({"text": text})
+        except Exception as error:  # of any kind that Python has: the template decides which
+            said = (str(error).strip() or "no reason given").splitlines()[0]
+            answer = _line({"error": f"{type(error).__name__}: {said}"[:500]})
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        answers.write(answer)
+        answers.flush()
+
+
+def _limit_memory() -> None:
+    import resource
+
+    status = Path("/proc/self/statm")  # absent on systems that have no such limit anyway
+    if status.exists():
+        has = int(status.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (has + _BYTES, has + _BYTES))
+
+
+if __name__ == "__main__":
+    _serve()
