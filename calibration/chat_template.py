@@ -111,27 +111,33 @@ def _serve() -> None:
     """What the child does."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a library's own chatter is no answer
-    from transformers.utils.chat_template_utils import render_jinja_template
+    import transformers.utils.chat_template_utils  # noqa: F401  # its memory is not the template's
 
     requests = sys.stdin.buffer
     given = json.loads(requests.readline())
     _limit_memory()
     for request in requests:
-        asked = json.loads(request)
         # The default answer to SIGPROF ends a process, within any operation.
         signal.setitimer(signal.ITIMER_PROF, given["seconds"])
-        try:
-            variables = {**given["tokens"], **asked["variables"]}
-            text = render_jinja_template([asked["conversation"]], chat_template=given["template"], **variables)[0][0]
-            if len(text) > _LONGEST_TEXT:
-                raise ValueError(f"it writes {len(text)} characters")
-            answer = _line({"text": text})
-        except Exception as error:  # of any kind that Python has: the template decides which
-            said = (str(error).strip() or "no reason given").splitlines()[0]
-            answer = _line({"error": f"{type(error).__name__}: {said}"[:500]})
+        answer = _line(rendered(given["template"], given["tokens"], json.loads(request)))
         signal.setitimer(signal.ITIMER_PROF, 0)
         answers.write(answer)
         answers.flush()
+
+
+def rendered(template: str, tokens: Mapping[str, str], asked: Mapping[str, Any]) -> dict[str, str]:
+    """{"text": ...}, or {"error": ...} in one line, whatever the template does."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        variables = {**tokens, **asked["variables"]}
+        text = render_jinja_template([asked["conversation"]], chat_template=template, **variables)[0][0]
+        if len(text) > _LONGEST_TEXT:
+            raise ValueError(f"it writes {len(text)} characters")
+        return {"text": text}
+    except Exception as error:  # of any kind that Python has: the template decides which
+        said = (str(error).strip() or "no reason given").splitlines()[0]
+        return {"error": f"{type(error).__name__}: {said}"[:500]}
 
 
 def _limit_memory() -> None:

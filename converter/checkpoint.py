@@ -1,6 +1,7 @@
 """A Checkpoint: a model as it is stored, whose tensors stay on disk until rows of them are asked for."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -153,7 +154,8 @@ def metadata_files(directory: Path) -> list[Path]:
     found = []
     for path in sorted(directory.iterdir()):
         if any(fnmatch(path.name, pattern) for pattern in METADATA_PATTERNS):
-            if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in _roots(directory)):
+            target = Path(os.path.realpath(path))  # unlike Path.resolve it bears links that lead to each other
+            if path.is_symlink() and not any(target.is_relative_to(root) for root in _roots(directory)):
                 raise ConvertError(
                     "the file is a link to a place outside of the model",
                     f"{path} -> {path.readlink()}",
