@@ -10,11 +10,10 @@ Coordinates are those of the checkpoint's matrix and, down projections being sto
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from math import isfinite
-from types import UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 from formats.errors import ConvertError
+from formats.typed import is_a
 
 Criterion = Literal["spikes", "gradients"]
 VERSION = 1
@@ -170,21 +169,9 @@ def _record(data: Mapping[str, Any], kind: Any, where: str) -> Any:
     if odd := (data.keys() ^ declared.keys()) - {"where"}:
         raise _damaged(where, f"{min(odd)} is absent or unknown")
     for name, value in data.items():
-        if not _is_a(value, declared[name]) or (type(value) is int and value < 0):
+        if not is_a(value, declared[name]) or (type(value) is int and value < 0):
             raise _damaged(where, f"{name} is {value!r}")
     return kind(**data)
-
-
-def _is_a(value: Any, declared: Any) -> bool:
-    if get_origin(declared) is Literal:
-        return value in get_args(declared)
-    if get_origin(declared) in (Union, UnionType):
-        return any(_is_a(value, option) for option in get_args(declared))
-    if get_origin(declared) is tuple:
-        return isinstance(value, tuple)
-    if declared is float:
-        return type(value) in (int, float) and isfinite(value)
-    return type(value) is declared
 
 
 def _damaged(where: str, problem: str) -> ConvertError:

@@ -10,10 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
-from math import isfinite
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from calibration.activation_ranges import RangeMethod
 from calibration.choices import Device, Dtype
@@ -22,6 +20,7 @@ from calibration.smoothing import Alpha, SmoothQuantConfig
 from converter.interrupts import STOPPED
 from formats.block_format import Effort
 from formats.errors import ConvertError, nearest
+from formats.typed import is_a
 from formats.whole_file import whole_file
 from profiles.protection import Mode, Protection
 from profiles.rules import LayerQuantizationConfig
@@ -142,7 +141,7 @@ def _declared() -> dict[str, Any]:
 
 def check_option(name: str, value: object, declared: Any) -> None:
     """Raises ConvertError for a value that is not of the declared type, with the nearest of those that are named."""
-    if _is_a(value, declared):
+    if is_a(value, declared) and "\0" not in str(value):
         return
     choices, kinds = _choices(declared), _kinds(declared)
     named = isinstance(value, str) and len(choices) == len(kinds)
@@ -152,21 +151,6 @@ def check_option(name: str, value: object, declared: Any) -> None:
 
 def _option(name: str) -> str:
     return f"{name}, --{name.replace('_', '-')} of the command"
-
-
-def _is_a(value: object, declared: Any) -> bool:
-    origin, options = get_origin(declared), get_args(declared)
-    if origin is Literal:
-        return isinstance(value, str) and value in options
-    if origin in (Union, UnionType):
-        return any(_is_a(value, option) for option in options)
-    if origin in (tuple, list):
-        return isinstance(value, origin) and all(_is_a(item, options[0]) for item in value)
-    if declared is float:
-        return type(value) in (int, float) and isfinite(value)  # type: ignore[arg-type]
-    if declared is Path and "\0" in str(value):
-        return False
-    return type(value) is declared if declared in (int, bool) else isinstance(value, declared)
 
 
 def _choices(declared: Any) -> list[str]:

@@ -1,5 +1,6 @@
 """A Hugging Face directory with safetensors weights, single or sharded; every header is checked before it is used."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from formats.regular_file import read_json
 SINGLE_NAME = "model.safetensors"
 # Last part of the name -> the matrices whose rows follow each other in every expert.
 _FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_SHARD_NAME = re.compile(r"[\w. +-]{1,200}\.safetensors", re.ASCII)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -88,9 +90,11 @@ def read_weight_map(directory: Path) -> dict[str, str] | None:
         raise ConvertError("the index has no weight_map", str(index), "fetch the index again")
     for name in weight_map.values():
         # A shard lies beside its index: a path would let an index read any file of this machine.
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
             raise ConvertError(
-                f"the index names a shard {name!r} outside of its directory", str(index), "do not use it"
+                f"the index names a shard {str(name)[:60]!r}, which is no safetensors file, or outside of its directory",
+                str(index),
+                "do not use it",
             )
     return weight_map
 

@@ -9,6 +9,7 @@ safetensors  metadata "bitwright.smoothing": JSON with "version", "model", "revi
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import numpy as np
 
@@ -16,8 +17,10 @@ from calibration.smoothing import Alpha
 from converter.smooth_search import SmoothedGroup
 from converter.smoothed import Folding
 from formats.record import RecordKind
+from formats.typed import is_a
 
 _KIND = RecordKind("bitwright.smoothing", 1, "record of smoothing", "convert --fresh MODEL")
+_FOLDED = tuple(field.name for field in fields(Folding))
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,25 +66,28 @@ def is_smoothing(path: Path) -> bool:
 
 def load_smoothing(path: Path) -> Smoothing:
     """Read what save_smoothing wrote. Raises ConvertError for a damaged file."""
+    where = str(path)
     header, arrays = _KIND.load(path)
-    try:
-        parts: dict[str, dict[str, np.ndarray]] = {}
-        factors = {}
-        for key, values in arrays.items():
-            kind, _, name = key.partition("/")
-            if not np.isfinite(values).all():
-                raise ValueError(f"{key} has values that are not finite")
-            if kind == "factors":
-                factors[name] = values
-            else:
-                parts.setdefault(name, {})[kind] = values
-        return Smoothing(
-            model=header["model"],
-            revision=header["revision"],
-            alpha=header["alpha"],
-            groups=tuple(SmoothedGroup(**group) for group in header["groups"]),
-            factors=factors,
-            foldings={name: Folding(**of) for name, of in parts.items()},
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise _KIND.damaged(str(path), str(error)) from None
+    identity = _KIND.fields(where, header, {"model": (str,), "revision": (str, type(None)), "alpha": (float, int, str)})
+    groups = header.get("groups")
+    if not isinstance(groups, list) or not all(_is_group(group) for group in groups):
+        raise _KIND.damaged(where, "its groups are no records of what was decided")
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    for key, values in arrays.items():
+        kind, _, name = key.partition("/")
+        if kind not in ("factors", *_FOLDED) or values.dtype != np.float32 or not np.isfinite(values).all():
+            raise _KIND.damaged(where, f"{key} is unknown, or has values that are no finite float32")
+        parts.setdefault(kind, {})[name] = values
+    factors = parts.pop("factors", {})
+    names = dict.fromkeys(name for of in parts.values() for name in of)
+    foldings = {name: Folding(**{kind: of[name] for kind, of in parts.items() if name in of}) for name in names}
+    return Smoothing(**identity, groups=tuple(SmoothedGroup(**g) for g in groups), factors=factors, foldings=foldings)
+
+
+def _is_group(group: Any) -> bool:
+    declared = get_type_hints(SmoothedGroup)
+    return (
+        isinstance(group, dict)
+        and group.keys() == declared.keys()
+        and all(is_a(value, declared[key]) for key, value in group.items())
+    )

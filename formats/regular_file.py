@@ -48,17 +48,18 @@ def check_size(path: Path, limit: int, remedy: str) -> None:
 def read_whole(path: Path, limit: int, remedy: str = "name a readable file") -> bytes:
     """Its content. Raises ConvertError as check_size does."""
     with open_regular(path, remedy) as file:
-        _check_size(file, path, limit, remedy)
+        size = _check_size(file, path, limit, remedy)
         try:
-            return file.read(limit)
+            return file.read(size)
         except OSError as error:
             raise ConvertError(f"the file cannot be read ({error.strerror})", str(path), remedy) from None
 
 
-def _check_size(file: BinaryIO, path: Path, limit: int, remedy: str) -> None:
+def _check_size(file: BinaryIO, path: Path, limit: int, remedy: str) -> int:
     size = os.fstat(file.fileno()).st_size
     if size > limit:
         raise ConvertError(f"the file has {size} bytes, and {limit} are the most for its kind", str(path), remedy)
+    return size
 
 
 def read_json(path: Path, limit: int = LARGEST_METADATA_BYTES, remedy: str = "fetch this file again") -> dict[str, Any]:

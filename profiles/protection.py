@@ -14,6 +14,7 @@ from formats.pins import Pin
 from formats.registry import get_format
 from profiles.plan import Plan, PlannedTensor
 from profiles.strict import known_keys, number, one_table
+from profiles.target import format_name
 from profiles.vocabulary import DOWN_ROLES, ModelMap, Rescaled, Role, TensorSpec
 
 Action = Literal["raise", "pin", "rescale", "exclude"]
@@ -61,7 +62,7 @@ def parse_protection(table: object, where: str, inherited: Protection) -> Protec
     if "tolerance" in table:
         changes["tolerance"] = number(table["tolerance"], f"{where}, key tolerance")
     if "raise_to" in table:
-        changes["raise_to"] = get_format(table["raise_to"], f"{where}, key raise_to").name
+        changes["raise_to"] = format_name(table["raise_to"], f"{where}, key raise_to", "gguf")
     return replace(inherited, **changes)
 
 
