@@ -5,8 +5,10 @@ stays, and so do the front matter's entries that are not the publisher's to deci
 """
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
@@ -141,7 +143,9 @@ def _warning(report: Report) -> str | None:
 
 
 def _origin(base_model: str | None, reports: Sequence[Report]) -> str:
-    source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"`{_code(reports[0]['model'])}`"
+    source = f"`{_code(reports[0]['model'])}`"
+    if base_model:
+        source = f"[{_text(base_model)}](https://huggingface.co/{quote(base_model)})"
     revisions = sorted({str(report["revision"]) for report in reports if report["revision"]})
     at = f" at {', '.join(f'`{_code(revision)}`' for revision in revisions)}" if revisions else ""
     tools = ", ".join(sorted({f"`{_code(report['tool'])}`" for report in reports}))
@@ -180,9 +184,9 @@ def _running(repository: str, report: Report, chat_template: bool) -> str:
         if chat_template
         else "The source has no chat template: it continues text and knows no turns; `--no-conversation` is for that."
     )
+    what = f"-hf {shlex.quote(repository)} --hf-file {shlex.quote(first)}"
     return (
-        "## Running it\n\n"
-        f"```sh\nllama-cli -hf {repository} --hf-file {first}\nllama-server -hf {repository} --hf-file {first}\n```\n\n"
+        f"## Running it\n\n{_fenced(f'llama-cli {what}', f'llama-server {what}')}\n\n"
         f"{template} Of a split file name the first part; the others are found beside it."
     )
 
@@ -192,7 +196,7 @@ def _artifact(repository: str, report: Report) -> str:
     groups = [
         [
             _text(group["group"]),
-            ", ".join(f"{_text(name)} ({n})" for name, n in group["formats"].items()),
+            ", ".join(f"{_text(name)} ({_text(n)})" for name, n in group["formats"].items()),
             f"{group['weights'] / 1e6:.1f} M",
             size_text(group["bytes"]),
             f"{group['bits_per_weight']:.2f}",
@@ -224,7 +228,7 @@ def _quality(report: Report) -> str:
         ["99.9 % of tokens are below", figure(quality["kld_99_9"], ".4f")],
         ["largest", figure(quality["max_kld"], ".4f")],
         ["same most likely token", f"{quality['top1_agreement']:.2%}"],
-        ["scored", f"{quality['tokens']} tokens of {_corpus(quality['corpus'])}"],
+        ["scored", f"{_text(quality['tokens'])} tokens of {_corpus(quality['corpus'])}"],
         *([["runtime", _text(agreement_text(agreement))]] if (agreement := report["agreement"]) else []),
     ]
     return _table(["quality", "measured"], rows)
@@ -239,11 +243,14 @@ def _calibration(report: Report) -> str:
         ["its SHA-256", f"`{_code(manifest['sha256'])}`"],
         ["text", _corpus(manifest["corpus"] or "not stated by the file")],
         ["SHA-256 of the text", f"`{_code(manifest['corpus_sha256'])}`" if manifest["corpus_sha256"] else "not stated"],
-        ["samples", f"{manifest['samples'] or 'not stated'}, of {manifest['sequence_length'] or '?'} tokens each"],
+        [
+            "samples",
+            f"{_text(manifest['samples'] or 'not stated')}, of {_text(manifest['sequence_length'] or '?')} tokens each",
+        ],
     ]
     if manifest["computed"]:
         rows += [
-            ["seed", str(manifest["seed"])],
+            ["seed", _text(manifest["seed"])],
             ["split", _text(manifest["split"] or "none: a text file, read whole")],
         ]
     else:
@@ -260,13 +267,11 @@ def _reproduction(repository: str, report: Report) -> str:
     manifests = {"imatrix": report["calibration"], "sensitivity": report["sensitivity"]}
     if files := {option: manifest["file"] for option, manifest in manifests.items() if manifest}:
         from_here = from_files(arguments, directory, files, report["reads_text_later"])
-    text = f"The same bytes again:\n\n```sh\n{command_text(arguments)}\n```"
+    text = f"The same bytes again:\n\n{_fenced(command_text(arguments))}"
     if from_here != arguments:
         how = "measuring again only what no file holds" if report["reads_text_later"] else "without calibrating"
-        text += (
-            f"\n\nor, {how}, from the files in this repository:\n\n"
-            f"```sh\nhf download {repository} --include '{directory}/*' --local-dir .\n{command_text(from_here)}\n```"
-        )
+        fetch = f"hf download {shlex.quote(repository)} --include {shlex.quote(f'{directory}/*')} --local-dir ."
+        text += f"\n\nor, {how}, from the files in this repository:\n\n{_fenced(fetch, command_text(from_here))}"
     if not report["revision"]:
         text += f"\n\n`{_code(report['model'])}` was a local checkpoint, known by its name alone."
     return f"{text}\n\nEvery tensor's format and the reason for it: {_link(f'{directory}/plan.json')}."
@@ -292,7 +297,9 @@ def _limits(reports: Sequence[Report]) -> str:
             f" {_text(worst['format'])})."
         )
     if measured:
-        scored = sorted({f"{r['quality']['tokens']} tokens of {_corpus(r['quality']['corpus'])}" for r in measured})
+        scored = sorted(
+            {f"{_text(r['quality']['tokens'])} tokens of {_corpus(r['quality']['corpus'])}" for r in measured}
+        )
         lines += [
             "The KL divergence compares the distributions over the next token, source beside quantized, given the same"
             " text: 0 means no difference. It says how far the file is from its source, not how good either is.",
@@ -333,5 +340,12 @@ def _code(value: object) -> str:
     return " ".join(str(value).split()).replace("`", "'").replace("|", "\\|").replace("<", "(")
 
 
+def _fenced(*commands: str) -> str:
+    """Commands as a block that nothing in them ends: neither its fence nor the section's last line."""
+    text = "\n".join(commands).replace("<!--", "<! --")
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}sh\n{text}\n{fence}"
+
+
 def _link(path: str) -> str:
-    return f"[{_text(path.rpartition('/')[2])}]({path.replace(' ', '%20')})"
+    return f"[{_text(path.rpartition('/')[2])}]({quote(path)})"

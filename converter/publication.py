@@ -27,10 +27,12 @@ from formats.gguf_file import read_gguf
 
 RECIPES = "recipe"
 REPORT = "report.json"
+RECIPE_NAMES = (REPORT, "plan.json", "report.html")
+"""What lies there, beside the profile and what was measured of the model."""
 # The Hub asks for files of at most this size: larger ones are slow to fetch, and lost whole when it fails.
 LARGEST_FILE_BYTES = 20 * 1000**3
 # What was measured of the model, by its key in a report.
-_MEASURED = {"calibration": "importance matrix", "sensitivity": "sensitivity table"}
+MEASURED = {"calibration": "importance matrix", "sensitivity": "sensitivity table"}
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 # BaseName-SizeLabel[-FineTune][-Version][-Encoding] of the GGUF naming convention. The version is left out by most.
 _CONVENTION = re.compile(r"\w[\w.]*(-[\w.]+)*-(\d+x)?\d+(\.\d+)?[KMBTQ](-[\w.]+)*")
@@ -138,7 +140,7 @@ def published_report(artifact: FinishedArtifact, stem: str, base_model: str | No
     ]
     manifests = {
         key: {field: value for field, value in report[key].items() if field != "path"}
-        for key in _MEASURED
+        for key in MEASURED
         if report[key] is not None
     }
     report |= {"artifact": {**report["artifact"], "files": files}, **manifests}
@@ -174,7 +176,7 @@ def files_to_publish(artifact: FinishedArtifact, report: dict[str, Any]) -> list
     if html.exists():
         texts[html.name] = _without_places(html.read_text(encoding="utf-8"), artifact)
     beside = [RepositoryFile.of_bytes(f"{directory}/{name}", text.encode()) for name, text in texts.items()]
-    for key, what in _MEASURED.items():
+    for key, what in MEASURED.items():
         if manifest := artifact.report[key]:
             path = _measured_path(artifact, manifest, what)
             beside.append(

@@ -20,6 +20,8 @@ from converter.hub_repository import (
 from converter.progress import Progress
 from converter.publication import (
     LARGEST_FILE_BYTES,
+    MEASURED,
+    RECIPE_NAMES,
     RECIPES,
     REPORT,
     FinishedArtifact,
@@ -28,6 +30,7 @@ from converter.publication import (
     published_report,
     repository_stem,
 )
+from converter.recipe import profile_file
 from formats.errors import ConvertError
 
 CARD = "README.md"
@@ -304,9 +307,22 @@ def _obsolete(
             "give this one another name (convert publish ... --name), or put it in the other's place (--replace)",
         )
     kept = {file.path for file in files}
-    mine = [name for name in state.files if name.startswith(f"{RECIPES}/{stem}/")]
-    mine += [file["path"] for file in earlier["artifact"]["files"]] if earlier is not None else []
-    return sorted({name for name in mine if name not in kept and name in state.files})
+    return sorted(name for name in _written(state, stem, earlier) if name not in kept)
+
+
+def _written(state: RepositoryState, stem: str, earlier: dict[str, Any] | None) -> set[str]:
+    """Of the repository's files those that an earlier publishing wrote for this artifact: weights by their names and
+    hashes, and in the directory of its recipe what goes there. A report may name anything; what else it names stays."""
+    beside = {*RECIPE_NAMES}
+    if earlier is not None:
+        beside |= {profile_file(earlier["profile"]), *(earlier[key]["file"] for key in MEASURED if earlier[key])}
+    mine = {f"{RECIPES}/{stem}/{name}" for name in beside} & state.files.keys()
+    for file in earlier["artifact"]["files"] if earlier is not None else []:
+        there = state.files.get(file["path"])
+        ours = re.fullmatch(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.gguf", file["path"])
+        if ours and there is not None and there.sha256 == file["sha256"]:
+            mine.add(file["path"])
+    return mine
 
 
 def _identity(report: dict[str, Any]) -> list[Any]:

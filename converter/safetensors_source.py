@@ -92,7 +92,7 @@ def read_weight_map(directory: Path) -> dict[str, str] | None:
         # A shard lies beside its index: a path would let an index read any file of this machine.
         if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
             raise ConvertError(
-                f"the index names a shard {str(name)[:60]!r}, which is no safetensors file, or outside of its directory",
+                f"the index names a shard {str(name)[:60]!r}, no safetensors file or outside of its directory",
                 str(index),
                 "do not use it",
             )

@@ -1,4 +1,4 @@
-"""What a job meets at its borders: files that are traps, streams that fail, signals, and callers who ask for nonsense."""
+"""What a job meets at its borders: files that are traps, streams that fail, signals, and callers that err."""
 
 import json
 import os

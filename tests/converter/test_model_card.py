@@ -141,6 +141,27 @@ def test_names_are_words_and_no_markup():
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 9 for row in rows[:1])
 
 
+def test_nothing_ends_a_block_of_commands_or_leads_elsewhere():
+    evil = "Org/x\n````\n# Title ](javascript:alert(1)) <b> " + END
+    changed = report(arguments=["--profile=p", evil], model=evil)
+    changed["artifact"]["files"][0]["path"] = "a b](http://evil.example) ```.gguf"
+    changed["quality"] = {**QUALITY, "tokens": "[x](http://evil.example)"}
+    card = write_card(None, {}, text_of(changed, base_model="Org/T](http://evil.example)"), "here")
+    assert card.count(END) == 1 and "<b>" not in re.sub(r"(`{3,})sh\n.*?\n\1", "", card, flags=re.DOTALL)
+    outside, fence = [], None
+    for line in card.splitlines():  # as CommonMark reads it: a fence ends with one that is no shorter
+        ticks = re.fullmatch(r"(`{3,})(sh)?", line)
+        if ticks and fence is None:
+            fence = ticks[1]
+        elif ticks and not ticks[2] and len(ticks[1]) >= len(fence):
+            fence = None
+        elif fence is None:
+            outside.append(line)
+    assert fence is None and "# Title ](javascript:alert(1)) <b> " not in outside
+    assert "](http://evil" not in re.sub(r"\\[\[\]]", "", "\n".join(outside))
+    assert "](https://huggingface.co/Org/T%5D%28http%3A//evil.example%29)" in card
+
+
 def test_the_front_matter_takes_over_what_holds_for_a_quantization():
     source = {
         "license": "other",

@@ -472,9 +472,13 @@ def test_shards_that_are_no_more_are_deleted(hub, converted, artifact):
     for shard in shards:
         assert hub.files(TO)[shard.name] == shard.read_bytes()
     assert f"--hf-file {shards[0].name}" in card_of(hub)
+    # What somebody else has put there stays, be it beside the recipe or in the place of a shard.
+    notes, other = f"recipe/{converted.stem}/notes.txt", f"Tiny-113K-v1.0-Q4-00002-of-{len(shards):05d}.gguf"
+    commit(hub.repositories[TO], **{notes: b"mine", other: b"GGUF of mine"})
     result = publish(converted)
-    assert {row["path"] for row in result["files"] if row["change"] == "deleted"} == names
-    assert {name for name in hub.files(TO) if "/" not in name} == {"README.md", converted.name}
+    assert {row["path"] for row in result["files"] if row["change"] == "deleted"} == names - {other}
+    assert {name for name in hub.files(TO) if "/" not in name} == {"README.md", converted.name, other}
+    assert (hub.files(TO)[notes], hub.files(TO)[other]) == (b"mine", b"GGUF of mine")
 
 
 def test_a_file_too_large_is_refused_with_the_command_that_splits_it(hub, artifact, monkeypatch):
