@@ -10,7 +10,8 @@ written out in both files: numba's cache would not notice a change in an importe
 """
 
 import numpy as np
-from numba import njit
+
+from formats.compiler import njit
 
 SIGNED, FREE, PARITY = 0, 1, 2  # as formats.iq_kernels has them
 UNIT = 8

@@ -6,7 +6,8 @@ delta^2 H[j, j] - 2 delta g[j]. All values are in units of the row's largest mag
 """
 
 import numpy as np
-from numba import njit
+
+from formats.compiler import njit
 
 ZERO, ONE, TWO, HALF = np.float32(0), np.float32(1), np.float32(2), np.float32(0.5)
 F16_MAX, F16_MIN_NORMAL = np.float32(65504), np.float32(2**-14)

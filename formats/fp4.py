@@ -21,9 +21,9 @@ can be better; `fast` tries one window. Both formats count in halves: the step d
 import math
 
 import numpy as np
-from numba import njit
 
 from formats.block_format import Effort
+from formats.compiler import njit
 from formats.encoding import to_blocks
 from formats.parts import NO_MINIMUM, ScalarBlocks, ScalarParts
 

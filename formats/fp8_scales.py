@@ -5,7 +5,8 @@ vector registers.
 """
 
 import numpy as np
-from numba import njit
+
+from formats.compiler import njit
 
 GREATEST = np.float32(448)
 ZERO, ONE, MIN_NORMAL = np.float32(0), np.float32(1), np.float32(2**-6)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import gguf
 import numpy as np
-from numba import njit
+
+from formats.compiler import njit
 
 # Lowest and highest level of a coordinate and how many there are; they are evenly spaced, or nearly so.
 _LEVELS = {"IQ1_S": (-8, 8, 3), "IQ1_M": (-8, 8, 3), "IQ3_XXS": (4, 62, 8), "IQ3_S": (1, 15, 8)}

@@ -10,7 +10,8 @@ as much as the least error found, as that only grows with smaller scales.
 import math
 
 import numpy as np
-from numba import njit
+
+from formats.compiler import njit
 
 ZERO, ONE = np.float32(0), np.float32(1)
 INFINITY = np.float32(np.inf)

@@ -14,7 +14,8 @@ import math
 
 import gguf
 import numpy as np
-from numba import njit
+
+from formats.compiler import njit
 
 LEVELS = np.array(gguf.quants.IQ4_NL.kvalues, np.float32)
 # NEAREST[floor(2 u) + HALF_STEPS] is the code of the level nearest to u: no midpoint falls inside half a unit.

@@ -20,7 +20,8 @@ Groups that share their variant come `span` after each other.
 import math
 
 import numpy as np
-from numba import njit
+
+from formats.compiler import njit
 
 SIGNED, FREE, PARITY = 0, 1, 2
 ZERO, ONE, TWO, FOUR, HALF = np.float32(0), np.float32(1), np.float32(2), np.float32(4), np.float32(0.5)

@@ -8,7 +8,8 @@ them.
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from numba import njit
+
+from formats.compiler import njit
 
 # Columns that are worked on at a time, so that they stay in the cache while rows pass by.
 PANEL = 256

@@ -9,9 +9,9 @@ search, and both efforts are the same.
 """
 
 import numpy as np
-from numba import njit
 
 from formats.block_format import Effort
+from formats.compiler import njit
 from formats.encoding import to_blocks
 from formats.iq_packing import pack_half, unpack_half
 from formats.parts import NO_MINIMUM, ONE_VALUE, ScalarBlocks, ScalarParts, single_scale

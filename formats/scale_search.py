@@ -18,7 +18,8 @@ each array that is passed to a function is counted as a reference, which takes a
 import math
 
 import numpy as np
-from numba import njit
+
+from formats.compiler import njit
 
 ZERO, ONE = np.float32(0), np.float32(1)
 INFINITY = np.float32(np.inf)

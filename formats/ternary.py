@@ -27,9 +27,9 @@ Weights that are ternary already come back exactly, if their blocks' scales are 
 from collections.abc import Callable
 
 import numpy as np
-from numba import njit
 
 from formats.block_format import Effort
+from formats.compiler import njit
 from formats.encoding import check_rows, to_blocks
 from formats.iq_packing import pack_half, unpack_half
 from formats.parts import NO_MINIMUM, ONE_VALUE, ScalarBlocks, ScalarParts, integers, single_scale
