@@ -5,6 +5,7 @@ safetensors  metadata "bitwright.activations": JSON with "version", "tensors" an
              "cached keys/LAYER", "cached values/LAYER"   float32 [n_heads, head_size], see CachedPeaks
 """
 
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 from calibration.activations import ActivationStatistics, CachedPeaks, MatrixInputs
 from calibration.histogram import N_BINS, N_MAGNITUDES
 from formats.record import RecordKind
+from formats.whole_file import Place
 
 _KIND = RecordKind("bitwright.activations", 2, "file of activation statistics", "convert imatrix --activations MODEL")
 _DTYPES: dict[str, type] = {
@@ -40,7 +42,7 @@ _IDENTITY: dict[str, tuple[type, ...]] = {
 }
 
 
-def save_activations(path: Path, statistics: ActivationStatistics) -> None:
+def save_activations(path: Path, statistics: ActivationStatistics, place: Place = os.replace) -> None:
     """Write the file; it appears whole or not at all. The same statistics give the same bytes."""
     arrays: dict[str, np.ndarray] = {
         f"{key}/{name}": np.ascontiguousarray(getattr(inputs, key), dtype)
@@ -51,7 +53,7 @@ def save_activations(path: Path, statistics: ActivationStatistics) -> None:
         for key in _CACHED:
             arrays[f"cached {key}/{layer}"] = np.ascontiguousarray(getattr(cached, key), np.float32)
     identity = {key: getattr(statistics, key) for key in _IDENTITY}
-    _KIND.save(path, {"tensors": sorted(statistics.inputs), **identity}, arrays)
+    _KIND.save(path, {"tensors": sorted(statistics.inputs), **identity}, arrays, place)
 
 
 def is_activations(path: Path) -> bool:

@@ -13,6 +13,7 @@
 Layouts as of llama.cpp's tools/imatrix (July 2025 for GGUF).
 """
 
+import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,7 +28,7 @@ from calibration.super_weights import SuperWeightReport
 from formats.errors import ConvertError
 from formats.gguf_file import TensorEntry, lay_out, padded, read_gguf
 from formats.regular_file import open_regular
-from formats.whole_file import whole_file
+from formats.whole_file import Place, whole_file
 
 _TYPE, _DATASETS = "general.type", "imatrix.datasets"
 _CHUNK_COUNT, _CHUNK_SIZE = "imatrix.chunk_count", "imatrix.chunk_size"
@@ -64,13 +65,13 @@ def load_imatrix(path: Path) -> ImportanceMatrix:
         ) from error
 
 
-def save_imatrix(path: Path, matrix: ImportanceMatrix) -> None:
+def save_imatrix(path: Path, matrix: ImportanceMatrix, place: Place = os.replace) -> None:
     """Write a GGUF, or a .dat when the path ends so; the file appears whole or not at all.
 
     .dat: an expert without rows gets the columns that ImportanceMatrix.columns gives it, and all experts one count;
     super weights are left out.
     """
-    with whole_file(path, "importance matrix") as file:
+    with whole_file(path, "importance matrix", place=place) as file:
         file.writelines(_dat_parts(matrix) if path.suffix == ".dat" else _gguf_parts(path.name, matrix))
 
 

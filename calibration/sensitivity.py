@@ -8,6 +8,7 @@ safetensors  metadata "bitwright.sensitivity": JSON with "version", the identity
              "gradient_magnitude", "activation_variance", "weight_magnitude"   float64 [n_tensors]
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from calibration.labels import Labels
 from formats.block_format import Effort
 from formats.errors import ConvertError
 from formats.record import RecordKind
+from formats.whole_file import Place
 
 _KIND = RecordKind("bitwright.sensitivity", 1, "sensitivity table", "convert imatrix --sensitivity MODEL")
 MAGNITUDES = ("gradient_magnitude", "activation_variance", "weight_magnitude")
@@ -80,7 +82,7 @@ class SensitivityTable:
         return losses[format_name]
 
 
-def save_sensitivity(path: Path, table: SensitivityTable) -> None:
+def save_sensitivity(path: Path, table: SensitivityTable, place: Place = os.replace) -> None:
     """Write the file; it appears whole or not at all. The same table gives the same bytes."""
     names = sorted(table.losses)
     formats = sorted({name for losses in table.losses.values() for name in losses})
@@ -98,7 +100,7 @@ def save_sensitivity(path: Path, table: SensitivityTable) -> None:
         "factors": {key: getattr(factors, key) for key in _FACTORS_IDENTITY},
         **{key: getattr(table, key) for key in _TABLE_IDENTITY},
     }
-    _KIND.save(path, header, arrays)
+    _KIND.save(path, header, arrays, place)
 
 
 def is_sensitivity(path: Path) -> bool:

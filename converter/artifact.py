@@ -11,6 +11,7 @@ from converter.checkpoint import Checkpoint
 from converter.job import Job
 from converter.recipe import importance_name, recipe
 from formats.gguf_file import GgufLayout, TensorEntry, lay_out
+from formats.names import safe_name
 from formats.registry import get_format
 from profiles.plan import Plan
 from profiles.vocabulary import ModelMap
@@ -19,24 +20,29 @@ from profiles.vocabulary import ModelMap
 _FILE_TYPES = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M"}
 
 
+# Leaves room for the numbers of shards, and for what is kept beside a file under names longer than its own.
+_LONGEST_STEM = 200
+
+
 def file_name(metadata: Mapping[str, object], model_name: str, profile_name: str) -> str:
     """BaseName-SizeLabel-FineTune-Version-Encoding.gguf, the GGUF naming convention; the encoding is the profile.
 
-    metadata: the model's key-values as plain values. model_name: for a model whose metadata has no name.
+    metadata: the model's key-values as plain values. model_name: for a model whose metadata has no name. Both come
+    with the model, and nothing in them decides where the file is: it is a name in one directory, see safe_name.
     """
 
     def text(key: str) -> str | None:
-        return str(metadata[key]) if key in metadata else None
+        return safe_name(str(metadata[key])) or None if key in metadata else None
 
     stem = naming_convention(
-        model_name=text(Keys.General.NAME) or model_name,
+        model_name=text(Keys.General.NAME) or safe_name(model_name) or "model",
         base_name=text(Keys.General.BASENAME),
         finetune_string=text(Keys.General.FINETUNE),
         version_string=text(Keys.General.VERSION),
         size_label=text(Keys.General.SIZE_LABEL),
         output_type=profile_name.replace("-", "_"),
     )
-    return f"{stem}.gguf"
+    return f"{safe_name(stem, _LONGEST_STEM)}.gguf"
 
 
 def _file_type(plan: Plan) -> int:

@@ -420,7 +420,11 @@ def check_profile(file: Path) -> None:
 @click.option("--super-weights", is_flag=True, help="Look for super weights too, and keep them in the file.")
 @click.option("--sensitivity", is_flag=True, help="Measure what every format costs every tensor too: a file beside it.")
 @click.option("--activations", is_flag=True, help="Write activation statistics instead, to a .safetensors file.")
-@click.option("--fresh", is_flag=True, help="Start over in a work directory that holds another computation.")
+@click.option(
+    "--fresh",
+    is_flag=True,
+    help="Start over in a work directory that holds another computation, and replace its output.",
+)
 @fails_clearly
 def imatrix(model: str, output: Path, **options: Any) -> None:
     """Compute the importance matrix of MODEL, or convert one between GGUF and .dat."""

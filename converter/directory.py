@@ -13,11 +13,13 @@ from typing import Any
 from calibration.control import ShouldStop
 from converter.checkpoint import INDEX_NAME, Checkpoint, metadata_files
 from converter.directory_artifact import RECIPE_NAME, read_recipe
-from converter.job import file_sha256
+from converter.job import REPLACEABLE, file_sha256
+from converter.ownership import Replaceable, check_free, foreign_entries, put_in_place, remove_replaced
 from converter.progress import Progress
 from converter.safetensors_layout import SafetensorsLayout, index_json
-from converter.write import JOURNAL, ArtifactWriter, PlanEncoder
+from converter.write import JOURNAL, ArtifactWriter, PlanEncoder, written_sha256
 from formats.errors import ConvertError
+from formats.names import hidden_path
 from formats.regular_file import read_json
 from formats.whole_file import sync_directory, whole_file
 
@@ -28,22 +30,7 @@ _NOT_COPIED = (CONFIG_NAME, INDEX_NAME, "README.md", RECIPE_NAME)
 
 def partial_directory(output: Path) -> Path:
     """Where the directory grows until it is whole."""
-    return output.with_name(f".{output.name}.partial")
-
-
-def _replaced_directory(output: Path) -> Path:
-    """What was there before, until the new one is in its place."""
-    return output.with_name(f".{output.name}.replaced")
-
-
-def check_replaceable(output: Path) -> None:
-    """Refuse to replace a directory that this tool did not write."""
-    if output.exists() and not (output / RECIPE_NAME).is_file():
-        raise ConvertError(
-            f"the output exists and has no {RECIPE_NAME}: it was not written by this tool, and is not replaced",
-            str(output),
-            "name another one with --output, or remove it yourself",
-        )
+    return hidden_path(output, "partial")
 
 
 def write_directory(
@@ -61,12 +48,14 @@ def write_directory(
     the output where an earlier call has completed it.
 
     quantization: of config.json. recipe: what RECIPE_NAME says beside the hashes of the files.
-    Raises as ArtifactWriter does; a later call continues.
+    Raises as ArtifactWriter does, and ConvertError for another directory in the place of ours; a later call continues.
     """
     journal, partial = work_dir / JOURNAL, partial_directory(output)
+    replaceable = Replaceable(work_dir / REPLACEABLE)
     if output.exists() and journal.exists() and not partial.exists() and _is_whole(output, recipe):
-        shutil.rmtree(_replaced_directory(output), ignore_errors=True)
-        return directory_files(output)  # a run that was killed after the rename
+        remove_replaced(output, replaceable)
+        return finished_files(output)  # a run that was killed after the rename
+    check_free([output], replaceable, directory=True)
     if not journal.exists() and partial.exists():
         shutil.rmtree(partial)  # of a job that was given up
     try:
@@ -81,15 +70,20 @@ def write_directory(
     return directory_files(partial)
 
 
-def complete_directory(output: Path) -> list[Path]:
+def complete_directory(output: Path, work_dir: Path) -> list[Path]:
     """Give what write_directory has written its name, where it has not got it yet, and return all files."""
     partial = partial_directory(output)
     try:
         if partial.exists():
-            _put_in_place(partial, output)
+            for path in directory_files(partial):
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            sync_directory(partial)
+            put_in_place(partial, output, Replaceable(work_dir / REPLACEABLE))
+            sync_directory(output.parent)
     except OSError as error:
         raise _writing_failed(error, output) from None
-    return directory_files(output)
+    return finished_files(output)
 
 
 def _writing_failed(error: OSError, output: Path) -> ConvertError:
@@ -101,6 +95,12 @@ def directory_files(directory: Path) -> list[Path]:
     """All files, those with weights first, each kind by name."""
     paths = sorted(path for path in directory.iterdir() if path.is_file())
     return [*(p for p in paths if p.suffix == ".safetensors"), *(p for p in paths if p.suffix != ".safetensors")]
+
+
+def finished_files(output: Path) -> list[Path]:
+    """The same of a directory that has its recipe, without what others have put there."""
+    foreign = foreign_entries(output)
+    return [path for path in directory_files(output) if path.name not in foreign]
 
 
 def _write_companions(
@@ -130,19 +130,22 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _put_in_place(partial: Path, output: Path) -> None:
-    for path in directory_files(partial):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    sync_directory(partial)
-    replaced = _replaced_directory(output)
-    if output.exists():  # --fresh
-        check_replaceable(output)
-        shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed before it had removed it
-        output.rename(replaced)
-    partial.rename(output)
-    sync_directory(output.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+def written_hashes(
+    output: Path, layouts: list[SafetensorsLayout], recipe: dict[str, Any], work_dir: Path
+) -> dict[Path, str]:
+    """SHA-256 of every file of the finished directory. Raises ConvertError for a directory that is not what this job
+    has written: weights by its journal, everything else by the recipe that it holds, which has to be this job's."""
+    hashes = {}
+    for layout in layouts:
+        path = output / layout.file_name
+        hashes[path] = written_sha256(path, layout, work_dir / JOURNAL)
+    if not _is_whole(output, recipe):
+        raise ConvertError(
+            "the artifact is not what this job has written: it was changed or replaced meanwhile",
+            str(output),
+            "leave it alone until the job is done, then write it again with --fresh, or to another --output",
+        )
+    return {path: hashes.get(path) or file_sha256(path) for path in finished_files(output)}
 
 
 def _is_whole(output: Path, recipe: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from converter.adapt_activations import ActivationFindings, adapt_activations, s
 from converter.artifact import file_name
 from converter.calibrate import calibrate
 from converter.checkpoint import Checkpoint
-from converter.directory import check_replaceable, complete_directory, partial_directory, write_directory
+from converter.directory import complete_directory, partial_directory, write_directory, written_hashes
 from converter.directory_artifact import DirectoryArtifact
 from converter.directory_verify import verify_directory
 from converter.encode_modules import ModuleEncoder
@@ -47,6 +47,8 @@ class Findings(NamedTuple):
 
 
 class DirectoryTarget:
+    is_directory = True
+
     def located(self, job: Job, checkpoint: Checkpoint, model_map: ModelMap) -> Job:
         _refuse_options(job)
         metadata = {key: entry.value for key, entry in model_map.metadata.items()}
@@ -87,10 +89,6 @@ class DirectoryTarget:
     def outputs(self, job: Job, layouts: Sequence[Layout]) -> list[Path]:
         assert job.output is not None
         return [job.output]
-
-    def check_replaceable(self, job: Job) -> None:
-        assert job.output is not None
-        check_replaceable(job.output)
 
     def partial_files(self, job: Job, layouts: Sequence[Layout]) -> list[Path]:
         assert job.output is not None
@@ -141,14 +139,8 @@ class DirectoryTarget:
         prepared, plan, importance = adapted.prepared, adapted.prepared.plan, adapted.importance
         assert prepared.job.output is not None
         names = gguf_names(prepared.model_map)
-        tensors = [
-            {"tensor": row.tensor.name, "format": row.format, "shape": list(row.tensor.shape)}
-            | ({"cache_scales": list(row.cache_scales)} if row.cache_scales else {})
-            for row in plan.tensors
-        ]
         found = adapted.found.activations
         ranges, scales = found.ranges, {scale.name: scale.bits for scale in found.caches}
-        said = recipe(prepared.job, prepared.checkpoint, plan, importance)
         feedback = Feedback(work_dir / MOMENTS, prepared.job.effort) if plan.error_feedback else None
         smooths = feedback is not None and smoothing_of(prepared.job) is not None
         factors = load_smoothing(work_dir / SMOOTHING_FILE).factors if smooths else None
@@ -169,7 +161,7 @@ class DirectoryTarget:
                 directory_layouts(plan, prepared.job.shard_bytes),
                 prepared.checkpoint,
                 quantization_config(plan),
-                {"recipe": said, "tensors": tensors},
+                _description(adapted),
                 work_dir,
                 progress,
                 should_stop,
@@ -192,8 +184,15 @@ class DirectoryTarget:
         return errors, found | adapted.found.activations.report
 
     def complete(self, adapted: Adapted, paths: list[Path]) -> list[Path]:
-        assert adapted.prepared.job.output is not None
-        return complete_directory(adapted.prepared.job.output)
+        job = adapted.prepared.job
+        assert job.output is not None and job.work_dir is not None
+        return complete_directory(job.output, job.work_dir)
+
+    def hashes(self, adapted: Adapted, paths: list[Path], work_dir: Path) -> dict[Path, str]:
+        job = adapted.prepared.job
+        assert job.output is not None
+        layouts = directory_layouts(adapted.prepared.plan, job.shard_bytes)
+        return written_hashes(job.output, layouts, _description(adapted), work_dir)
 
     def candidate(self, adapted: Adapted, paths: list[Path], work_dir: Path) -> Candidate:
         artifact = DirectoryArtifact.of_plan(paths[0].parent, adapted.prepared.plan)
@@ -214,6 +213,17 @@ class DirectoryTarget:
 
     def weight_files(self, paths: list[Path]) -> list[Path]:
         return [path for path in paths if path.suffix == ".safetensors"]
+
+
+def _description(adapted: Adapted) -> dict[str, Any]:
+    """What the directory says of its making, beside the hashes of its files."""
+    prepared, plan = adapted.prepared, adapted.prepared.plan
+    tensors = [
+        {"tensor": row.tensor.name, "format": row.format, "shape": list(row.tensor.shape)}
+        | ({"cache_scales": list(row.cache_scales)} if row.cache_scales else {})
+        for row in plan.tensors
+    ]
+    return {"recipe": recipe(prepared.job, prepared.checkpoint, plan, adapted.importance), "tensors": tensors}
 
 
 def _takes_feedback(planned: PlannedTensor) -> bool:

@@ -1,5 +1,6 @@
 """A GGUF as the artifact of a conversion, for llama.cpp."""
 
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -14,7 +15,8 @@ from converter.calibrate import calibrate, runnable
 from converter.checkpoint import Checkpoint
 from converter.encode import Encoder
 from converter.feedback import MOMENTS, Feedback, feedback_notes, feedback_report, wants_feedback
-from converter.job import Job
+from converter.job import REPLACEABLE, Job
+from converter.ownership import Replaceable
 from converter.preflight import refuse_activation_options
 from converter.progress import Progress
 from converter.protect import protect, protected_before, protection_notes, refuse_protection
@@ -23,7 +25,7 @@ from converter.report import fallback_lines
 from converter.super_weights import super_weight_coverage
 from converter.target import Adapted, Candidate, Layout, Prepared, Surveyed
 from converter.verify import DecodedArtifact, TensorError, verify
-from converter.write import JOURNAL, ArtifactWriter, partial_path
+from converter.write import JOURNAL, ArtifactWriter, partial_path, written_sha256
 from formats.errors import ConvertError
 from profiles.assign import assign
 from profiles.evidence import Evidence
@@ -33,6 +35,8 @@ from profiles.vocabulary import ModelMap
 
 
 class GgufTarget:
+    is_directory = False
+
     def located(self, job: Job, checkpoint: Checkpoint, model_map: ModelMap) -> Job:
         refuse_activation_options(job)
         metadata = {key: entry.value for key, entry in model_map.metadata.items()}
@@ -80,10 +84,10 @@ class GgufTarget:
     def outputs(self, job: Job, layouts: Sequence[Layout]) -> list[Path]:
         assert job.output is not None
         paths = [job.output.with_name(layout.file_name) for layout in layouts]
-        return paths or [job.output, *job.output.parent.glob(f"{job.output.stem}-00001-of-*.gguf")]
-
-    def check_replaceable(self, job: Job) -> None:
-        pass  # any file is replaced
+        if paths or not job.output.parent.is_dir():
+            return paths or [job.output]
+        shard = re.compile(re.escape(job.output.stem) + r"-\d{5}-of-\d{5}\.gguf")
+        return [job.output, *sorted(path for path in job.output.parent.iterdir() if shard.fullmatch(path.name))]
 
     def partial_files(self, job: Job, layouts: Sequence[Layout]) -> list[Path]:
         assert job.output is not None
@@ -133,7 +137,8 @@ class GgufTarget:
         _check_size(prepared.plan, layouts)
         feedback = Feedback(work_dir / MOMENTS, job.effort) if prepared.feeds_back else None
         with Encoder(prepared.checkpoint, prepared.plan, importance, job.n_threads, feedback) as encoder:
-            writer = ArtifactWriter(encoder, layouts, job.output.parent, work_dir / JOURNAL)
+            replaceable = Replaceable(work_dir / REPLACEABLE)
+            writer = ArtifactWriter(encoder, layouts, job.output.parent, work_dir / JOURNAL, replaceable)
             paths = writer.write(progress, should_stop)
         shutil.rmtree(work_dir / MOMENTS, ignore_errors=True)
         return paths
@@ -151,6 +156,10 @@ class GgufTarget:
 
     def complete(self, adapted: Adapted, paths: list[Path]) -> list[Path]:
         return paths  # every file has got its name when it was whole
+
+    def hashes(self, adapted: Adapted, paths: list[Path], work_dir: Path) -> dict[Path, str]:
+        layouts = adapted.prepared.layouts(adapted.importance)
+        return {path: written_sha256(path, of, work_dir / JOURNAL) for path, of in zip(paths, layouts, strict=True)}
 
     def candidate(self, adapted: Adapted, paths: list[Path], work_dir: Path) -> Candidate:
         prepared = adapted.prepared

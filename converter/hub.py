@@ -9,7 +9,8 @@ from converter.checkpoint import DTYPE_BYTES, METADATA_PATTERNS, Checkpoint, Sto
 from converter.safetensors_source import open_directory, read_config, read_weight_map, shard_names, unknown_dtype
 from formats.errors import ConvertError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+# Names and revisions become names of files in the cache: none of them leads out of it.
+_HUB_ID = re.compile(r"(?!.*(?:^|[/@])\.\.?(?:[/@]|$))[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
 def is_hub_id(model: str) -> bool:

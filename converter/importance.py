@@ -13,7 +13,10 @@ from calibration.sensitivity import load_sensitivity, save_sensitivity
 from converter import DEFAULT_PROFILE
 from converter.analyse import measure_sensitivity
 from converter.calibrate import calibrate
+from converter.checkpoint import Checkpoint
 from converter.job import (
+    REPLACEABLE,
+    Job,
     WorkDirectory,
     calibration_file_sha256,
     default_work_dir,
@@ -22,6 +25,14 @@ from converter.job import (
 )
 from converter.model_map import describe
 from converter.options import build_job
+from converter.ownership import (
+    Replaceable,
+    check_free,
+    check_places,
+    check_replaceable,
+    inputs_of,
+    locked_output,
+)
 from converter.preflight import check_samples
 from converter.progress import Progress
 from converter.sensitivity import CANDIDATE_FORMATS
@@ -58,58 +69,71 @@ def write_importance(
 
     super_weights: look for them too, and keep with the matrix what was found. sensitivity: measure what every format
     costs every tensor too, and write it beside the output, with the suffix .sensitivity.safetensors. activations: write
-    statistics of the matrices' inputs instead. fresh: start over in a work directory that holds other work. options:
-    fields of converter.job.Job.
+    statistics of the matrices' inputs instead. fresh: start over in a work directory that holds other work, and replace
+    what has the output's name. options: fields of converter.job.Job.
     Raises ConvertError; the same call continues an interrupted computation.
     """
     if activations:
         _check_activations(model, output, super_weights or sensitivity)
     if super_weights and output.suffix == ".dat":
         raise ConvertError("a .dat file cannot hold super weights", str(output), "name a file that ends in .gguf")
+    written = [output, *([output.with_suffix(".sensitivity.safetensors")] if sensitivity else [])]
     if is_imatrix(Path(model)):
-        _convert_file(Path(model), output, progress, super_weights or sensitivity)
+        _convert_file(Path(model), output, progress, super_weights or sensitivity, fresh)
         return [output]
     work_dir = options.pop("work_dir", None) or default_work_dir(output)
     job = build_job(model, DEFAULT_PROFILE, output=output, work_dir=work_dir, **options)
     check_samples(job.samples, job.sequence_length)
     checkpoint = open_checkpoint(model, metadata_only=True)
     model_map = describe(checkpoint)
+    check_places(inputs_of(job, checkpoint), written, work_dir)
     work = WorkDirectory(work_dir)
-    with work.locked(), stops_cleanly(work_dir, job.command):
+    with work.locked(), locked_output(output), stops_cleanly(work_dir, job.command):
         checkpoint = checkpoint.with_weights()
-        if fresh:
-            work.clear()
-        work.claim(
-            {
-                "tool": tool_identity(),
-                "model": checkpoint.model_id,
-                "files": [list(entry) for entry in checkpoint.files()],
-                "calibration": job.calibration,
-                "calibration_file": calibration_file_sha256(job),
-                "samples": job.samples,
-                "sequence_length": job.sequence_length,
-                "seed": job.seed,
-                "chat": job.chat,
-                "device": job.device,
-                "calibration_dtype": job.calibration_dtype,
-            }
-        )
+        replaceable = _claim(work, job, checkpoint, written, fresh)
         if activations:
-            save_activations(output, observe(job, checkpoint, model_map, work_dir, progress, should_stop))
-            return [output]
+            statistics = observe(job, checkpoint, model_map, work_dir, progress, should_stop)
+            save_activations(output, statistics, replaceable.put)
+            return written
         importance = calibrate(job, checkpoint, model_map, work_dir, progress, should_stop)
-        written = [output]
         if sensitivity:
             measured = measure_sensitivity(
                 job, checkpoint, model_map, importance, CANDIDATE_FORMATS, work_dir, progress, should_stop
             )
-            written.append(output.with_suffix(".sensitivity.safetensors"))
-            save_sensitivity(written[1], load_sensitivity(measured))
+            save_sensitivity(written[1], load_sensitivity(measured), replaceable.put)
         if super_weights:
             found = known_super_weights(job, checkpoint, model_map, None, work_dir, progress, should_stop)
             importance = replace(importance, super_weights=found)
-        save_imatrix(output, importance)
+        save_imatrix(output, importance, replaceable.put)
         return written
+
+
+def _claim(work: WorkDirectory, job: Job, checkpoint: Checkpoint, written: list[Path], fresh: bool) -> Replaceable:
+    """Take the work directory for this computation; what may be replaced of the files that it writes."""
+    if fresh:
+        for path in written:
+            check_replaceable(path, directory=False)
+        work.clear()
+    replaceable = Replaceable(work.path / REPLACEABLE)
+    if not fresh:
+        check_free(written, replaceable)
+    fingerprint = {
+        "tool": tool_identity(),
+        "model": checkpoint.model_id,
+        "files": [list(entry) for entry in checkpoint.files()],
+        "calibration": job.calibration,
+        "calibration_file": calibration_file_sha256(job),
+        "samples": job.samples,
+        "sequence_length": job.sequence_length,
+        "seed": job.seed,
+        "chat": job.chat,
+        "device": job.device,
+        "calibration_dtype": job.calibration_dtype,
+    }
+    work.claim(fingerprint, fresh)
+    if fresh:
+        replaceable.allow(written)
+    return replaceable
 
 
 def _check_activations(model: str, output: Path, more: bool) -> None:
@@ -129,14 +153,19 @@ def _check_activations(model: str, output: Path, more: bool) -> None:
         )
 
 
-def _convert_file(path: Path, output: Path, progress: Progress, more: bool) -> None:
+def _convert_file(path: Path, output: Path, progress: Progress, more: bool, fresh: bool) -> None:
     if more:
         raise ConvertError(
             "super weights and sensitivity are found in a model, and this is a file of importance",
             str(path),
             "give the model",
         )
+    check_places([path], [output])
+    replaceable = Replaceable()
+    if fresh:
+        check_replaceable(output, directory=False)
+        replaceable.allow([output])
     importance = load_imatrix(path)
     if importance.super_weights is not None and output.suffix == ".dat":
         progress.say("a .dat file cannot hold super weights: what is known of them stays behind")
-    save_imatrix(output, importance)
+    save_imatrix(output, importance, replaceable.put)

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from calibration.smoothing import Alpha, SmoothQuantConfig
 from converter.interrupts import STOPPED
 from formats.block_format import Effort
 from formats.errors import ConvertError, nearest
+from formats.names import LONGEST_NAME, shortened
 from formats.typed import is_a
 from formats.whole_file import whole_file
 from profiles.protection import Mode, Protection
@@ -31,6 +33,31 @@ UNDECIDED = "undecided"
 
 DEFAULT_SAMPLES = 512
 SAMPLES_RANGE = (128, 1024)
+
+LOCK, DESCRIPTION, REPLACEABLE = "lock", "job.json", "replaceable.json"
+# Everything that the stages keep in a work directory, and so all that may be deleted of it.
+_KEPT = frozenset(
+    (
+        *(
+            "calibration",
+            "importance.gguf",
+            "moments",
+            "source",
+            "source.unfinished",
+            "super-weights",
+            "super_weights.json",
+        ),
+        *("activations", "activations.safetensors", "smoothing.safetensors", "activation-rows"),
+        *("activations-smoothed.safetensors", "calibration-smoothed"),
+        *("analysis", "sensitivity.jsonl", "sensitivity.safetensors", "refinement", "corrections.json"),
+        *("protection", "protection.json", "encoded.jsonl", REPLACEABLE),
+        *("quality", "quality.json", "guard", "coherence.json", "generated.json", "tasks.json"),
+        *("plan.json", "report.html", "report.json"),
+    )
+)
+_DELETED = _KEPT | {f".{name}.tmp" for name in _KEPT}
+# How every description of a job begins, even one that was damaged later on.
+_OURS = re.compile(rb'\{\s*"tool":\s*"[^"]+\+[0-9a-f]{12}"')
 DEFAULT_SEQUENCE_LENGTH = 512
 
 
@@ -191,7 +218,11 @@ def stops_cleanly(work_dir: Path, resume_command: str) -> Iterator[None]:
 
 
 def default_work_dir(output: Path) -> Path:
-    return output.with_name(f"{output.name.removesuffix('.gguf')}.bitwright")
+    """Beside the output; two outputs never share one: m.bitwright is that of m.gguf alone, m.bitwright-work of m."""
+    stem, ending = output.name, ".bitwright-work"
+    if output.suffix == ".gguf":
+        stem, ending = output.stem, ".bitwright"
+    return output.with_name(shortened(stem, LONGEST_NAME - len(ending)) + ending)
 
 
 @cache
@@ -232,10 +263,13 @@ class WorkDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory for this process; another process in it is refused. A killed process holds nothing."""
+        """Hold the directory for this process; another process in it is refused. A killed process holds nothing.
+
+        A directory that has anything in it without a job of ours is somebody else's, and refused."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            self._check_ours()
+            descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise ConvertError(
                 f"the work directory cannot be used: {error}", str(self.path), "name another one with --work-dir"
@@ -253,11 +287,25 @@ class WorkDirectory:
         finally:
             os.close(descriptor)
 
-    def claim(self, fingerprint: dict[str, Any]) -> None:
-        """Take the directory for the job of this fingerprint; refuse it when it holds another job's work. A field that
-        is UNDECIDED contradicts nothing, and is decided by a later claim."""
-        stored = self.path / "job.json"
-        if not stored.exists():
+    def _check_ours(self) -> None:
+        stored = self.path / DESCRIPTION
+        if stored.is_file() and _OURS.match(stored.read_bytes()[:200]):
+            return
+        # A run that was killed at its very beginning has left no more than this.
+        names = [path.name for path in self.path.iterdir() if path.name not in (LOCK, f".{DESCRIPTION}.tmp")]
+        if names:
+            raise ConvertError(
+                f"the directory is not empty, and holds no job of this tool: there is {min(names)}",
+                str(self.path),
+                "name a new or an empty directory with --work-dir",
+            )
+
+    def claim(self, fingerprint: dict[str, Any], fresh: bool = False) -> None:
+        """Take the directory for the job of this fingerprint; refuse it when it holds another job's work, unless it has
+        been cleared for a fresh start. A field that is UNDECIDED contradicts nothing, and is decided by a later
+        claim."""
+        stored = self.path / DESCRIPTION
+        if fresh or not stored.exists():
             _describe_job(stored, fingerprint)
             return
         try:
@@ -279,11 +327,13 @@ class WorkDirectory:
             _describe_job(stored, fingerprint)
 
     def clear(self) -> None:
-        """Remove what earlier runs left, all but the lock that this process holds."""
-        for path in self.path.iterdir():
-            if path.is_dir():
+        """Remove what earlier runs left of their stages, by its names; anything else stays, and so does the job's
+        description, by which the directory is known as ours, until a fresh claim."""
+        self._check_ours()
+        for path in list(self.path.iterdir()):
+            if path.name in _DELETED and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name != "lock":
+            elif path.name in _DELETED:
                 path.unlink()
 
 

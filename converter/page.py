@@ -9,7 +9,7 @@ from converter.pictures import Cell, by_layer_and_role, cell_of, layer_totals
 from converter.progress import size_text
 from converter.recipe import command_text
 from converter.report import PROMISES, agreement_text, feedback_text, figure, perplexity_change
-from converter.svg import Figure, bars, columns_chart, short, style_sheet
+from converter.svg import MARK, Figure, bars, columns_chart, short, style_sheet
 from converter.verdict import COHERENT, FAILED, NOTICEABLE, SEVERE, findings, missed_target
 from profiles.vocabulary import Role
 
@@ -49,13 +49,13 @@ def report_page(report: dict[str, Any], tensors: Sequence[dict[str, Any]]) -> st
 
 def figures_page(title: str, figures: Sequence[Figure]) -> str:
     """A page of nothing but figures."""
-    return page(title, [f"<h1>{escape(title)}</h1>", _figures(figures)])
+    return page(title, [f"<h1>{escape(title)}</h1>", _figures(figures)], MARK)
 
 
-def page(title: str, parts: Iterable[str]) -> str:
-    """A whole page. What it may load is forbidden to it: nothing."""
+def page(title: str, parts: Iterable[str], mark: str = "") -> str:
+    """A whole page. What it may load is forbidden to it: nothing. mark: a comment at its beginning."""
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<!doctype html>\n<html lang="en"><head>{mark}<meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<title>{escape(title)}</title><style>{style_sheet('figure.css')}{style_sheet('page.css')}</style></head>"

@@ -12,7 +12,7 @@ Where the profile decides by measured sensitivity, the order is calibrate -> ana
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -29,6 +29,7 @@ from converter.child import RuntimeTroubled
 from converter.directory_target import DirectoryTarget
 from converter.gguf_target import GgufTarget
 from converter.job import (
+    REPLACEABLE,
     UNDECIDED,
     Job,
     WorkDirectory,
@@ -39,13 +40,14 @@ from converter.job import (
 )
 from converter.metadata import source_card
 from converter.model_map import describe
+from converter.ownership import Replaceable, check_free, check_places, check_replaceable, inputs_of, locked_output
 from converter.page import report_page
-from converter.preflight import check_output_is_free, check_samples, preflight, ternary_warning
+from converter.preflight import check_samples, preflight, ternary_warning
 from converter.progress import Progress
 from converter.recipe import IMPORTANCE_FILE, calibration_manifest, recipe, reproducing_arguments, sensitivity_manifest
 from converter.report import group_rows, source_bytes
 from converter.source import open_checkpoint
-from converter.target import Prepared, Surveyed, Target
+from converter.target import Layout, Prepared, Surveyed, Target
 from converter.verdict import better_recipe, missed_target, overall, warning
 from converter.write import JOURNAL
 from formats.errors import ConvertError
@@ -124,7 +126,17 @@ def prepare(job: Job) -> Prepared:
     evidence = found_evidence(surveyed.job, surveyed.checkpoint, surveyed.model_map)
     if evidence is None and surveyed.job.profile.needs_sensitivity:
         raise analysis_is_needed(surveyed.job)
-    return decide(surveyed, evidence)
+    prepared = decide(surveyed, evidence)
+    _check_places(prepared, prepared.layouts(prepared.importance))
+    return prepared
+
+
+def _check_places(known: Surveyed, layouts: Sequence[Layout]) -> None:
+    """Refuse to write over what is read. Without layouts the artifact is one file."""
+    job = known.job
+    assert job.output is not None
+    outputs = known.target.outputs(job, layouts) if layouts else [job.output]
+    check_places(inputs_of(job, known.checkpoint), outputs, job.work_dir)
 
 
 def fingerprint(known: Surveyed) -> dict[str, Any]:
@@ -185,36 +197,52 @@ def run(
             check_tasks(job.lm_eval)
         known = _known(survey(job), fresh)
         job = known.job
-        assert job.work_dir is not None
+        assert job.work_dir is not None and job.output is not None
         layouts = known.layouts(known.importance) if isinstance(known, Prepared) else []
+        _check_places(known, layouts)
         partial_files = known.target.partial_files(job, layouts)
         preflight(job, known.checkpoint, known.model_map, layouts, partial_files, known.feeds_back)
     for note in known.notes:
         progress.say(note)
     work = WorkDirectory(job.work_dir)
-    with work.locked():
+    with work.locked(), locked_output(job.output):
         known = replace(known, checkpoint=known.checkpoint.with_weights())
         if job.sensitivity is not None:  # the weights tell models apart that look alike by their headers
             found_evidence(job, known.checkpoint, known.model_map)
         if fresh:
-            known.target.check_replaceable(job)
-            work.clear()
-        if not (work.path / "job.json").exists() and not fresh:
-            check_output_is_free(known.target.outputs(job, layouts))
-        work.claim(fingerprint(known))
+            _start_over(known, layouts, work)
+        else:
+            _check_free(known, layouts, work)
+            work.claim(fingerprint(known))
         if isinstance(known, Prepared) and (report := _finished_report(work.path, job)) is not None:
             progress.say("already done: the artifact is there and its hashes are right")
             return known.target.adapted_before(known), report
         with stops_cleanly(work.path, job.command):
-            prepared = (
-                known if isinstance(known, Prepared) else _analyse(known, work, fresh, progress, should_stop, clock)
-            )
+            prepared = known if isinstance(known, Prepared) else _analyse(known, work, progress, should_stop, clock)
             if text := ternary_warning(prepared.checkpoint, prepared.plan):
                 progress.say(f"warning: {text}")
             prepared, report = _run_stages(prepared, work.path, progress, should_stop, clock)
     for text in filter(None, (missed_target(report), warning(report))):
         progress.say(f"warning: {text}")
     return prepared, report
+
+
+def _start_over(known: Surveyed, layouts: Sequence[Layout], work: WorkDirectory) -> None:
+    """--fresh: forget what was done, and replace what is at the output now, once there is something in its place."""
+    target, job = known.target, known.job
+    outputs = {*target.outputs(job, layouts), *target.outputs(job, [])}
+    for path in outputs:
+        check_replaceable(path, target.is_directory)
+    work.clear()
+    work.claim(fingerprint(known), fresh=True)
+    Replaceable(work.path / REPLACEABLE).allow(outputs)
+
+
+def _check_free(known: Surveyed, layouts: Sequence[Layout], work: WorkDirectory) -> None:
+    """Before the artifact is begun nothing may be in its place; later on its own journal tells what is there."""
+    if not (work.path / JOURNAL).exists():
+        replaceable = Replaceable(work.path / REPLACEABLE)
+        check_free(known.target.outputs(known.job, layouts), replaceable, known.target.is_directory)
 
 
 def _known(surveyed: Surveyed, fresh: bool) -> Surveyed:
@@ -226,7 +254,7 @@ def _known(surveyed: Surveyed, fresh: bool) -> Surveyed:
 
 
 def _analyse(
-    surveyed: Surveyed, work: WorkDirectory, fresh: bool, progress: Progress, should_stop: ShouldStop, clock: "_Clock"
+    surveyed: Surveyed, work: WorkDirectory, progress: Progress, should_stop: ShouldStop, clock: "_Clock"
 ) -> Prepared:
     """The plan, after what it rests on has been measured."""
     job, checkpoint, model_map = surveyed.job, surveyed.checkpoint, surveyed.model_map
@@ -249,10 +277,10 @@ def _analyse(
     with clock("plan"):
         prepared = decide(surveyed, evidence)
         layouts = prepared.layouts(prepared.importance)
+        _check_places(prepared, layouts)
         partial_files = prepared.target.partial_files(job, layouts)
         preflight(job, checkpoint, model_map, layouts, partial_files, prepared.feeds_back)
-        if not fresh and not (work.path / JOURNAL).exists():
-            check_output_is_free(prepared.target.outputs(job, layouts))
+        _check_free(prepared, layouts, work)
         work.claim(fingerprint(prepared))
     for note in prepared.notes[len(surveyed.notes) :]:
         progress.say(note)
@@ -314,8 +342,9 @@ def _run_stages(
         with clock("tasks"):
             tasks = measured_tasks(paths[0], job.lm_eval, job.lm_eval_limit, job.n_threads, work_dir)
     verdict = overall(quality, coherence, agreement)
+    hashes = target.hashes(adapted, paths, work_dir)
     files: list[dict[str, Any]] = [
-        {"path": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths
+        {"path": str(path), "bytes": path.stat().st_size, "sha256": hashes[path]} for path in paths
     ]
     n_source, n_artifact = source_bytes(source), sum(path.stat().st_size for path in target.weight_files(paths))
     report = {

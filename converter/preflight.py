@@ -99,17 +99,6 @@ def ternary_warning(checkpoint: Checkpoint, plan: Plan) -> str | None:
     )
 
 
-def check_output_is_free(paths: list[Path]) -> None:
-    """Refuse to replace what this job did not write."""
-    for path in paths:
-        if path.exists():
-            raise ConvertError(
-                "the output exists and is not of this job",
-                str(path),
-                "name another one with --output, or replace this one with --fresh",
-            )
-
-
 def _check_writable(directory: Path, option: str) -> None:
     existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):

@@ -1,6 +1,7 @@
 """The command `convert split`: an artifact in one file becomes one in several, without encoding anything again."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from converter.job import default_work_dir, file_sha256
 from converter.progress import Progress
 from formats.errors import ConvertError
 from formats.gguf_file import EncodedTensor, GgufLayout, lay_out
-from formats.whole_file import whole_file
+from formats.whole_file import take_name, whole_file
 
 _COPIED_AT_ONCE = 1 << 24
 
@@ -32,14 +33,14 @@ def split(artifact: Path, shard_bytes: int, work_dir: Path | None, progress: Pro
         )
     paths = [artifact.with_name(layout.file_name) for layout in layouts]
     for path in paths:
-        if path.exists():
+        if os.path.lexists(path):
             raise ConvertError("the file is there already", str(path), "move it out of the way")
     needed, free = sum(layout.n_bytes for layout in layouts), shutil.disk_usage(artifact.parent).free
     if needed > free:
         raise ConvertError(f"{needed} bytes are needed, {free} are free", str(artifact.parent), "make room")
     done = 0
     for layout, path in zip(layouts, paths, strict=True):
-        with whole_file(path, "artifact", "make room, then run the command again") as file:
+        with whole_file(path, "artifact", "make room, then run the command again", take_name) as file:
             for n_bytes in _copy(layout, tensors, file):
                 done += n_bytes
                 progress("split", done, needed, "B")

@@ -12,6 +12,9 @@ from functools import cache
 from html import escape
 from importlib.resources import files
 
+MARK = "<!-- bitwright: figures -->"
+"""At the beginning of pictures that are a file of their own: they may be drawn again."""
+
 WIDTH = 380
 _LEFT, _RIGHT = 34, 8  # room for layer numbers; for the last label's overhang
 _TITLE_HEIGHT, _NOTE_HEIGHT, _LABEL_HEIGHT = 24, 16, 16
@@ -230,7 +233,7 @@ def svg_file(figures: Sequence[Figure]) -> str:
     title = "; ".join(figure.title for figure in figures)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="figure" viewBox="0 0 {WIDTH + 32} {_number(height)}">'
-        f"<title>{escape(title)}</title><style>{style_sheet('figure.css')}</style>"
+        f"{MARK}<title>{escape(title)}</title><style>{style_sheet('figure.css')}</style>"
         f'<rect width="100%" height="100%" style="fill: var(--card)"/>{"".join(parts)}</svg>\n'
     )
 

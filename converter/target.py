@@ -3,6 +3,7 @@
 The pipeline's stages are the same for a GGUF and for a safetensors directory; what differs is behind the seam Target.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -136,7 +137,9 @@ class Candidate:
 
 
 class Target(Protocol):
-    """One kind of artifact."""
+    """One kind of artifact. is_directory: whether it is one, not a file or several."""
+
+    is_directory: bool
 
     def located(self, job: Job, checkpoint: Checkpoint, model_map: ModelMap) -> Job:
         """The job with its paths decided. Raises ConvertError for options that this kind of artifact has no use for."""
@@ -157,11 +160,8 @@ class Target(Protocol):
 
     def layouts(self, surveyed: Surveyed, plan: Plan, importance: ImportanceMatrix | None) -> list[Layout]: ...
 
-    def outputs(self, job: Job, layouts: list[Layout]) -> list[Path]:
+    def outputs(self, job: Job, layouts: Sequence[Layout]) -> list[Path]:
         """What must not be there before; without layouts, anything that may be written."""
-
-    def check_replaceable(self, job: Job) -> None:
-        """Raises ConvertError for something at the output that --fresh does not replace."""
 
     def partial_files(self, job: Job, layouts: list[Layout]) -> list[Path]:
         """Where the files grow until they are whole."""
@@ -200,6 +200,10 @@ class Target(Protocol):
 
     def complete(self, adapted: Adapted, paths: list[Path]) -> list[Path]:
         """Give the verified artifact its name; returns its files as `write` does."""
+
+    def hashes(self, adapted: Adapted, paths: list[Path], work_dir: Path) -> dict[Path, str]:
+        """SHA-256 of every file of the artifact, once it has its name. Raises ConvertError for a file that is not, to
+        the byte, what the plan and the journal of this job say: then another one describes what is there."""
 
     def candidate(self, adapted: Adapted, paths: list[Path], work_dir: Path) -> Candidate: ...
 

@@ -13,9 +13,11 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from calibration.control import Interrupted, Progress, ShouldStop
+from converter.ownership import Replaceable, check_free, put_in_place, remove_replaced
 from converter.target import Layout
 from formats.errors import ConvertError
 from formats.journal import append_line, read_lines
+from formats.names import hidden_path
 from formats.whole_file import sync_directory
 from profiles.plan import Plan, PlannedTensor
 
@@ -24,7 +26,7 @@ JOURNAL = "encoded.jsonl"
 
 def partial_path(output: Path) -> Path:
     """Where a file grows until it is whole: beside its final place, so that a rename completes it."""
-    return output.with_name(f".{output.name}.partial")
+    return hidden_path(output, "partial")
 
 
 class PlanEncoder(Protocol):
@@ -44,11 +46,20 @@ class ArtifactWriter:
     """Writes the files of an artifact, a checkpoint after every tensor.
 
     journal: JSON lines, one {"tensor", "sha256"} for each tensor whose data is safely on the disk, and what the
-    encoder remarks of it.
+    encoder remarks of it. replaceable: what may be replaced where the files are to be; None for a directory of ours,
+    in which anything may.
     """
 
-    def __init__(self, encoder: PlanEncoder, layouts: Sequence[Layout], directory: Path, journal: Path):
+    def __init__(
+        self,
+        encoder: PlanEncoder,
+        layouts: Sequence[Layout],
+        directory: Path,
+        journal: Path,
+        replaceable: Replaceable | None = None,
+    ):
         self.encoder, self.layouts, self.directory, self.journal = encoder, layouts, directory, journal
+        self.replaceable = replaceable
         self._planned = {planned.tensor.name: planned for planned in encoder.plan.tensors}
         self._total = encoder.plan.n_bytes
 
@@ -113,7 +124,9 @@ class ArtifactWriter:
         return digest.hexdigest()
 
     def _finished_tensors(self) -> set[str]:
-        """The tensors of the journal whose bytes are in the partial files as they were written."""
+        """The tensors of the journal whose bytes are in the partial files as they were written.
+
+        Raises ConvertError for a file in the place of one of ours, before anything is encoded in vain."""
         recorded = {entry["tensor"]: entry["sha256"] for entry in read_lines(self.journal)}
         finished = set()
         for layout in self.layouts:
@@ -126,7 +139,11 @@ class ArtifactWriter:
                 finished.update(sound)
             elif final.exists():  # a run that was killed while it renamed the files of a split artifact
                 sound = _sound_tensors(final, layout, recorded)
-                finished.update(sound if len(sound) == len(layout.tensors) else ())
+                if len(sound) == len(layout.tensors):
+                    finished.update(sound)
+                    continue
+            if self.replaceable is not None and not (partial.exists() and final.exists() and final.samefile(partial)):
+                check_free([final], self.replaceable)
         return finished
 
     def _complete(self) -> list[Path]:
@@ -134,9 +151,42 @@ class ArtifactWriter:
         paths = [self.directory / layout.file_name for layout in self.layouts]
         for path in paths:
             if partial_path(path).exists():
-                partial_path(path).rename(path)
+                self._put_in_place(path)
+            elif self.replaceable is not None:
+                remove_replaced(path, self.replaceable)
         sync_directory(self.directory)
         return paths
+
+    def _put_in_place(self, path: Path) -> None:
+        if self.replaceable is None:
+            partial_path(path).replace(path)
+        else:
+            put_in_place(partial_path(path), path, self.replaceable)
+
+
+def written_sha256(path: Path, layout: Layout, journal: Path) -> str:
+    """SHA-256 of a finished file that is, to the byte, what the layout and the journal say. Raises ConvertError for any
+    other, whoever has written it."""
+    recorded = {entry["tensor"]: entry["sha256"] for entry in read_lines(journal)}
+    whole = hashlib.sha256()
+    with path.open("rb") as file:
+        header = file.read(len(layout.header))
+        whole.update(header)
+        sound = header == layout.header
+        ends = [*layout.offsets[1:], layout.n_bytes]
+        for entry, offset, end in zip(layout.tensors, layout.offsets, ends, strict=True):
+            sound = sound and _digest(file, offset, entry.n_bytes, whole) == recorded.get(entry.name)
+            padding = file.read(end - offset - entry.n_bytes)
+            whole.update(padding)
+            sound = sound and not any(padding)
+        sound = sound and not file.read(1)
+    if not sound:
+        raise ConvertError(
+            "the artifact is not what this job has written: it was changed or replaced meanwhile",
+            str(path),
+            "leave it alone until the job is done, then write it again with --fresh, or to another --output",
+        )
+    return whole.hexdigest()
 
 
 def _sound_tensors(path: Path, layout: Layout, recorded: dict[str, str]) -> list[str]:
@@ -153,10 +203,13 @@ def _sound_tensors(path: Path, layout: Layout, recorded: dict[str, str]) -> list
     return sound
 
 
-def _digest(file, offset: int, n_bytes: int) -> str:
+def _digest(file: BinaryIO, offset: int, n_bytes: int, whole: "hashlib._Hash | None" = None) -> str:
+    """SHA-256 of a part of the file, "" where it ends before. whole: takes the same bytes in, too."""
     file.seek(offset)
     digest = hashlib.sha256()
     while n_bytes and (data := file.read(min(n_bytes, 1 << 24))):
         digest.update(data)
+        if whole is not None:
+            whole.update(data)
         n_bytes -= len(data)
     return digest.hexdigest() if not n_bytes else ""

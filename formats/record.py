@@ -1,6 +1,7 @@
 """Records in safetensors files: arrays, and what they are as JSON in the metadata."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.numpy import save
 from formats.errors import ConvertError
 from formats.regular_file import parse_json
 from formats.safetensors_file import read_header
-from formats.whole_file import whole_file
+from formats.whole_file import Place, whole_file
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,13 @@ class RecordKind:
     title: str
     command: str
 
-    def save(self, path: Path, header: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        """Write the file; it appears whole or not at all. The same record gives the same bytes."""
+    def save(
+        self, path: Path, header: Mapping[str, Any], arrays: dict[str, np.ndarray], place: Place = os.replace
+    ) -> None:
+        """Write the file; it appears whole or not at all, and `place` gives it its name. The same record gives the same
+        bytes."""
         data = save(arrays, {self.key: json.dumps({"version": self.version, **header}, sort_keys=True)})
-        with whole_file(path, self.title) as file:
+        with whole_file(path, self.title, place=place) as file:
             file.write(data)
 
     def is_in(self, path: Path) -> bool:

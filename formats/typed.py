@@ -21,6 +21,5 @@ def is_a(value: object, declared: Any) -> bool:
         return isinstance(value, dict) and all(is_a(k, options[0]) and is_a(v, options[1]) for k, v in value.items())
     if type(value) is int and declared is float:
         return value.bit_length() < 1024
-    if declared in (int, bool):
-        return type(value) is declared
-    return isinstance(value, declared) and (type(value) is not float or isfinite(value))
+    exact = declared not in (int, bool) or type(value) is declared
+    return exact and isinstance(value, declared) and (type(value) is not float or isfinite(value))

@@ -1,0 +1,305 @@
+"""What a command may replace or delete: what it wrote itself, what it was told to replace, and never what it reads.
+
+Every command that writes a file asks here. A whole file takes its name without replacing anything; where something has
+that name already, and may be replaced, it is moved aside, looked at once more, and only then removed.
+"""
+
+import fcntl
+import filecmp
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from converter.checkpoint import Checkpoint, is_metadata_file
+from converter.directory_artifact import RECIPE_NAME, read_recipe
+from converter.job import Job
+from converter.progress import size_text
+from formats.errors import ConvertError
+from formats.names import LONGEST_NAME, hidden_path
+from formats.whole_file import take_name, whole_file
+
+
+class Replaceable:
+    """What a job may replace at its outputs: by path what was there when --fresh was given, and what it has put there
+    itself. Anything that has been changed or exchanged since is somebody else's.
+
+    store: where the work directory remembers it, so that a run after an interruption may, too; None for a command
+    without a work directory.
+    """
+
+    def __init__(self, store: Path | None = None):
+        self._store = store
+        self._identities: dict[str, list[str]] = {}
+        if store is not None and store.exists():
+            with suppress(ValueError, TypeError, AttributeError):  # a damaged record allows nothing
+                stored = json.loads(store.read_bytes())
+                self._identities = {path: list(map(str, found)) for path, found in stored.items()}
+
+    def allow(self, paths: Iterable[Path]) -> None:
+        """What is at these paths now may be replaced."""
+        self._remember({path: identity for path in paths if (identity := _identity(path)) is not None})
+
+    def allows(self, path: Path, at: Path | None = None) -> bool:
+        """Whether what is at this path, or has been moved from it to another, may be replaced."""
+        identity = _identity(path if at is None else at)
+        return identity is not None and identity in self._identities.get(str(path.absolute()), ())
+
+    def put(self, new: Path, path: Path) -> None:
+        """Give a new file its name, as put_in_place does; the job may replace it later on."""
+        if (identity := _identity(new)) is not None:
+            self._remember({path: identity})
+        put_in_place(new, path, self)
+
+    def _remember(self, identities: dict[Path, str]) -> None:
+        for path, identity in identities.items():
+            self._identities.setdefault(str(path.absolute()), []).append(identity)
+        if self._store is not None and identities:
+            with whole_file(self._store, "record of what may be replaced") as file:
+                file.write(json.dumps(self._identities, indent=1).encode())
+
+
+def _identity(path: Path) -> str | None:
+    """What tells a file from any other that may come in its place, and stays with it when it is renamed; of a directory
+    that of its recipe. None where nothing is."""
+    try:
+        found = (path / RECIPE_NAME if _is_directory(path) else path).lstat()
+    except OSError:
+        return None
+    return f"{found.st_ino}-{found.st_size}-{found.st_mtime_ns}"
+
+
+def _is_directory(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _is_empty(directory: Path) -> bool:
+    return _is_directory(directory) and next(directory.iterdir(), None) is None
+
+
+# Before the work
+
+
+def inputs_of(job: Job, checkpoint: Checkpoint) -> list[Path]:
+    """The files and directories that a job reads."""
+    location = checkpoint.location
+    small = [path for path in location.iterdir() if is_metadata_file(path.name)] if location.is_dir() else []
+    text = Path(job.calibration).expanduser() if job.calibration is not None else None
+    named = [path for path in (job.imatrix, job.sensitivity, text) if path is not None and path.exists()]
+    return [location, *small, *sorted({tensor.file for tensor in checkpoint.tensors.values()}), *named]
+
+
+def check_places(inputs: Iterable[Path], outputs: Iterable[Path], work_dir: Path | None = None) -> None:
+    """Refuse an output that is an input or would hold one, and a work directory in which either lies: what is in it may
+    be deleted. Raises ConvertError."""
+    inputs, outputs = list(inputs), list(outputs)
+    for output in outputs:
+        if (length := len(os.fsencode(output.name))) > LONGEST_NAME:
+            raise ConvertError(
+                f"the file's name would have {length} bytes, and file systems take {LONGEST_NAME}",
+                str(output),
+                "choose a shorter one with --output",
+            )
+        for path in inputs:
+            if _is_inside(path, output) or (output.exists() and path.exists() and output.samefile(path)):
+                raise ConvertError(f"the output would replace what is read: {path}", str(output), "name another output")
+    if work_dir is None:
+        return
+    for path in [*inputs, *outputs]:
+        if _is_inside(path, work_dir):
+            raise ConvertError(
+                f"the work directory holds {path}, and --fresh deletes what is in a work directory",
+                str(work_dir),
+                "name a directory of its own with --work-dir, or move that file out of it",
+            )
+    for output in outputs:
+        if _is_inside(work_dir, output):
+            raise ConvertError(
+                "the work directory lies in the output, which appears as a whole and is replaced as a whole",
+                str(work_dir),
+                "name a directory beside it with --work-dir",
+            )
+
+
+def _is_inside(path: Path, directory: Path) -> bool:
+    """Whether it is the other, or lies in it, whatever links lead there."""
+    return path.resolve().is_relative_to(directory.resolve())
+
+
+def check_replaceable(path: Path, directory: bool) -> None:
+    """Refuse what not even --fresh replaces: a directory where a file is to be and the other way round, a directory
+    that this tool did not write, and one in which somebody has put files. Raises ConvertError."""
+    if not os.path.lexists(path) or (directory and _is_empty(path)):
+        return
+    remedy = "name another one with --output, or remove it yourself"
+    if not directory:
+        if not (path.is_file() or path.is_symlink()):
+            raise ConvertError(f"the output exists and is no file: {_what(path)}", str(path), remedy)
+        return
+    if not _is_directory(path):
+        raise ConvertError(f"the output exists and is no directory: {_what(path)}", str(path), remedy)
+    if not (path / RECIPE_NAME).is_file():
+        raise ConvertError(
+            f"the output exists and has no {RECIPE_NAME}: it was not written by this tool, and is not replaced",
+            str(path),
+            remedy,
+        )
+    if foreign := foreign_entries(path):
+        raise ConvertError(
+            f"the output has files that this tool did not write, and is not replaced: {_list(foreign)}",
+            str(path),
+            "move them out of it, or name another one with --output",
+        )
+
+
+def check_free(paths: Iterable[Path], replaceable: Replaceable, directory: bool = False) -> None:
+    """Refuse outputs where something is that the job neither wrote nor may replace. Raises ConvertError."""
+    for path in paths:
+        if os.path.lexists(path) and not (directory and _is_empty(path)) and not replaceable.allows(path):
+            raise occupied(path)
+
+
+def occupied(
+    path: Path, remedy: str = "name another one with --output, or replace this one with --fresh"
+) -> ConvertError:
+    return ConvertError(f"the output exists and is not of this job: {_what(path)}", str(path), remedy)
+
+
+def _what(path: Path) -> str:
+    if path.is_symlink():
+        return f"a link to {os.readlink(path)}"
+    if path.is_dir():
+        return "a directory that this tool wrote" if (path / RECIPE_NAME).is_file() else "a directory"
+    if not path.is_file():
+        return "no regular file"
+    with path.open("rb") as file:
+        kind = "a GGUF" if file.read(4) == b"GGUF" else "a file"
+    changed = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+    return f"{kind} of {size_text(path.stat().st_size)}, last changed at {changed}"
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@contextmanager
+def locked_output(path: Path) -> Iterator[None]:
+    """Hold the output for this process, in whatever work directory it works; another process is refused. A killed one
+    holds nothing. Raises ConvertError."""
+    lock = hidden_path(path, "lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(lock)
+    except BlockingIOError:
+        raise ConvertError(
+            "another process is writing this output", str(path), "wait for it to end, or name another one with --output"
+        ) from None
+    except OSError as error:
+        raise ConvertError(
+            f"the output cannot be locked: {error}", str(path), "name another one with --output"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock(lock: Path) -> int:
+    """The open file of the lock. One that another process has removed meanwhile locks nothing, and another is made."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_open(lock, descriptor):
+                return descriptor
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _is_open(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+# When a file is whole
+
+
+def put_in_place(new: Path, path: Path, replaceable: Replaceable) -> None:
+    """Give a new file, or directory, its name. Something that has this name is replaced where it may be, and stays
+    otherwise; the same bytes as those of the new file are as good as new.
+
+    A run that was killed in here is completed by the same call, or by remove_replaced. Raises ConvertError for
+    something that stays, and OSError.
+    """
+    if not _took_name(new, path):
+        if path.is_file() and (path.samefile(new) or filecmp.cmp(path, new, shallow=False)):
+            new.unlink()
+        else:
+            _move_aside(path, replaceable)
+            if not _took_name(new, path):
+                raise occupied(path)
+    remove_replaced(path, replaceable)
+
+
+def _took_name(new: Path, path: Path) -> bool:
+    try:
+        take_name(new, path)
+    except OSError:
+        if os.path.lexists(path):
+            return False
+        raise
+    return True
+
+
+def _move_aside(path: Path, replaceable: Replaceable) -> None:
+    aside = hidden_path(path, "replaced")
+    remove_replaced(path, replaceable)
+    if not replaceable.allows(path) or os.path.lexists(aside):
+        raise occupied(aside if replaceable.allows(path) else path)
+    path.rename(aside)
+    if not replaceable.allows(path, aside) or (_is_directory(aside) and foreign_entries(aside)):
+        take_name(aside, path)  # it came between the look and the renaming
+        raise occupied(path)
+
+
+def remove_replaced(path: Path, replaceable: Replaceable) -> None:
+    """Remove what has been moved aside for the file or directory of this name, and may be replaced."""
+    aside = hidden_path(path, "replaced")
+    if _is_empty(aside):
+        aside.rmdir()
+    elif replaceable.allows(path, aside):
+        if _is_directory(aside):
+            remove_artifact(aside)
+        else:
+            aside.unlink()
+
+
+def foreign_entries(directory: Path) -> list[str]:
+    """What is in a directory that this tool wrote, and is none of the files that its recipe lists. Raises ConvertError
+    for a damaged recipe."""
+    files = read_recipe(directory).get("files")
+    listed = {str(file.get("path")) for file in files if isinstance(file, dict)} if isinstance(files, list) else set()
+    return sorted(
+        path.name
+        for path in directory.iterdir()
+        if path.name != RECIPE_NAME and (path.name not in listed or _is_directory(path))
+    )
+
+
+def remove_artifact(directory: Path) -> None:
+    """Remove the files of a directory that this tool wrote, and the directory unless it has others. The recipe, by
+    which it knows them, goes last."""
+    kept = {*foreign_entries(directory), RECIPE_NAME}
+    for path in list(directory.iterdir()):
+        if path.name not in kept:
+            path.unlink()
+    if kept == {RECIPE_NAME}:
+        (directory / RECIPE_NAME).unlink()
+        directory.rmdir()
