@@ -126,9 +126,7 @@ def prepare(job: Job) -> Prepared:
     evidence = found_evidence(surveyed.job, surveyed.checkpoint, surveyed.model_map)
     if evidence is None and surveyed.job.profile.needs_sensitivity:
         raise analysis_is_needed(surveyed.job)
-    prepared = decide(surveyed, evidence)
-    _check_places(prepared, prepared.layouts(prepared.importance))
-    return prepared
+    return decide(surveyed, evidence)
 
 
 def _check_places(known: Surveyed, layouts: Sequence[Layout]) -> None:
@@ -195,7 +193,9 @@ def run(
             from converter.tasks import check_tasks
 
             check_tasks(job.lm_eval)
-        known = _known(survey(job), fresh)
+        surveyed = survey(job)
+        _check_places(surveyed, [])
+        known = _known(surveyed, fresh)
         job = known.job
         assert job.work_dir is not None and job.output is not None
         layouts = known.layouts(known.importance) if isinstance(known, Prepared) else []

@@ -19,22 +19,23 @@ import json
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 import numpy as np
 
-import converter
 from calibration.corpus import Corpus, load_corpus
 from calibration.quality import Baseline
 from converter.calibrate import load_tokenizer, uses_chat
 from converter.checkpoint import Checkpoint
 from converter.directory_artifact import DirectoryArtifact
-from converter.job import Job
+from converter.job import Job, WorkDirectory, default_work_dir
 from converter.model_map import describe
 from converter.modules import describe_modules, stored_dtypes
+from converter.pipeline import fingerprint, prepare, run
+from converter.progress import Progress
 from converter.quality import open_candidate
 from converter.report import table
 from converter.scheme_products import SchemeProducts
@@ -43,7 +44,7 @@ from converter.source import open_checkpoint
 from converter.target import Candidate
 from formats.errors import ConvertError
 from profiles.modules import plan_modules
-from profiles.schema import parse_profile
+from profiles.schema import load_profile, parse_profile
 
 if TYPE_CHECKING:
     import torch
@@ -87,24 +88,24 @@ class Bench:
     def ours(self, row: Row) -> tuple[Candidate, Path]:
         """Our directory. Statistics of the same model and the same smoothing are computed once."""
         directory, kept = self.scratch / "ours", self.scratch / f"kept-{row.alpha}"
-        work = self.scratch / "ours.bitwright"
+        work = default_work_dir(directory)
         for path in (directory, work):
             shutil.rmtree(path, ignore_errors=True)
-        work.mkdir()
-        _copy(self.scratch / "kept", work)
-        _copy(kept, work)
-        converter.convert(
-            str(self.model),
-            profile=self._profile(row),
+        job = replace(
+            self.calibration,
+            model=str(self.model),
+            profile=load_profile(self._profile(row)),
             output=directory,
-            calibration=self.calibration.calibration,
-            samples=self.calibration.samples,
-            sequence_length=self.calibration.sequence_length,
             alpha=row.alpha,
             error_feedback=self.fed,
             quality=False,
-            quiet=True,
         )
+        claimed = WorkDirectory(work)
+        with claimed.locked():
+            claimed.claim(fingerprint(prepare(job)))
+            _copy(self.scratch / "kept", work)
+            _copy(kept, work)
+        run(job, Progress(quiet=True))
         # With feedback importance comes with second moments, which are gone once the matrices are encoded.
         importance = () if self.fed else ("importance.gguf",)
         _copy(work, self.scratch / "kept", ACTIVATIONS_FILE, "activation-rows", *importance)

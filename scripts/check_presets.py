@@ -18,6 +18,7 @@ from calibration.corpus import load_corpus
 from calibration.quality import Baseline
 from converter import convert
 from converter.calibrate import load_tokenizer
+from converter.job import default_work_dir
 from converter.model_map import describe
 from converter.quality import open_candidate
 from converter.source import open_checkpoint
@@ -59,7 +60,7 @@ class Bench:
         output = directory / ("model.gguf" if profile.target == "gguf" else "model")
         options = self.options if profile.target == "gguf" else DIRECTORY_CALIBRATION
         report = convert(str(self.model), preset, output, target_bpw=bpw, quality=False, quiet=True, **options)
-        plan = json.loads((directory / "model.bitwright" / "plan.json").read_text())
+        plan = json.loads((default_work_dir(output) / "plan.json").read_text())
         opened = open_candidate(output, self.model_map)
         scores = self.baseline.scores(opened.weights, report["plan_sha256"], arithmetic=opened.arithmetic)
         source, candidate, kld, agree = scores[:4]

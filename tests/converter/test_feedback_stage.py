@@ -19,7 +19,7 @@ from converter.cli import main
 from converter.directory_artifact import DirectoryArtifact
 from converter.encode import Encoder
 from converter.feedback import Feedback, moment_widths, wants_feedback
-from converter.job import Job
+from converter.job import Job, default_work_dir
 from converter.model_map import describe, read_rows
 from converter.pipeline import prepare, run
 from converter.progress import Progress
@@ -297,18 +297,18 @@ def test_of_a_directory_the_output_error_falls(model, profile, alpha, tiny, text
     encoded = {row["tensor"] for row in feedback["outcomes"]}
     differing = {name for name in encoded if not np.array_equal(*(artifact.read(name) for artifact in artifacts))}
     assert differing == kept
-    assert not (tmp_path / "fed.bitwright" / "moments").exists()
+    assert not (default_work_dir(tmp_path / "fed") / "moments").exists()
 
 
 def plan_of(output: Path) -> bytes:
-    return (output.with_name(output.name + ".bitwright") / "plan.json").read_bytes()
+    return (default_work_dir(output) / "plan.json").read_bytes()
 
 
 def test_a_smoothed_matrix_is_fed_its_inputs_divided_by_the_factors(tiny, text, tmp_path):
     """What a matrix of the directory loses on the inputs of the smoothed model is what was said of held-out ones."""
     model, output = tiny("llama-256"), tmp_path / "fed"
     report = directory(model, output, text, "W8A8", alpha=0.7)
-    smoothing = load_smoothing(tmp_path / "fed.bitwright" / "smoothing.safetensors")
+    smoothing = load_smoothing(default_work_dir(tmp_path / "fed") / "smoothing.safetensors")
     checkpoint = open_checkpoint(str(model))
     corpus = load_corpus(str(text), load_tokenizer(model), 128, 16, chat=False)
     compute_importance(
@@ -353,9 +353,8 @@ def test_a_directory_has_the_same_bytes_on_any_threads_and_after_a_stop(tiny, te
 
 def test_a_directory_with_an_importance_matrix_calibrates_for_the_moments(tiny, text, tmp_path):
     first = directory(tiny("llama-256"), tmp_path / "first", text, "W4A16_G32")
-    second = directory(
-        tiny("llama-256"), tmp_path / "second", text, "W4A16_G32", imatrix=tmp_path / "first.bitwright/importance.gguf"
-    )
+    importance = default_work_dir(tmp_path / "first") / "importance.gguf"
+    second = directory(tiny("llama-256"), tmp_path / "second", text, "W4A16_G32", imatrix=importance)
     assert second["feedback"] == first["feedback"]
 
 
