@@ -27,6 +27,7 @@ from converter.model_map import describe
 from converter.options import build_job
 from converter.ownership import (
     Replaceable,
+    bring_back,
     check_free,
     check_places,
     check_replaceable,
@@ -112,6 +113,7 @@ def _claim(work: WorkDirectory, job: Job, checkpoint: Checkpoint, written: list[
     """Take the work directory for this computation; what may be replaced of the files that it writes."""
     if fresh:
         for path in written:
+            bring_back(path, Replaceable(work.path / REPLACEABLE))
             check_replaceable(path, directory=False)
         work.clear()
     replaceable = Replaceable(work.path / REPLACEABLE)

@@ -218,7 +218,11 @@ def stops_cleanly(work_dir: Path, resume_command: str) -> Iterator[None]:
 
 
 def default_work_dir(output: Path) -> Path:
-    """Beside the output; two outputs never share one: m.bitwright is that of m.gguf alone, m.bitwright-work of m."""
+    """Beside the output; two outputs never share one: m.bitwright is that of m.gguf alone, m.bitwright-work of m.
+
+    Raises ConvertError for an output such as ".."."""
+    if output.name in ("", ".."):
+        raise ConvertError("the output has no name of its own", str(output), "write its name: --output DIRECTORY/NAME")
     stem, ending = output.name, ".bitwright-work"
     if output.suffix == ".gguf":
         stem, ending = output.stem, ".bitwright"

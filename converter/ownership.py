@@ -4,6 +4,7 @@ Every command that writes a file asks here. A whole file takes its name without 
 that name already, and may be replaced, it is moved aside, looked at once more, and only then removed.
 """
 
+import errno
 import fcntl
 import filecmp
 import json
@@ -20,6 +21,8 @@ from converter.progress import size_text
 from formats.errors import ConvertError
 from formats.names import LONGEST_NAME, hidden_path
 from formats.whole_file import take_name, whole_file
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 class Replaceable:
@@ -94,38 +97,43 @@ def inputs_of(job: Job, checkpoint: Checkpoint) -> list[Path]:
 def check_places(inputs: Iterable[Path], outputs: Iterable[Path], work_dir: Path | None = None) -> None:
     """Refuse an output that is an input or would hold one, and a work directory in which either lies: what is in it may
     be deleted. Raises ConvertError."""
-    inputs, outputs = list(inputs), list(outputs)
-    for output in outputs:
+    read, written = [(path, path.resolve()) for path in inputs], [(path, path.resolve()) for path in outputs]
+    on_disk = {(found.st_dev, found.st_ino): path for path, _ in read if (found := _stat(path)) is not None}
+    for output, place in written:
         if (length := len(os.fsencode(output.name))) > LONGEST_NAME:
             raise ConvertError(
                 f"the file's name would have {length} bytes, and file systems take {LONGEST_NAME}",
                 str(output),
                 "choose a shorter one with --output",
             )
-        for path in inputs:
-            if _is_inside(path, output) or (output.exists() and path.exists() and output.samefile(path)):
-                raise ConvertError(f"the output would replace what is read: {path}", str(output), "name another output")
+        found = _stat(output)
+        same = on_disk.get((found.st_dev, found.st_ino)) if found is not None else None
+        same = same or next((path for path, of in read if of.is_relative_to(place)), None)
+        if same is not None:
+            raise ConvertError(f"the output would replace what is read: {same}", str(output), "name another output")
     if work_dir is None:
         return
-    for path in [*inputs, *outputs]:
-        if _is_inside(path, work_dir):
+    work_place = work_dir.resolve()
+    for path, place in [*read, *written]:
+        if place.is_relative_to(work_place):
             raise ConvertError(
                 f"the work directory holds {path}, and --fresh deletes what is in a work directory",
                 str(work_dir),
                 "name a directory of its own with --work-dir, or move that file out of it",
             )
-    for output in outputs:
-        if _is_inside(work_dir, output):
-            raise ConvertError(
-                "the work directory lies in the output, which appears as a whole and is replaced as a whole",
-                str(work_dir),
-                "name a directory beside it with --work-dir",
-            )
+    if any(work_place.is_relative_to(place) for _, place in written):
+        raise ConvertError(
+            "the work directory lies in the output, which appears as a whole and is replaced as a whole",
+            str(work_dir),
+            "name a directory beside it with --work-dir",
+        )
 
 
-def _is_inside(path: Path, directory: Path) -> bool:
-    """Whether it is the other, or lies in it, whatever links lead there."""
-    return path.resolve().is_relative_to(directory.resolve())
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None
 
 
 def check_replaceable(path: Path, directory: bool) -> None:
@@ -208,14 +216,18 @@ def locked_output(path: Path) -> Iterator[None]:
 
 
 def _lock(lock: Path) -> int:
-    """The open file of the lock. One that another process has removed meanwhile locks nothing, and another is made."""
+    """The open file of the lock. One that another process has removed meanwhile locks nothing, and another is made.
+
+    Where a file system has no locks nothing is held: then what was written is found out to be another's at the end."""
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_open(lock, descriptor):
                 return descriptor
-        except OSError:
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return descriptor
             os.close(descriptor)
             raise
         os.close(descriptor)
@@ -260,9 +272,15 @@ def _took_name(new: Path, path: Path) -> bool:
 
 def _move_aside(path: Path, replaceable: Replaceable) -> None:
     aside = hidden_path(path, "replaced")
+    if not replaceable.allows(path):
+        raise occupied(path)
     remove_replaced(path, replaceable)
-    if not replaceable.allows(path) or os.path.lexists(aside):
-        raise occupied(aside if replaceable.allows(path) else path)
+    if os.path.lexists(aside):
+        raise ConvertError(
+            f"an earlier run has moved away what was at the output, and nothing tells whose it is: {_what(aside)}",
+            str(aside),
+            "give it another name, or remove it, then run the same command again",
+        )
     path.rename(aside)
     if not replaceable.allows(path, aside) or (_is_directory(aside) and foreign_entries(aside)):
         take_name(aside, path)  # it came between the look and the renaming
@@ -279,6 +297,15 @@ def remove_replaced(path: Path, replaceable: Replaceable) -> None:
             remove_artifact(aside)
         else:
             aside.unlink()
+
+
+def bring_back(path: Path, replaceable: Replaceable) -> None:
+    """Undo what a run that was killed has moved aside, before its record of that is deleted: where nothing has come in
+    its place it is there again."""
+    aside = hidden_path(path, "replaced")
+    if replaceable.allows(path, aside) and not os.path.lexists(path):
+        take_name(aside, path)
+    remove_replaced(path, replaceable)
 
 
 def foreign_entries(directory: Path) -> list[str]:

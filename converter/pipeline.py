@@ -40,7 +40,15 @@ from converter.job import (
 )
 from converter.metadata import source_card
 from converter.model_map import describe
-from converter.ownership import Replaceable, check_free, check_places, check_replaceable, inputs_of, locked_output
+from converter.ownership import (
+    Replaceable,
+    bring_back,
+    check_free,
+    check_places,
+    check_replaceable,
+    inputs_of,
+    locked_output,
+)
 from converter.page import report_page
 from converter.preflight import check_samples, preflight, ternary_warning
 from converter.progress import Progress
@@ -232,6 +240,7 @@ def _start_over(known: Surveyed, layouts: Sequence[Layout], work: WorkDirectory)
     target, job = known.target, known.job
     outputs = {*target.outputs(job, layouts), *target.outputs(job, [])}
     for path in outputs:
+        bring_back(path, Replaceable(work.path / REPLACEABLE))
         check_replaceable(path, target.is_directory)
     work.clear()
     work.claim(fingerprint(known), fresh=True)

@@ -255,14 +255,14 @@ def _convert_slowly(model: str, name: str, output: str, stop_at: int, fresh: boo
 
         Path.rename = killed_beside
     elif stop_at < 0:
-        in_place = directory._put_in_place
+        in_place = directory.put_in_place
 
-        def killed(partial, output):
+        def killed(partial, output, replaceable):
             if stop_at == -2:
-                in_place(partial, output)
+                in_place(partial, output, replaceable)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        directory._put_in_place = killed
+        directory.put_in_place = killed
     converter.convert(model, profile=name, output=output, fresh=fresh, **SHORT)
 
 
