@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from converter.checkpoint import Checkpoint, is_metadata_file
+from converter.checkpoint import Checkpoint, metadata_files
 from converter.directory_artifact import RECIPE_NAME, read_recipe
 from converter.job import Job
 from converter.progress import size_text
@@ -88,7 +88,7 @@ def _is_empty(directory: Path) -> bool:
 def inputs_of(job: Job, checkpoint: Checkpoint) -> list[Path]:
     """The files and directories that a job reads."""
     location = checkpoint.location
-    small = [path for path in location.iterdir() if is_metadata_file(path.name)] if location.is_dir() else []
+    small = metadata_files(location) if location.is_dir() else []
     text = Path(job.calibration).expanduser() if job.calibration is not None else None
     named = [path for path in (job.imatrix, job.sensitivity, text) if path is not None and path.exists()]
     return [location, *small, *sorted({tensor.file for tensor in checkpoint.tensors.values()}), *named]
