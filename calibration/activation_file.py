@@ -5,7 +5,6 @@ safetensors  metadata "bitwright.activations": JSON with "version", "tensors" an
              "cached keys/LAYER", "cached values/LAYER"   float32 [n_heads, head_size], see CachedPeaks
 """
 
-import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from calibration.activations import ActivationStatistics, CachedPeaks, MatrixInputs
 from calibration.histogram import N_BINS, N_MAGNITUDES
+from formats.files import rename
 from formats.record import RecordKind
 from formats.whole_file import Place
 
@@ -42,7 +42,7 @@ _IDENTITY: dict[str, tuple[type, ...]] = {
 }
 
 
-def save_activations(path: Path, statistics: ActivationStatistics, place: Place = os.replace) -> None:
+def save_activations(path: Path, statistics: ActivationStatistics, place: Place = rename) -> None:
     """Write the file; it appears whole or not at all. The same statistics give the same bytes."""
     arrays: dict[str, np.ndarray] = {
         f"{key}/{name}": np.ascontiguousarray(getattr(inputs, key), dtype)

@@ -12,6 +12,8 @@ from calibration.control import Progress, ShouldStop, never, silent
 from calibration.histogram import magnitudes, mean_square, quantile
 from calibration.importance import ImportanceMatrix
 from formats.errors import ConvertError
+from formats.files import make_directory
+from formats.seals import SEALS, is_sealed, is_sound, sealed
 from formats.whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -218,23 +220,36 @@ class ActivationStatistics:
         return ConvertError(f"the tensor {name!r} {problem}", self.where, "compute the activation statistics again")
 
 
+class RowsLost(ConvertError):
+    """Rows that were kept are gone or damaged; another pass over the text brings them back."""
+
+    def __init__(self, path: Path):
+        super().__init__("the sample of activations is not what was written", str(path), "start again with --fresh")
+
+
 class InputRows:
-    """Some rows of the inputs of matrices, on the disk: DIRECTORY/TENSOR.npz for each GGUF tensor that has any."""
+    """Some rows of the inputs of matrices, on the disk: DIRECTORY/TENSOR.npz, sealed, for each GGUF tensor that has
+    any."""
 
     def __init__(self, directory: Path):
         self.directory = directory
 
     def has(self, tensor: str) -> bool:
-        return self._path(tensor).exists()
+        """Raises RowsLost where nothing is left that could tell."""
+        if not (self.directory / SEALS).exists():
+            raise RowsLost(self.directory)
+        return self._path(tensor).exists() or is_sealed(self._path(tensor))
 
     def read(self, tensor: str) -> dict[int, np.ndarray]:
-        """Matrix -> float32 [n, n_columns]."""
+        """Matrix -> float32 [n, n_columns]. Raises RowsLost for a file that is missing or has changed."""
+        if not is_sound(self._path(tensor)):
+            raise RowsLost(self._path(tensor))
         with np.load(self._path(tensor), allow_pickle=False) as stored:
             return {int(key): stored[key] for key in stored.files}
 
     def write(self, tensor: str, rows: Mapping[int, np.ndarray]) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with whole_file(self._path(tensor), "sample of activations") as file:
+        make_directory(self.directory)
+        with sealed(self._path(tensor)) as draft, whole_file(draft, "sample of activations") as file:
             np.savez(file, allow_pickle=False, **{str(matrix): values for matrix, values in rows.items()})
 
     def _path(self, tensor: str) -> Path:

@@ -6,6 +6,8 @@
 
 A layer reads one hidden file and writes the other. stream.npz, which says how many layers are done, is replaced after
 the written one has reached the disk: killed at any moment, the stream continues after the last layer that it names.
+It holds the hash of every sample of the hidden states, too; where these, or itself by the checksums of an npz file, are
+not what was written, the stream starts over.
 Plain file reads keep the hidden states out of the process's memory; the page cache holds what fits.
 
 A pass that keeps every layer's input numbers its files by the layers done. A pass backwards has the same directory, in
@@ -17,16 +19,23 @@ import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from calibration.control import Progress, say
 from formats.errors import ConvertError
+from formats.files import make_directory, open_descriptor, remove, sync_descriptor, write_at
 from formats.whole_file import whole_file
 
 STATE_NAME = "stream.npz"
 NOT_STARTED = -1
+
+# Of the arrays of stream.npz: what begins so holds hashes of hidden states, uint8 [n_samples, _HASH_BYTES], by file.
+_HASHES = "hashes of "
+_HASH_BYTES = 8
 
 _REMEDY = "free some space, or give another --work-dir; the same command continues after the last whole layer"
 
@@ -45,12 +54,15 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 class HiddenStates:
-    """One file of hidden states; whole samples are read and written, from any thread."""
+    """One file of hidden states; whole samples are read and written, from any thread. hashes: by sample, of what was
+    written since the file was opened."""
 
     def __init__(self, path: Path, sample_shape: tuple[int, int], dtype: torch.dtype):
         self.path, self.sample_shape, self.dtype = path, sample_shape, dtype
         self.sample_bytes = sample_shape[0] * sample_shape[1] * dtype.itemsize
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        with _explained(path):
+            self.descriptor = open_descriptor(path)
+        self.hashes: dict[int, bytes] = {}
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Samples start to stop: [stop - start, sequence_length, width]."""
@@ -64,22 +76,26 @@ class HiddenStates:
 
     def write(self, start: int, states: torch.Tensor) -> None:
         buffer = states.cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
-        written = 0
+        for i in range(len(states)):
+            self.hashes[start + i] = _hash(buffer[i * self.sample_bytes : (i + 1) * self.sample_bytes])
         with _explained(self.path):
-            while written < len(buffer):
-                written += os.pwrite(self.descriptor, buffer[written:], start * self.sample_bytes + written)
+            write_at(self.descriptor, self.path, buffer, start * self.sample_bytes)
 
     def sync(self) -> None:
         with _explained(self.path):
-            os.fsync(self.descriptor)
+            sync_descriptor(self.descriptor, self.path)
 
     def __del__(self) -> None:
         os.close(self.descriptor)
 
 
+def _hash(data: bytes | memoryview) -> bytes:
+    return blake2b(data, digest_size=_HASH_BYTES).digest()
+
+
 class StreamCheckpoint:
     """Opens the work directory, or creates it. layers_done: NOT_STARTED, or the decoder layers behind us. keep: a file
-    of hidden states for every layer, not two in turn.
+    of hidden states for every layer, not two in turn. damage: why it starts over, where it does.
 
     Raises ConvertError when the directory holds another run's checkpoint, naming what differs.
     """
@@ -93,14 +109,21 @@ class StreamCheckpoint:
         *,
         keep: bool = False,
     ):
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory, _REMEDY)
         self.directory, self.fingerprint = directory, dict(fingerprint)
-        self.layers_done, self.complete = NOT_STARTED, False
-        self.arrays: dict[str, np.ndarray] = {}
-        if (directory / STATE_NAME).exists():
-            self._load()
         self.keep, self._hidden = keep, (sample_shape, dtype)
         self._open: dict[int, HiddenStates] = {}
+        self.layers_done, self.complete = NOT_STARTED, False
+        self.arrays: dict[str, np.ndarray] = {}
+        self._hashes: dict[str, np.ndarray] = {}
+        self.damage: str | None = None
+        if (directory / STATE_NAME).exists():
+            self._load()
+
+    def tell_damage(self, progress: Progress) -> None:
+        if self.damage is not None:
+            say(progress, f"{self.damage}: this pass over the model starts over")
+            self.damage = None
 
     def hidden(self, layers_done: int) -> HiddenStates:
         """The hidden states after that many layers."""
@@ -111,16 +134,30 @@ class StreamCheckpoint:
 
     def commit(self, layers_done: int, arrays: Mapping[str, np.ndarray], complete: bool = False) -> None:
         """Everything up to here is on disk when this returns."""
-        self.hidden(layers_done).sync()
+        states = self.hidden(layers_done)
+        states.sync()
+        if not self.keep:  # the layer that comes next writes over all other files
+            self._hashes = {name: of for name, of in self._hashes.items() if name == states.path.name}
+        if states.hashes:
+            rows = [states.hashes[sample] for sample in sorted(states.hashes)]
+            self._hashes[states.path.name] = np.frombuffer(b"".join(rows), np.uint8).reshape(-1, _HASH_BYTES)
         self.layers_done, self.complete, self.arrays = layers_done, complete, dict(arrays)
-        header = {"fingerprint": self.fingerprint, "layers_done": layers_done, "complete": complete}
+        self._save()
+
+    def _save(self) -> None:
+        header = {"fingerprint": self.fingerprint, "layers_done": self.layers_done, "complete": self.complete}
+        stored = {"header": np.array(json.dumps(header)), **self.arrays}
+        stored |= {f"{_HASHES}{name}": hashes for name, hashes in self._hashes.items()}
         with whole_file(self.directory / STATE_NAME, "calibration checkpoint", _REMEDY) as file:
-            np.savez(file, allow_pickle=False, **{"header": np.array(json.dumps(header)), **arrays})
+            np.savez(file, allow_pickle=False, **stored)
 
     def discard_hidden_states(self) -> None:
         self._open.clear()
+        if self._hashes:
+            self._hashes.clear()
+            self._save()
         for path in self.directory.glob("hidden-*.bin"):
-            path.unlink()
+            remove(path)
 
     def _load(self) -> None:
         path = self.directory / STATE_NAME
@@ -129,11 +166,10 @@ class StreamCheckpoint:
                 arrays = {name: stored[name] for name in stored.files}
             header = json.loads(str(arrays.pop("header")))
             fingerprint = header["fingerprint"]
-            self.layers_done, self.complete = header["layers_done"], header["complete"]
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise ConvertError(
-                f"the calibration checkpoint cannot be read ({error})", str(path), "start again with --fresh"
-            ) from error
+            layers_done, complete = header["layers_done"], header["complete"]
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, NotImplementedError) as error:
+            self.damage = f"{path} cannot be read ({error})"
+            return
         differing = [key for key, value in self.fingerprint.items() if fingerprint.get(key) != value]
         if differing:
             raise ConvertError(
@@ -142,4 +178,19 @@ class StreamCheckpoint:
                 str(path),
                 "give another --work-dir, or start again with --fresh",
             )
-        self.arrays = arrays
+        if self.keep and complete and not any(name.startswith(_HASHES) for name in arrays):
+            return  # the hidden states that it was to keep have been discarded, and are wanted again
+        hashes = {name.removeprefix(_HASHES): arrays.pop(name) for name in [*arrays] if name.startswith(_HASHES)}
+        for name, of in hashes.items():
+            if not self._is_sound(self.directory / name, of):
+                self.damage = f"{self.directory / name} is not what was written there"
+                return
+        self.layers_done, self.complete, self.arrays, self._hashes = layers_done, complete, arrays, hashes
+
+    def _is_sound(self, path: Path, hashes: np.ndarray) -> bool:
+        (sequence_length, width), dtype = self._hidden
+        n_bytes = sequence_length * width * dtype.itemsize
+        if not path.is_file() or path.stat().st_size != n_bytes * len(hashes):
+            return False
+        with path.open("rb") as file:
+            return all(_hash(file.read(n_bytes)) == of.tobytes() for of in hashes)

@@ -19,6 +19,12 @@ class Interrupted(Exception):
     """The pass ended early because it was asked to; calling it again with the same work directory continues it."""
 
 
+def say(progress: Progress, text: str) -> None:
+    """One line for the user, where the progress is one that says lines."""
+    if (told := getattr(progress, "say", None)) is not None:
+        told(text)
+
+
 def silent(stage: str, done: int, total: int, unit: str) -> None:
     """Progress that nobody watches."""
 

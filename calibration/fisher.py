@@ -118,8 +118,9 @@ def compute_fisher(
     )
     squared = SquaredGradients(cache(lambda parameter, n: len(forward.parameters.matrices(parameter, n)[0])))
     backward = GradientStream(forward, work_dir / "backward", squared, labels=labels, seed=seed)
-    forward.run(progress, should_stop, stage="forward")
-    backward.run(progress, should_stop, stage="gradients")
+    if not backward.complete:
+        forward.run(progress, should_stop, stage="forward")
+        backward.run(progress, should_stop, stage="gradients")
     forward.discard_hidden_states()
     n_samples, sequence_length = corpus.tokens.shape
     n_labels = n_samples * (sequence_length if labels == "sampled" else sequence_length - 1)

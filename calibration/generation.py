@@ -7,7 +7,6 @@ at once and passes over them again until nothing changes: each pass settles one 
 """
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.control import Interrupted, Progress, ShouldStop, never, silent
+from formats.files import remove_tree
+from formats.seals import is_sound, write_sealed
 
 if TYPE_CHECKING:
     import torch
@@ -293,7 +294,7 @@ def _generate_streamed(
     model: _Model, prompts: Sequence[Sequence[int]], n_tokens: int, end_tokens: frozenset[int]
 ) -> list[Generation]:
     state = model.work_dir / "guesses.json"  # replaced whole after every pass, each of which has a directory of its own
-    guesses = [[[0] * n_tokens for _ in prompts]] if not state.exists() else json.loads(state.read_bytes())
+    guesses = [[[0] * n_tokens for _ in prompts]] if not is_sound(state) else json.loads(state.read_bytes())
     while True:
         passing = replace(model, work_dir=model.work_dir / f"pass-{len(guesses)}")
         passed = passing.pass_over(list(zip(prompts, guesses[-1], strict=True)), "generate")
@@ -301,10 +302,8 @@ def _generate_streamed(
         if chosen == guesses[-1]:
             return [_as_generation(*reduced, end_tokens) for reduced in passed]
         guesses.append(chosen)
-        unfinished = state.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(guesses))
-        unfinished.rename(state)
-        shutil.rmtree(passing.work_dir)
+        write_sealed(state, "guesses", json.dumps(guesses).encode())
+        remove_tree(passing.work_dir)
 
 
 def _up_to_end(tokens: list[int], end_tokens: frozenset[int]) -> list[int]:

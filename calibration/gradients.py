@@ -59,13 +59,18 @@ class GradientStream:
         settings = {"labels": labels} | ({"seed": seed} if labels == "sampled" else {})
         self._checkpoint = forward.open_checkpoint(work_dir, observer, settings)
 
+    @property
+    def complete(self) -> bool:
+        return self._checkpoint.complete
+
     def run(self, progress: Progress = silent, should_stop: ShouldStop = never, *, stage: str = "gradients") -> None:
         """Take the gradient of all samples from the head to the embedding, from wherever the checkpoint stands.
 
         Raises Interrupted after the layer during which should_stop came to say so, and ConvertError for gradients that
         are not finite.
         """
-        if self._checkpoint.complete:
+        self._checkpoint.tell_damage(progress)
+        if self.complete:
             return
         report = partial(self.forward.report, progress, stage, self.n_layers + 2)
         with self.forward.workers() as pool:

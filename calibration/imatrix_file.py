@@ -13,7 +13,6 @@
 Layouts as of llama.cpp's tools/imatrix (July 2025 for GGUF).
 """
 
-import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,6 +25,7 @@ from gguf.gguf_writer import GGUFValue
 from calibration.importance import ImportanceMatrix
 from calibration.super_weights import SuperWeightReport
 from formats.errors import ConvertError
+from formats.files import rename
 from formats.gguf_file import TensorEntry, lay_out, padded, read_gguf
 from formats.regular_file import open_regular
 from formats.whole_file import Place, whole_file
@@ -65,7 +65,7 @@ def load_imatrix(path: Path) -> ImportanceMatrix:
         ) from error
 
 
-def save_imatrix(path: Path, matrix: ImportanceMatrix, place: Place = os.replace) -> None:
+def save_imatrix(path: Path, matrix: ImportanceMatrix, place: Place = rename) -> None:
     """Write a GGUF, or a .dat when the path ends so; the file appears whole or not at all.
 
     .dat: an expert without rows gets the columns that ImportanceMatrix.columns gives it, and all experts one count;

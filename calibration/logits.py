@@ -1,12 +1,12 @@
 """The logits of a text by weights that are streamed a layer at a time."""
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from calibration.control import Progress, ShouldStop, never, silent
+from formats.files import remove_tree
 
 if TYPE_CHECKING:
     from calibration.arithmetic import Arithmetic
@@ -50,5 +50,5 @@ def last_logits(
     states = stream.hidden_states(0, 1)[0, -n_last:]
     with stream.head() as head, torch.inference_mode():
         logits = np.concatenate([head(states[span]).float().cpu().numpy() for span in stream.logit_spans(n_last)])
-    shutil.rmtree(work_dir)
+    remove_tree(work_dir)
     return logits

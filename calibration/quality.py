@@ -1,6 +1,5 @@
 """What a change of the weights does to a model's predictions: perplexity, KL divergence, agreement of the top token."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ import numpy as np
 from calibration.control import Interrupted, Progress, ShouldStop, never, silent
 from calibration.words import NO_WORD, word_accuracy
 from formats.errors import ConvertError
+from formats.files import remove_tree
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +119,7 @@ class Baseline:
             progress("compare", n_done, n_samples, "samples")
             if should_stop() and n_done < n_samples:
                 raise Interrupted(f"stopped after comparing {n_done} of {n_samples} samples")
-        shutil.rmtree(self.work_dir / name)
+        remove_tree(self.work_dir / name)
         scores = np.concatenate(parts, axis=1)
         if not np.isfinite(scores[: 3 if must_be_finite else 1]).all():
             raise ConvertError(
@@ -131,7 +131,7 @@ class Baseline:
 
     def discard(self) -> None:
         """Delete the source's hidden states; nothing can be measured any more."""
-        shutil.rmtree(self.work_dir / "source", ignore_errors=True)
+        remove_tree(self.work_dir / "source")
 
     def _stream(
         self,

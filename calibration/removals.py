@@ -2,15 +2,16 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from calibration.control import Progress, ShouldStop
+from calibration.control import Progress, ShouldStop, say
 from calibration.quality import Baseline
+from formats.files import make_directory, remove_tree
 from formats.journal import append_line, read_lines
 
 if TYPE_CHECKING:
@@ -59,11 +60,12 @@ class Removals:
         progress: Progress,
         should_stop: ShouldStop,
     ):
-        work_dir.mkdir(parents=True, exist_ok=True)
+        make_directory(work_dir)
         self.source, self._directory, self._journal = source, work_dir / "removals", work_dir / "removals.jsonl"
         self._progress, self._should_stop = progress, should_stop
         self._measures = f"{identity} {hashlib.sha256(corpus.tokens.tobytes()).hexdigest()}"
-        self._known: dict[str, dict[str, float]] = {entry.pop("removed"): entry for entry in read_lines(self._journal)}
+        lines = read_lines(self._journal, partial(say, progress))
+        self._known: dict[str, dict[str, float]] = {entry.pop("removed"): entry for entry in lines}
         self._source_loss: float | None = None
         self._baseline = Baseline(
             source,
@@ -105,4 +107,4 @@ class Removals:
 
     def discard(self) -> None:
         """Delete what is large."""
-        shutil.rmtree(self._directory, ignore_errors=True)
+        remove_tree(self._directory)

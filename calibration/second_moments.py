@@ -11,7 +11,7 @@ whether feedback lowers the error on inputs that it did not see.
 A layer's moments leave the memory with the layer, into a directory:
 
     NAME.npz     upper: float32 [n (n + 1) / 2], the rows of the upper triangle; held_out: float32 [n_rows, n]
-    index.json   written last: for each GGUF tensor and matrix the NAME of its moments, or null
+    index.json   written last, sealed: for each GGUF tensor and matrix the NAME of its moments, or null
 """
 
 import json
@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from formats.errors import ConvertError
+from formats.files import make_directory
+from formats.seals import is_sound, write_sealed
 from formats.whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -37,6 +39,13 @@ HELD_OUT_SHARE = 16
 """One row of so many of a micro-batch that is held out is kept."""
 
 _REMEDY = "free some space, give another --work-dir, or leave out --error-feedback"
+
+
+class MomentsLost(ConvertError):
+    """Second moments that were there are gone or damaged; another pass over the text brings them back."""
+
+    def __init__(self, path: Path, why: str):
+        super().__init__(f"the second moments cannot be read ({why})", str(path), "start again with --fresh")
 
 
 class Moments(NamedTuple):
@@ -79,32 +88,27 @@ class SecondMoments:
         return matrices[matrix] if matrix < len(matrices) else None
 
     def load(self, group: str) -> Moments:
-        """Raises ConvertError for a file that is missing or damaged."""
+        """Raises MomentsLost for a file that is missing or damaged, by the checksums that npz files have."""
         path = self.directory / f"{group}.npz"
         try:
             with np.load(path, allow_pickle=False) as stored:
                 return Moments(unpack(stored["upper"]), stored["held_out"])
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise ConvertError(
-                f"the second moments cannot be read ({error})", str(path), "start again with --fresh"
-            ) from error
+            raise MomentsLost(path, str(error)) from error
 
 
 def open_moments(directory: Path) -> SecondMoments:
-    """The moments of a pass that has ended; raises ConvertError where there are none."""
+    """The moments of a pass that has ended; raises MomentsLost where there are none, or their index has changed."""
     path = directory / INDEX_NAME
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        return SecondMoments(directory, {name: tuple(groups) for name, groups in index.items()})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ConvertError(
-            f"the index of the second moments cannot be read ({error})", str(path), "start again with --fresh"
-        ) from None
+    if not is_sound(path):
+        raise MomentsLost(path, "their index is not what was written")
+    index = json.loads(path.read_bytes())
+    return SecondMoments(directory, {name: tuple(groups) for name, groups in index.items()})
 
 
 def write_moments(directory: Path, group: str, matrix: np.ndarray, held_out: np.ndarray) -> None:
     """matrix: float32 [n, n], symmetric; held_out: float32 [n_rows, n]."""
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     with whole_file(directory / f"{group}.npz", "file of second moments", _REMEDY) as file:
         np.savez(file, allow_pickle=False, upper=pack(matrix), held_out=held_out)
 
@@ -133,6 +137,6 @@ def write_index(
                 for j in range(step):
                     found.setdefault(tensor, {})[matrix * step + j] = shared.get(f"{parameter}#{i * step + j}", common)
     index = {tensor: [groups[i] for i in sorted(groups)] for tensor, groups in sorted(found.items())}
-    with whole_file(directory / INDEX_NAME, "index of second moments", _REMEDY) as file:
-        file.write(json.dumps(index).encode())
+    make_directory(directory)
+    write_sealed(directory / INDEX_NAME, "index of second moments", json.dumps(index).encode())
     return open_moments(directory)

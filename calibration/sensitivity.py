@@ -8,7 +8,6 @@ safetensors  metadata "bitwright.sensitivity": JSON with "version", the identity
              "gradient_magnitude", "activation_variance", "weight_magnitude"   float64 [n_tensors]
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from calibration.fisher import FisherFactors
 from calibration.labels import Labels
 from formats.block_format import Effort
 from formats.errors import ConvertError
+from formats.files import rename
 from formats.record import RecordKind
 from formats.whole_file import Place
 
@@ -82,7 +82,7 @@ class SensitivityTable:
         return losses[format_name]
 
 
-def save_sensitivity(path: Path, table: SensitivityTable, place: Place = os.replace) -> None:
+def save_sensitivity(path: Path, table: SensitivityTable, place: Place = rename) -> None:
     """Write the file; it appears whole or not at all. The same table gives the same bytes."""
     names = sorted(table.losses)
     formats = sorted({name for losses in table.losses.values() for name in losses})

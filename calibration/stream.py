@@ -73,6 +73,7 @@ class LayerStream(StreamedModel):
         progress: in tokens; one that is through half of the layers counts half. Raises Interrupted after the layer
         during which should_stop came to say so.
         """
+        self._checkpoint.tell_damage(progress)
         if self._checkpoint.complete:
             return
         report = partial(self.report, progress, stage, len(self.layers))

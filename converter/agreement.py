@@ -5,7 +5,6 @@ runtime does otherwise than its file says, they cannot see: a sliding window tha
 multiplies by, text cut into other tokens, an end that is none. So the runtime is asked.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,13 @@ from converter.checkpoint import Checkpoint
 from converter.child import RuntimeFailed, RuntimeUnavailable
 from converter.end_of_generation import source_end_tokens
 from converter.guard import chat_texts
+from converter.kept import kept_json
 from converter.probe import Probe, Text, probe
 from converter.progress import Progress, size_text
 from converter.target import Candidate
 from converter.verdict import AGREES, DIFFERS, DISAGREES
 from converter.verify import artifact_files
-from formats.whole_file import whole_file
+from formats.files import remove
 from profiles.vocabulary import ModelMap, Role
 
 # Text of many kinds, which every tokenizer that llama.cpp implements rightly cuts as the source does.
@@ -82,14 +82,13 @@ def runtime_agreement(
     quality: of the artifact beside its source; the sample is of its corpus. Raises Interrupted, and RuntimeTroubled
     when the system keeps ending the runtime; then nothing is kept.
     """
-    result = work_dir / "agreement.json"
-    if not result.exists():
-        checkpoint, model_map = runnable(checkpoint, model_map, work_dir)
-        options = {"device": device, "threads": threads, "progress": progress, "should_stop": should_stop}
-        found = _compared(checkpoint, model_map, candidate, work_dir, quality, seed, options)
-        with whole_file(result, "runtime agreement") as file:
-            file.write(json.dumps(found, indent=1).encode())
-    return json.loads(result.read_bytes())
+    options = {"device": device, "threads": threads, "progress": progress, "should_stop": should_stop}
+
+    def compute() -> dict[str, Any]:
+        running, running_map = runnable(checkpoint, model_map, work_dir)
+        return _compared(running, running_map, candidate, work_dir, quality, seed, options)
+
+    return kept_json(work_dir / "agreement.json", "runtime agreement", progress, compute)
 
 
 def _compared(
@@ -132,7 +131,7 @@ def _compared(
     except RuntimeFailed as error:
         return judged(runtime, failed=str(error))
     finally:
-        scratch.unlink(missing_ok=True)
+        remove(scratch)
     return judged(
         found.runtime,
         texts=len(texts),

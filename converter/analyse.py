@@ -12,16 +12,20 @@ from calibration.sensitivity import SensitivityTable, load_sensitivity, save_sen
 from converter.calibrate import calibration_text, load_tokenizer, runnable
 from converter.checkpoint import Checkpoint
 from converter.job import Job
+from converter.kept import is_kept
 from converter.progress import Progress
 from converter.sensitivity import CANDIDATE_FORMATS, build_sensitivity, check_sensitivity
 from formats.errors import ConvertError
 from formats.registry import get_format
+from formats.seals import is_sound, sealed
 from profiles.evidence import Evidence
 from profiles.schema import QuantizationProfile
 from profiles.vocabulary import ModelMap
 
 SENSITIVITY_FILE = "sensitivity.safetensors"
 CORRECTIONS_FILE = "corrections.json"
+# The place of what is measured until a refinement is done.
+TRIALS = "refinement"
 # Gradients need far fewer samples than importance: they are summed over rows and columns.
 ANALYSIS_SAMPLES = 32
 ANALYSIS_SEQUENCE_LENGTH = 256
@@ -55,7 +59,7 @@ def measure_sensitivity(
     """The table's file. It stays in the work directory and is not measured again; what is done of it when the job stops
     is not lost."""
     path = work_dir / SENSITIVITY_FILE
-    if path.exists():
+    if is_kept(path, "sensitivity table", progress):
         return path
     running, running_map = runnable(checkpoint, model_map, work_dir)
     tokenizer = load_tokenizer(running.location)
@@ -86,14 +90,15 @@ def measure_sensitivity(
         progress=progress,
         should_stop=should_stop,
     )
-    save_sensitivity(path, table)
+    with sealed(path) as draft:
+        save_sensitivity(draft, table)
     return path
 
 
 def measured_factors(job: Job, work_dir: Path) -> FisherFactors | None:
     """The Fisher factors of a table that the job names or has measured, None without one."""
     path = job.sensitivity or work_dir / SENSITIVITY_FILE
-    return load_sensitivity(path).factors if path.exists() else None
+    return load_sensitivity(path).factors if job.sensitivity or is_sound(path) else None
 
 
 def matrices_of(model_map: ModelMap) -> dict[str, tuple[str, int]]:
@@ -122,7 +127,7 @@ def found_evidence(job: Job, checkpoint: Checkpoint, model_map: ModelMap, in_wor
         return None if job.refine else evidence
     assert job.work_dir is not None
     path = job.work_dir / SENSITIVITY_FILE
-    if evidence is None and path.exists():
+    if evidence is None and is_sound(path):
         evidence = evidence_of(load_sensitivity(path), checkpoint, model_map, job.profile.score)
     if evidence is not None and job.refine:
         return _corrected(evidence, job.work_dir)
@@ -132,7 +137,7 @@ def found_evidence(job: Job, checkpoint: Checkpoint, model_map: ModelMap, in_wor
 def _corrected(evidence: Evidence, work_dir: Path) -> Evidence | None:
     """The evidence with the corrections that a finished refinement has left in the work directory; None without."""
     path = work_dir / CORRECTIONS_FILE
-    if not path.exists():
+    if not is_sound(path):
         return None
     return evidence.corrected(json.loads(path.read_bytes())["factors"])
 

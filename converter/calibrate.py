@@ -11,13 +11,20 @@ from calibration.imatrix_file import load_imatrix, save_imatrix
 from calibration.importance import ImportanceMatrix, compute_importance
 from converter.checkpoint import Checkpoint
 from converter.job import Job
+from converter.kept import kept
 from converter.model_map import describe
 from converter.progress import Progress
 from converter.recipe import IMPORTANCE_FILE
 from converter.source import open_checkpoint
 from formats.errors import ConvertError
+from formats.files import remove, remove_tree, rename
 from profiles.plan import Plan
 from profiles.vocabulary import ModelMap, Role
+
+MOMENTS = "moments"
+"""Of the second moments' place in the work directory."""
+# The checkpoints of the pass over the model.
+_PASS = "calibration"
 
 
 def observed_names(model_map: ModelMap) -> dict[str, tuple[str, int]]:
@@ -109,20 +116,20 @@ def calibrate(
 ) -> ImportanceMatrix:
     """Compute the importance matrix of the job, and the second moments of its inputs where a place for them is named.
     What was computed stays in the work directory and is not computed again."""
-    result = work_dir / IMPORTANCE_FILE
-    if not result.exists():
+
+    def compute() -> ImportanceMatrix:
         running, running_map = runnable(checkpoint, model_map, work_dir)
         corpus = calibration_text(job, load_tokenizer(running.location), model_map, job.samples)
         if corpus.note:
             progress.say(corpus.note)
-        importance = compute_importance(
+        return compute_importance(
             running,
             running.location,
             observed_names(running_map),
             corpus,
             model=checkpoint.model_id,
             revision=checkpoint.revision,
-            work_dir=work_dir / "calibration",
+            work_dir=work_dir / _PASS,
             device=job.device,
             dtype=job.calibration_dtype,
             threads=job.n_threads,
@@ -130,8 +137,15 @@ def calibrate(
             progress=progress,
             should_stop=should_stop,
         )
-        save_imatrix(result, importance)
-    return load_imatrix(result)
+
+    return kept(work_dir / IMPORTANCE_FILE, "importance matrix", progress, compute, save_imatrix, load_imatrix)
+
+
+def forget_calibration(work_dir: Path) -> None:
+    """What `calibrate` has left, so that it runs again."""
+    remove(work_dir / IMPORTANCE_FILE)
+    remove_tree(work_dir / _PASS)
+    remove_tree(work_dir / MOMENTS)
 
 
 def calibration_text(job: Job, tokenizer: Any, model_map: ModelMap, samples: int, longest: int | None = None) -> Corpus:
@@ -192,9 +206,10 @@ def _save_as_directory(gguf: Path, directory: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     unfinished = directory.with_name("source.unfinished")
+    remove_tree(unfinished)
     tokenizer.save_pretrained(unfinished)
     model.save_pretrained(unfinished)
-    unfinished.rename(directory)
+    rename(unfinished, directory)
 
 
 def _not_readable(gguf: Path, why: str) -> ConvertError:

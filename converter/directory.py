@@ -6,22 +6,23 @@ and recipe follow, and once it is verified a rename completes it.
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from calibration.control import ShouldStop
 from converter.checkpoint import INDEX_NAME, Checkpoint, metadata_files
 from converter.directory_artifact import RECIPE_NAME, read_recipe
-from converter.job import REPLACEABLE, file_sha256
+from converter.job import REPLACEABLE
 from converter.ownership import Replaceable, check_free, foreign_entries, put_in_place, remove_replaced
 from converter.progress import Progress
 from converter.safetensors_layout import SafetensorsLayout, index_json
 from converter.write import JOURNAL, ArtifactWriter, PlanEncoder, written_sha256
 from formats.errors import ConvertError
+from formats.files import file_sha256, make_directory, remove, remove_tree, sync_directory
+from formats.journal import read_lines
 from formats.names import hidden_path
 from formats.regular_file import read_json
-from formats.whole_file import sync_directory, whole_file
+from formats.whole_file import copy_file, is_temporary, whole_file
 
 CONFIG_NAME = "config.json"
 # Of the source: made anew, or about the source itself.
@@ -52,16 +53,17 @@ def write_directory(
     """
     journal, partial = work_dir / JOURNAL, partial_directory(output)
     replaceable = Replaceable(work_dir / REPLACEABLE)
-    if output.exists() and journal.exists() and not partial.exists() and _is_whole(output, recipe):
+    entries = {entry.name for layout in layouts for entry in layout.tensors}
+    recorded = {line["tensor"] for line in read_lines(journal)}
+    if output.exists() and recorded >= entries and not partial.exists() and _is_whole(output, recipe):
         remove_replaced(output, replaceable)
         return finished_files(output)  # a run that was killed after the rename
     check_free([output], replaceable, directory=True)
-    if not journal.exists() and partial.exists():
-        shutil.rmtree(partial)  # of a job that was given up
-    try:
-        partial.mkdir(exist_ok=True)
-    except OSError as error:
-        raise ConvertError(f"writing failed: {error}", str(partial), "choose another --output") from None
+    if not journal.exists():
+        remove_tree(partial)  # of a job that was given up
+    make_directory(partial, "choose another --output")
+    for path in filter(is_temporary, partial.iterdir()):
+        remove(path)
     ArtifactWriter(encoder, layouts, partial, journal).write(progress, should_stop)
     try:
         _write_companions(partial, layouts, checkpoint, quantization, recipe)
@@ -92,8 +94,8 @@ def _writing_failed(error: OSError, output: Path) -> ConvertError:
 
 
 def directory_files(directory: Path) -> list[Path]:
-    """All files, those with weights first, each kind by name."""
-    paths = sorted(path for path in directory.iterdir() if path.is_file())
+    """All files, those with weights first, each kind by name; not what a kill has left amid being written."""
+    paths = sorted(path for path in directory.iterdir() if path.is_file() and not is_temporary(path))
     return [*(p for p in paths if p.suffix == ".safetensors"), *(p for p in paths if p.suffix != ".safetensors")]
 
 
@@ -112,9 +114,10 @@ def _write_companions(
 ) -> None:
     for source in metadata_files(checkpoint.location):
         if source.name not in _NOT_COPIED:
-            shutil.copyfile(source, directory / source.name)
+            copy_file(source, directory / source.name)
     if (index := index_json(layouts)) is not None:
-        (directory / INDEX_NAME).write_bytes(index)
+        with whole_file(directory / INDEX_NAME, "index of shards") as file:
+            file.write(index)
     config = read_json(checkpoint.location / CONFIG_NAME)
     _write_json(directory / CONFIG_NAME, {**config, "quantization_config": quantization})
     files = [

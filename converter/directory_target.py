@@ -1,6 +1,5 @@
 """A safetensors directory of compressed-tensors schemes as the artifact of a conversion, for vLLM and transformers."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +10,16 @@ from calibration.imatrix_file import load_imatrix, save_imatrix
 from calibration.importance import ImportanceMatrix
 from converter.adapt_activations import ActivationFindings, adapt_activations, smoothing_of, uses_activations
 from converter.artifact import file_name
-from converter.calibrate import calibrate
+from converter.calibrate import MOMENTS, calibrate
 from converter.checkpoint import Checkpoint
 from converter.directory import complete_directory, partial_directory, write_directory, written_hashes
 from converter.directory_artifact import DirectoryArtifact
 from converter.directory_verify import verify_directory
 from converter.encode_modules import ModuleEncoder
-from converter.feedback import MOMENTS, Feedback, feedback_notes, feedback_report
+from converter.feedback import Feedback, feedback_notes, feedback_report
 from converter.job import Job, default_work_dir
 from converter.keep_out import KeptOut, directory_coverage, keep_out, keeps_out, refuse_other_ways
+from converter.kept import kept
 from converter.kv_cache import cache_lines
 from converter.modules import describe_modules, directory_name, gguf_names, stored_dtypes
 from converter.progress import Progress
@@ -33,6 +33,7 @@ from converter.target import Adapted, Candidate, Layout, Prepared, Surveyed
 from converter.verify import TensorError
 from converter.write import partial_path
 from formats.errors import ConvertError
+from formats.files import remove_tree
 from formats.schemes import SCHEMES
 from profiles.evidence import Evidence
 from profiles.modules import EXPERT_ROLES, PlannedModule, plan_modules, repair_lines
@@ -105,10 +106,11 @@ class DirectoryTarget:
         if prepared.feeds_back or not (isinstance(prepared, Prepared) and uses_activations(job, prepared.plan)):
             moments_dir = work_dir / MOMENTS if prepared.feeds_back else None
             return calibrate(job, checkpoint, model_map, work_dir, progress, should_stop, moments_dir)
-        result = work_dir / IMPORTANCE_FILE
-        if not result.exists():
-            save_imatrix(result, observe(job, checkpoint, model_map, work_dir, progress, should_stop).importance())
-        return load_imatrix(result)
+
+        def compute() -> ImportanceMatrix:
+            return observe(job, checkpoint, model_map, work_dir, progress, should_stop).importance()
+
+        return kept(work_dir / IMPORTANCE_FILE, "importance matrix", progress, compute, save_imatrix, load_imatrix)
 
     def adapt(
         self,
@@ -125,9 +127,9 @@ class DirectoryTarget:
         notes = tuple(f"{decision['tensor']}: {decision['why']}" for decision in kept.decisions)
         return replace(adapted, found=Findings(kept, adapted.found), notes=(*notes, *adapted.notes))
 
-    def adapted_before(self, prepared: Prepared) -> Prepared:
+    def adapted_before(self, prepared: Prepared, progress: Progress) -> Prepared:
         assert prepared.job.work_dir is not None
-        return self.adapt(prepared, prepared.importance, prepared.job.work_dir, Progress(quiet=True), never).prepared
+        return self.adapt(prepared, prepared.importance, prepared.job.work_dir, progress, never).prepared
 
     def write(
         self,
@@ -166,7 +168,7 @@ class DirectoryTarget:
                 progress,
                 should_stop,
             )
-        shutil.rmtree(work_dir / MOMENTS, ignore_errors=True)
+        remove_tree(work_dir / MOMENTS)
         return paths
 
     def verify(

@@ -26,9 +26,6 @@ from formats.registry import get_format
 from profiles.plan import Plan, PlannedTensor
 from profiles.vocabulary import ModelMap, Role
 
-MOMENTS = "moments"
-"""Of the second moments' place in the work directory."""
-
 # Widths of loops over held-out rows.
 _ROWS_AT_A_TIME = 4
 # Roles that are fed the same, by what it is called here.

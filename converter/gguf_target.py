@@ -1,7 +1,6 @@
 """A GGUF as the artifact of a conversion, for llama.cpp."""
 
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,10 +10,10 @@ from calibration.control import ShouldStop
 from calibration.importance import ImportanceMatrix
 from converter.artifact import artifact_layout, artifact_metadata, file_name
 from converter.breakdown import uniform_sizes
-from converter.calibrate import calibrate, runnable
+from converter.calibrate import MOMENTS, calibrate, runnable
 from converter.checkpoint import Checkpoint
 from converter.encode import Encoder
-from converter.feedback import MOMENTS, Feedback, feedback_notes, feedback_report, wants_feedback
+from converter.feedback import Feedback, feedback_notes, feedback_report, wants_feedback
 from converter.job import REPLACEABLE, Job
 from converter.ownership import Replaceable
 from converter.preflight import refuse_activation_options
@@ -27,6 +26,7 @@ from converter.target import Adapted, Candidate, Layout, Prepared, Surveyed
 from converter.verify import DecodedArtifact, TensorError, verify
 from converter.write import JOURNAL, ArtifactWriter, partial_path, written_sha256
 from formats.errors import ConvertError
+from formats.files import remove_tree
 from profiles.assign import assign
 from profiles.evidence import Evidence
 from profiles.plan import Plan
@@ -120,9 +120,9 @@ class GgufTarget:
             replace(prepared, plan=protected.plan, model_map=protected.model_map), importance, protected, notes
         )
 
-    def adapted_before(self, prepared: Prepared) -> Prepared:
+    def adapted_before(self, prepared: Prepared, progress: Progress) -> Prepared | None:
         done = protected_before(prepared.job, prepared.model_map, prepared.plan, prepared.importance)
-        return replace(prepared, plan=done.plan, model_map=done.model_map)
+        return None if done is None else replace(prepared, plan=done.plan, model_map=done.model_map)
 
     def write(
         self,
@@ -140,7 +140,7 @@ class GgufTarget:
             replaceable = Replaceable(work_dir / REPLACEABLE)
             writer = ArtifactWriter(encoder, layouts, job.output.parent, work_dir / JOURNAL, replaceable)
             paths = writer.write(progress, should_stop)
-        shutil.rmtree(work_dir / MOMENTS, ignore_errors=True)
+        remove_tree(work_dir / MOMENTS)
         return paths
 
     def verify(

@@ -6,7 +6,6 @@ where it would first have gone another way, and answers the fixed prompts itself
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,11 @@ from converter.checkpoint import Checkpoint
 from converter.child import RuntimeFailed, RuntimeUnavailable
 from converter.end_of_generation import source_end_tokens
 from converter.generate import Generated, generate_by_llama_cpp
+from converter.kept import is_kept
 from converter.progress import Progress
 from converter.target import Candidate
-from formats.whole_file import whole_file
+from formats.files import make_directory, remove_tree
+from formats.seals import write_sealed
 from profiles.vocabulary import ModelMap
 
 # One kind of task each, none of which a language model of any size answers with a loop.
@@ -65,7 +66,7 @@ def guard(
     RuntimeTroubled when the system keeps ending llama.cpp.
     """
     result = work_dir / "coherence.json"
-    if not result.exists():
+    if not is_kept(result, "coherence report", progress):
         checkpoint, model_map = runnable(checkpoint, model_map, work_dir)
         tokenizer = load_tokenizer(checkpoint.location)
         parts = work_dir / "guard"
@@ -94,9 +95,8 @@ def guard(
             **options,
         )
         found = _judged(tokenizer, generated, readings, own, note) | {"held_out_text": samples.name}
-        with whole_file(result, "coherence report") as file:
-            file.write(json.dumps(found, indent=1).encode())
-    shutil.rmtree(work_dir / "guard", ignore_errors=True)
+        write_sealed(result, "coherence report", json.dumps(found, indent=1).encode())
+    remove_tree(work_dir / "guard")
     return json.loads(result.read_bytes())
 
 
@@ -132,8 +132,8 @@ def _generate(
     """What the artifact generates, and what there is to say about the runtime: why it is not llama.cpp, or how
     llama.cpp failed."""
     kept = parts / "generated.json"
-    if not kept.exists():
-        parts.mkdir(parents=True, exist_ok=True)
+    if not is_kept(kept, "generated text", options["progress"]):
+        make_directory(parts)
         note = {}
         try:
             if candidate.gguf is None:
@@ -161,8 +161,7 @@ def _generate(
             )
             how = "with the decoded weights" if candidate.arithmetic is None else "with the products of the schemes"
             generated = Generated(generations, ends, f"transformers, {how}")
-        with whole_file(kept, "generated text") as file:
-            file.write(json.dumps([generated.to_dict(), note]).encode())
+        write_sealed(kept, "generated text", json.dumps([generated.to_dict(), note]).encode())
     data, note = json.loads(kept.read_bytes())
     return Generated.from_dict(data), note
 

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from calibration.smoothing import Alpha, SmoothQuantConfig
 from converter.interrupts import STOPPED
 from formats.block_format import Effort
 from formats.errors import ConvertError, nearest
+from formats.files import file_sha256, make_directory, remove, remove_tree
 from formats.names import LONGEST_NAME, shortened
 from formats.typed import is_a
 from formats.whole_file import whole_file
@@ -51,11 +51,13 @@ _KEPT = frozenset(
         *("activations-smoothed.safetensors", "calibration-smoothed"),
         *("analysis", "sensitivity.jsonl", "sensitivity.safetensors", "refinement", "corrections.json"),
         *("protection", "protection.json", "encoded.jsonl", REPLACEABLE),
-        *("quality", "quality.json", "guard", "coherence.json", "generated.json", "tasks.json"),
-        *("plan.json", "report.html", "report.json"),
+        *("quality", "quality.json", "agreement", "agreement.json", "runtime-logits.npy"),
+        *("guard", "coherence.json", "generated.json", "tasks.json"),
+        *("plan.json", "report.html", "report.json", "seals.jsonl"),
     )
 )
-_DELETED = _KEPT | {f".{name}.tmp" for name in _KEPT}
+# With what a kill leaves amid writing one of them.
+_DELETED = _KEPT | {f"{begin}{name}{end}" for name in _KEPT for begin, end in ((".", ".tmp"), (".unsealed-", ""))}
 # How every description of a job begins, even one that was damaged later on.
 _OURS = re.compile(rb'\{\s*"tool":\s*"[^"]+\+[0-9a-f]{12}"')
 DEFAULT_SEQUENCE_LENGTH = 512
@@ -240,11 +242,6 @@ def tool_identity() -> str:
     return f"{version('bitwright')}+{digest.hexdigest()[:12]}"
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def calibration_file_sha256(job: Job) -> str | None:
     """Of the text file that the job calibrates on, None where it names a corpus."""
     path = Path(job.calibration) if job.calibration else None
@@ -270,8 +267,8 @@ class WorkDirectory:
         """Hold the directory for this process; another process in it is refused. A killed process holds nothing.
 
         A directory that has anything in it without a job of ours is somebody else's, and refused."""
+        make_directory(self.path, "name another one with --work-dir")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             self._check_ours()
             descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
@@ -315,7 +312,9 @@ class WorkDirectory:
         try:
             previous = json.loads(stored.read_bytes())
         except ValueError:
-            raise ConvertError("the job's description is damaged", str(stored), "start again with --fresh") from None
+            previous = None
+        if not isinstance(previous, dict):
+            raise ConvertError("the job's description is damaged", str(stored), "start again with --fresh")
         undecided = {key for of in (previous, fingerprint) for key, value in of.items() if value == UNDECIDED}
         keys = [key for key in {**previous, **fingerprint} if key not in undecided]
         differing = [key for key in keys if previous.get(key) != fingerprint.get(key)]
@@ -334,11 +333,12 @@ class WorkDirectory:
         """Remove what earlier runs left of their stages, by its names; anything else stays, and so does the job's
         description, by which the directory is known as ours, until a fresh claim."""
         self._check_ours()
-        for path in list(self.path.iterdir()):
-            if path.name in _DELETED and path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name in _DELETED:
-                path.unlink()
+        for name in sorted(_DELETED):
+            path = self.path / name
+            if path.is_symlink() or path.is_file():
+                remove(path)
+            else:
+                remove_tree(path)  # what a kill has left of it, too
 
 
 def _describe_job(path: Path, fingerprint: dict[str, Any]) -> None:

@@ -19,8 +19,9 @@ from converter.directory_artifact import RECIPE_NAME, read_recipe
 from converter.job import Job
 from converter.progress import size_text
 from formats.errors import ConvertError
+from formats.files import remove, remove_directory, rename, take_name
 from formats.names import LONGEST_NAME, hidden_path
-from formats.whole_file import take_name, whole_file
+from formats.whole_file import whole_file
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -252,7 +253,7 @@ def put_in_place(new: Path, path: Path, replaceable: Replaceable) -> None:
     """
     if not _took_name(new, path):
         if path.is_file() and (path.samefile(new) or filecmp.cmp(path, new, shallow=False)):
-            new.unlink()
+            remove(new)
         else:
             _move_aside(path, replaceable)
             if not _took_name(new, path):
@@ -281,7 +282,7 @@ def _move_aside(path: Path, replaceable: Replaceable) -> None:
             str(aside),
             "give it another name, or remove it, then run the same command again",
         )
-    path.rename(aside)
+    rename(path, aside)
     if not replaceable.allows(path, aside) or (_is_directory(aside) and foreign_entries(aside)):
         take_name(aside, path)  # it came between the look and the renaming
         raise occupied(path)
@@ -291,12 +292,12 @@ def remove_replaced(path: Path, replaceable: Replaceable) -> None:
     """Remove what has been moved aside for the file or directory of this name, and may be replaced."""
     aside = hidden_path(path, "replaced")
     if _is_empty(aside):
-        aside.rmdir()
+        remove_directory(aside)
     elif replaceable.allows(path, aside):
         if _is_directory(aside):
             remove_artifact(aside)
         else:
-            aside.unlink()
+            remove(aside)
 
 
 def bring_back(path: Path, replaceable: Replaceable) -> None:
@@ -326,7 +327,7 @@ def remove_artifact(directory: Path) -> None:
     kept = {*foreign_entries(directory), RECIPE_NAME}
     for path in list(directory.iterdir()):
         if path.name not in kept:
-            path.unlink()
+            remove(path)
     if kept == {RECIPE_NAME}:
-        (directory / RECIPE_NAME).unlink()
-        directory.rmdir()
+        remove(directory / RECIPE_NAME)
+        remove_directory(directory)

@@ -22,9 +22,10 @@ from typing import Any
 from calibration.control import ShouldStop, never
 from calibration.corpus import resolve_corpus
 from calibration.importance import ImportanceMatrix
-from converter.analyse import analyse, analysis_is_needed, found_evidence, given_evidence, sensitivity_path
+from calibration.second_moments import MomentsLost
+from converter.analyse import TRIALS, analyse, analysis_is_needed, found_evidence, given_evidence, sensitivity_path
 from converter.breakdown import layer_rows
-from converter.calibrate import check_importance, planned_importance
+from converter.calibrate import check_importance, forget_calibration, planned_importance
 from converter.child import RuntimeTroubled
 from converter.directory_target import DirectoryTarget
 from converter.gguf_target import GgufTarget
@@ -38,6 +39,7 @@ from converter.job import (
     stops_cleanly,
     tool_identity,
 )
+from converter.kept import is_kept
 from converter.metadata import source_card
 from converter.model_map import describe
 from converter.ownership import (
@@ -59,7 +61,8 @@ from converter.target import Layout, Prepared, Surveyed, Target
 from converter.verdict import better_recipe, missed_target, overall, warning
 from converter.write import JOURNAL
 from formats.errors import ConvertError
-from formats.whole_file import whole_file
+from formats.files import remove_tree
+from formats.seals import write_sealed
 from profiles.evidence import Evidence
 
 
@@ -222,9 +225,14 @@ def run(
         else:
             _check_free(known, layouts, work)
             work.claim(fingerprint(known))
-        if isinstance(known, Prepared) and (report := _finished_report(work.path, job)) is not None:
-            progress.say("already done: the artifact is there and its hashes are right")
-            return known.target.adapted_before(known), report
+        if isinstance(known, Prepared):
+            remove_tree(work.path / TRIALS)  # where a kill has left what its refinement was measured with
+            report = _finished_report(work.path, job, progress)
+            done = None if report is None else known.target.adapted_before(known, progress)
+            if report is not None and done is not None:
+                _describe(done, report, work.path, progress)
+                progress.say("already done: the artifact is there and its hashes are right")
+                return done, report
         with stops_cleanly(work.path, job.command):
             prepared = known if isinstance(known, Prepared) else _analyse(known, work, progress, should_stop, clock)
             if text := ternary_warning(prepared.checkpoint, prepared.plan):
@@ -299,7 +307,7 @@ def _analyse(
 def _run_stages(
     prepared: Prepared, work_dir: Path, progress: Progress, should_stop: ShouldStop, clock: "_Clock"
 ) -> tuple[Prepared, dict[str, Any]]:
-    job, target, importance = prepared.job, prepared.target, prepared.importance
+    job, target, importance, planned = prepared.job, prepared.target, prepared.importance, prepared
     reads_text_later = job.refine > 0 or target.reads_text_later(job, prepared.plan)
     reads_text = (
         (importance is not None and job.imatrix is None)
@@ -320,7 +328,13 @@ def _run_stages(
     for note in adapted.notes:
         progress.say(note)
     with clock("encode"):
-        paths = target.write(adapted, work_dir, progress, should_stop)
+        try:
+            paths = target.write(adapted, work_dir, progress, should_stop)
+        except MomentsLost as lost:
+            progress.say(f"{lost.where}: {lost.what}: the model is calibrated again")
+            forget_calibration(work_dir)
+            target.calibrate(planned, work_dir, progress, should_stop)
+            paths = target.write(adapted, work_dir, progress, should_stop)
     with clock("verify"):
         errors, found = target.verify(adapted, paths, progress)
         paths = target.complete(adapted, paths)
@@ -391,15 +405,20 @@ def _run_stages(
         "path": str(work_dir / "report.json"),
         "page": str(work_dir / "report.html"),
     }
+    _describe(prepared, report, work_dir, progress)
+    write_sealed(work_dir / "report.json", "report", json.dumps(report, indent=1).encode())  # with it the job is done
+    return prepared, report
+
+
+def _describe(prepared: Prepared, report: dict[str, Any], work_dir: Path, progress: Progress) -> None:
+    """Write plan.json and report.html, where they are not there as they would be written."""
     described = prepared.to_dict()
     for name, content in (
         ("plan.json", json.dumps(described, indent=1)),
         ("report.html", report_page(report, described["tensors"])),
-        ("report.json", json.dumps(report, indent=1)),  # last: with it the job is done
     ):
-        with whole_file(work_dir / name, "report") as file:
-            file.write(content.encode())
-    return prepared, report
+        if not is_kept(work_dir / name, "report", progress) or (work_dir / name).read_bytes() != content.encode():
+            write_sealed(work_dir / name, "report", content.encode())
 
 
 @contextmanager
@@ -412,13 +431,13 @@ def _judging(what: str, progress: Progress) -> Iterator[None]:
         progress.say(f"warning: not judged is {what}: {error}. Free some memory and run the same command again")
 
 
-def _finished_report(work_dir: Path, job: Job) -> dict[str, Any] | None:
+def _finished_report(work_dir: Path, job: Job, progress: Progress) -> dict[str, Any] | None:
     """The report of a job that is done and whose files are as it left them; a changed or missing file is an error.
 
     A report without the quality or the tasks that are asked for now does not count: what it lacks is to be measured.
     """
     path = work_dir / "report.json"
-    if not path.exists():
+    if not is_kept(path, "report", progress):
         return None
     report = json.loads(path.read_bytes())
     tasks = report["tasks"] or {}

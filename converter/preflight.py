@@ -19,6 +19,7 @@ from converter.model_map import read_rows
 from converter.progress import size_text
 from converter.target import Layout
 from formats.errors import ConvertError
+from formats.files import make_directory
 from formats.registry import get_format
 from formats.ternary import lossless_rows
 from profiles.plan import Plan
@@ -103,10 +104,7 @@ def _check_writable(directory: Path, option: str) -> None:
     existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ConvertError("the directory cannot be written", str(existing), f"name another place with {option}")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConvertError(f"the directory cannot be made: {error}", str(directory), f"use {option}") from None
+    make_directory(directory, f"use {option}")
 
 
 def _check_memory(job: Job, checkpoint: Checkpoint, model_map: ModelMap, widths: list[list[int]]) -> None:

@@ -6,7 +6,6 @@ a finer format when, besides, its bytes lower the divergence here far more than 
 """
 
 import json
-import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +22,7 @@ from converter.calibrate import load_tokenizer, runnable
 from converter.checkpoint import Checkpoint
 from converter.encode import Encoder
 from converter.job import Job
+from converter.kept import kept
 from converter.progress import Progress
 from converter.rescale_search import choose_factors
 from converter.rescaling import rescale_rows
@@ -30,6 +30,7 @@ from converter.super_weights import RESULT as FOUND
 from converter.super_weights import known_super_weights, load_super_weights, measuring_text
 from formats.errors import ConvertError
 from formats.registry import get_format
+from formats.seals import is_sound
 from formats.whole_file import whole_file
 from profiles.assign import fitting_format
 from profiles.plan import Plan
@@ -122,12 +123,12 @@ def protect(
     if not job.protection.looks(plan):
         return Protected(plan, model_map)
     report = known_super_weights(job, checkpoint, model_map, importance, work_dir, progress, should_stop)
-    result = work_dir / RESULT
-    if not result.exists():
+    directory = work_dir / "protection"
+
+    def decide() -> list[Decision]:
         watched = {"progress": progress, "should_stop": should_stop}
         running = runnable(checkpoint, model_map, work_dir) if report.weights else (checkpoint, model_map)
         protector = Protector(checkpoint, model_map, plan, importance, job, running)
-        directory = work_dir / "protection"
         baseline = None
         if report.weights and job.protection.super_weights == "auto":
             location = running[0].location
@@ -141,9 +142,11 @@ def protect(
                 threads=job.n_threads,
                 keep=True,
             )
-        save_decisions(result, protector.decide(report.weights, baseline, **watched))
-        shutil.rmtree(directory, ignore_errors=True)
-    return _apply(load_decisions(result), job, report, plan, model_map)
+        return protector.decide(report.weights, baseline, **watched)
+
+    path = work_dir / RESULT
+    decisions = kept(path, "record of protection", progress, decide, save_decisions, load_decisions, directory)
+    return _apply(decisions, job, report, plan, model_map)
 
 
 def refuse_protection(protection: Protection, plan: Plan) -> None:
@@ -166,15 +169,19 @@ def protection_notes(protection: Protection, plan: Plan) -> list[str]:
     return [f"super weights are looked for when the job runs, and {protection.super_weights} protects them"]
 
 
-def protected_before(job: Job, model_map: ModelMap, plan: Plan, importance: ImportanceMatrix | None) -> Protected:
-    """What `protect` has decided in the job's work directory."""
+def protected_before(
+    job: Job, model_map: ModelMap, plan: Plan, importance: ImportanceMatrix | None
+) -> Protected | None:
+    """What `protect` has decided in the job's work directory; None where that is lost."""
     assert job.work_dir is not None
-    result, found = job.work_dir / RESULT, job.work_dir / FOUND
-    if not result.exists():
+    if not job.protection.looks(plan):
         return Protected(plan, model_map)
+    result, found = job.work_dir / RESULT, job.work_dir / FOUND
     report = None if importance is None else importance.super_weights
-    if report is None:
+    if report is None and is_sound(found):
         report = load_super_weights(found)
+    if report is None or not is_sound(result):
+        return None
     return _apply(load_decisions(result), job, report, plan, model_map)
 
 

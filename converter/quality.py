@@ -1,7 +1,5 @@
 """The stage `quality`: the artifact's weights, decoded, beside the checkpoint's, through the same layer stream."""
 
-import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +11,14 @@ from converter.calibrate import load_tokenizer, runnable
 from converter.checkpoint import Checkpoint
 from converter.directory_artifact import DirectoryArtifact
 from converter.job import Job
+from converter.kept import kept_json
 from converter.model_map import describe
 from converter.progress import Progress
 from converter.scheme_products import SchemeProducts
+from converter.scratch import scratch_directory
 from converter.source import open_checkpoint
 from converter.target import Candidate
 from converter.verify import DecodedArtifact, artifact_files
-from formats.whole_file import whole_file
 from profiles.vocabulary import ModelMap
 
 # Of the conversion's own report: enough to see a loss that matters, in little time beside the calibration's.
@@ -38,10 +37,10 @@ def measure_quality(
 ) -> dict[str, Any]:
     """The quality of a job's artifact as plain data, on text that the calibration has not seen. Measured once: the
     result stays in the work directory."""
-    result = work_dir / "quality.json"
-    if not result.exists():
-        checkpoint, model_map = runnable(checkpoint, model_map, work_dir)
-        tokenizer = load_tokenizer(checkpoint.location)
+
+    def measure() -> dict[str, Any]:
+        running, _ = runnable(checkpoint, model_map, work_dir)
+        tokenizer = load_tokenizer(running.location)
         corpus = load_corpus(
             None,
             tokenizer,
@@ -51,11 +50,11 @@ def measure_quality(
             split="test",
         )
         report = compare(
-            checkpoint,
+            running,
             candidate.weights,
-            checkpoint.location,
+            running.location,
             corpus,
-            work_dir=work_dir / "quality",
+            work_dir=scratch,
             arithmetic=candidate.arithmetic,
             words=word_numbers(corpus.tokens, tokenizer),
             device=job.device,
@@ -63,9 +62,10 @@ def measure_quality(
             progress=progress,
             should_stop=should_stop,
         )
-        with whole_file(result, "quality report") as file:
-            file.write(json.dumps(report.to_dict(), indent=1).encode())
-    return json.loads(result.read_bytes())
+        return report.to_dict()
+
+    scratch = work_dir / "quality"
+    return kept_json(work_dir / "quality.json", "quality report", progress, measure, scratch)
 
 
 def evaluate_artifact(
@@ -85,8 +85,7 @@ def evaluate_artifact(
     Raises ConvertError when the artifact is not of this model.
     """
     checkpoint = open_checkpoint(model)
-    with tempfile.TemporaryDirectory() as directory:
-        work_dir = Path(directory)
+    with scratch_directory() as work_dir:
         checkpoint, model_map = runnable(checkpoint, describe(checkpoint), work_dir)
         tokenizer = load_tokenizer(checkpoint.location)
         corpus = load_corpus(text, tokenizer, samples, sequence_length, split="test")

@@ -13,7 +13,6 @@ A part is one role in a third of the layers; embedding and output are parts of t
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,7 +21,7 @@ import numpy as np
 
 from calibration.control import ShouldStop
 from calibration.quality import Baseline
-from converter.analyse import CORRECTIONS_FILE
+from converter.analyse import CORRECTIONS_FILE, TRIALS
 from converter.calibrate import calibration_text, load_tokenizer, runnable
 from converter.encode import Encoder
 from converter.progress import Progress
@@ -30,8 +29,9 @@ from converter.target import Prepared
 from converter.verify import DecodedArtifact
 from converter.write import ArtifactWriter
 from formats.errors import ConvertError
+from formats.files import make_directory, remove_tree
 from formats.journal import append_line, read_lines
-from formats.whole_file import whole_file
+from formats.seals import write_sealed
 from profiles.evidence import Evidence
 from profiles.plan import Plan
 from profiles.vocabulary import ModelMap
@@ -126,9 +126,9 @@ def refine(
     factors = dict(best.factors)
     if not best.meets_its_goal:  # scaled, the losses would lead to another plan, which nobody has measured
         factors = {name: best.scale * factor for name, factor in factors.items()}
-    with whole_file(work_dir / CORRECTIONS_FILE, "refinement") as file:
-        file.write(json.dumps({"divergence": best.divergence, "factors": factors}, indent=1).encode())
-    shutil.rmtree(work_dir / "refinement", ignore_errors=True)
+    record = {"divergence": best.divergence, "factors": factors}
+    write_sealed(work_dir / CORRECTIONS_FILE, "refinement", json.dumps(record, indent=1).encode())
+    remove_tree(work_dir / TRIALS)
     return evidence.corrected(factors)
 
 
@@ -197,11 +197,13 @@ class _Trials:
         progress: Progress,
         should_stop: ShouldStop,
     ):
-        self.importance, self.directory = importance, work_dir / "refinement"
+        self.importance, self.directory = importance, work_dir / TRIALS
         self.progress, self.should_stop = progress, should_stop
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self.directory)
         self.journal = self.directory / "measured.jsonl"
-        self._known: dict[str, float] = {entry["trial"]: entry["divergence"] for entry in read_lines(self.journal)}
+        self._known: dict[str, float] = {
+            entry["trial"]: entry["divergence"] for entry in read_lines(self.journal, progress.say)
+        }
         job = first.job
         self._source, self._model_map = runnable(first.checkpoint, first.model_map, work_dir)
         tokenizer = load_tokenizer(self._source.location)
@@ -231,9 +233,9 @@ class _Trials:
         digest = plan.digest()
         if self._written is None or self._written[0] != digest:
             if self._written is not None:
-                shutil.rmtree(self.directory / self._written[0])
+                remove_tree(self.directory / self._written[0])
             directory = self.directory / digest
-            directory.mkdir(exist_ok=True)
+            make_directory(directory)
             with Encoder(prepared.checkpoint, plan, self.importance, job.n_threads) as encoder:
                 writer = ArtifactWriter(
                     encoder, prepared.layouts(self.importance), directory, directory / "encoded.jsonl"

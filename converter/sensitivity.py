@@ -10,12 +10,13 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from calibration.control import Interrupted, Progress, ShouldStop, never, silent
+from calibration.control import Interrupted, Progress, ShouldStop, never, say, silent
 from calibration.fisher import FisherFactors
 from calibration.importance import ImportanceMatrix
 from calibration.sensitivity import SensitivityTable
@@ -63,7 +64,9 @@ def build_sensitivity(
     """
     names = {tensor.name for tensor in model_map.tensors}
     tensors = [tensor for tensor in model_map.tensors if tensor.quantizable]
-    finished: dict[str, dict[str, Any]] = {entry.pop("tensor"): entry for entry in read_lines(journal)}
+    finished: dict[str, dict[str, Any]] = {
+        entry.pop("tensor"): entry for entry in read_lines(journal, partial(say, progress))
+    }
     with ThreadPoolExecutor(threads) as pool:
         for n_done, tensor in enumerate(tensors, start=1):
             if tensor.name not in finished:

@@ -5,24 +5,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calibration.activation_file import load_activations, save_activations
-from calibration.activations import ActivationStatistics, InputRows, compute_activations
+from calibration.activations import ActivationStatistics, InputRows, RowsLost, compute_activations
 from calibration.control import ShouldStop
 from calibration.corpus import Corpus
 from calibration.smoothing import SmoothQuantConfig
 from converter.calibrate import calibration_text, load_tokenizer, observed_names, runnable
 from converter.checkpoint import Checkpoint
 from converter.job import Job
+from converter.kept import kept
 from converter.kv_cache import smoothed_caches
 from converter.progress import Progress
 from converter.smooth_search import SmoothedGroup, Smoother
 from converter.smoothed import SmoothedCheckpoint
 from converter.smoothing_file import Smoothing, load_smoothing, save_smoothing
 from converter.smoothing_groups import smoothing_groups, unsmoothed
+from formats.files import remove, remove_tree
 from profiles.vocabulary import ModelMap, Role
 
 ACTIVATIONS_FILE = "activations.safetensors"
 SMOOTHING_FILE = "smoothing.safetensors"
 SMOOTHED_ACTIVATIONS_FILE = "activations-smoothed.safetensors"
+# The checkpoints of the pass over the model as it is.
+_PASS = "activations"
 
 # The smoothed model is looked at again for its histograms alone, of which some million values and thousands of tokens
 # tell enough: on so many tokens, of that many texts at least. What is known by channel comes from all samples.
@@ -68,25 +72,28 @@ def smooth(
     running, running_map = runnable(checkpoint, model_map, work_dir)
     before = observe(job, checkpoint, model_map, work_dir, progress, should_stop)
     groups = smoothing_groups(running, running_map)
-    path = work_dir / SMOOTHING_FILE
-    if not path.exists():
+
+    def decide() -> Smoothing:
         smoother = Smoother(running, before, _rows(work_dir), static)
         decided = smoother.smooth(groups, config, progress, should_stop)
-        save_smoothing(
-            path,
-            Smoothing(
-                checkpoint.model_id,
-                checkpoint.revision,
-                config.alpha,
-                tuple(decided),
-                smoother.factors,
-                smoother.foldings,
-            ),
+        return Smoothing(
+            checkpoint.model_id, checkpoint.revision, config.alpha, tuple(decided), smoother.factors, smoother.foldings
         )
-    smoothing = load_smoothing(path)
+
+    def decide_on_sound_rows() -> Smoothing:
+        try:
+            return decide()
+        except RowsLost as lost:
+            progress.say(f"{lost.where}: {lost.what}: the model is run again")
+            forget_activations(work_dir)
+            observe(job, checkpoint, model_map, work_dir, progress, should_stop)
+            return decide()
+
+    path = work_dir / SMOOTHING_FILE
+    smoothing = kept(path, "record of smoothing", progress, decide_on_sound_rows, save_smoothing, load_smoothing)
     view = SmoothedCheckpoint.of(running, smoothing.foldings)
-    path = work_dir / SMOOTHED_ACTIVATIONS_FILE
-    if not path.exists():
+
+    def see_again() -> ActivationStatistics:
         again = compute_activations(
             view,
             view.location,
@@ -104,11 +111,14 @@ def smooth(
             stage="calibrate smoothed",
         )
         caches = smoothed_caches(before.caches, running_map, smoothing.foldings)
-        save_activations(path, replace(before.divided(smoothing.factors, again), caches=caches))
+        return replace(before.divided(smoothing.factors, again), caches=caches)
+
+    path = work_dir / SMOOTHED_ACTIVATIONS_FILE
+    seen = kept(path, "file of smoothed activations", progress, see_again, save_activations, load_activations)
     return Smoothed(
         view,
         running_map,
-        load_activations(path),
+        seen,
         smoothing,
         tuple(unsmoothed(groups, running_map)),
         {
@@ -132,18 +142,18 @@ def observe(
 ) -> ActivationStatistics:
     """The activation statistics of the job's model as it is, importance among them. They stay in the work directory and
     are not computed again."""
-    path = work_dir / ACTIVATIONS_FILE
-    if not path.exists():
+
+    def compute() -> ActivationStatistics:
         running, running_map = runnable(checkpoint, model_map, work_dir)
         corpus = _corpus(job, running, running_map, job.samples)
         if corpus.note:
             progress.say(corpus.note)
-        statistics = compute_activations(
+        return compute_activations(
             running,
             running.location,
             activation_names(running_map),
             corpus,
-            work_dir=work_dir / "activations",
+            work_dir=work_dir / _PASS,
             model=checkpoint.model_id,
             revision=checkpoint.revision,
             rows=_rows(work_dir),
@@ -153,8 +163,16 @@ def observe(
             progress=progress,
             should_stop=should_stop,
         )
-        save_activations(path, statistics)
-    return load_activations(path)
+
+    path = work_dir / ACTIVATIONS_FILE
+    return kept(path, "file of activation statistics", progress, compute, save_activations, load_activations)
+
+
+def forget_activations(work_dir: Path) -> None:
+    """What `observe` has left of the pass, so that it runs again."""
+    remove(work_dir / ACTIVATIONS_FILE)
+    remove_tree(work_dir / _PASS)
+    remove_tree(_rows(work_dir).directory)
 
 
 def activation_names(model_map: ModelMap) -> dict[str, tuple[str, int]]:

@@ -14,12 +14,13 @@ from converter.analyse import measured_factors
 from converter.calibrate import calibration_text, load_tokenizer, runnable
 from converter.checkpoint import Checkpoint
 from converter.job import Job
+from converter.kept import is_kept
 from converter.model_map import read_rows
 from converter.progress import Progress
 from converter.report import table
 from converter.verify import artifact_tensors
 from formats.errors import ConvertError
-from formats.whole_file import whole_file
+from formats.seals import write_sealed
 from profiles.vocabulary import DOWN_ROLES, ModelMap
 
 RESULT = "super_weights.json"
@@ -42,7 +43,8 @@ def look_for_super_weights(
     """What the job's model has of super weights, by spikes and, where the Fisher factors are known, by gradients. It
     stays in the work directory and is not looked for again by the same criteria."""
     result = work_dir / RESULT
-    if not result.exists() or (factors is not None and "gradients" not in load_super_weights(result).criteria):
+    known = is_kept(result, "record of super weights", progress)
+    if not known or (factors is not None and "gradients" not in load_super_weights(result).criteria):
         from calibration.spikes import PROMPT_LENGTH, DownProjection, prompt_tokens
         from calibration.super_weight_search import find_super_weights
 
@@ -69,8 +71,7 @@ def look_for_super_weights(
             progress=progress,
             should_stop=should_stop,
         )
-        with whole_file(result, "record of super weights") as file:
-            file.write(report.to_json().encode())
+        write_sealed(result, "record of super weights", report.to_json().encode())
     return load_super_weights(result)
 
 

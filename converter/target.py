@@ -181,8 +181,8 @@ class Target(Protocol):
     ) -> Adapted:
         """Plan and weights as they are encoded: what was found stays in the work directory."""
 
-    def adapted_before(self, prepared: Prepared) -> Prepared:
-        """What `adapt` has made of a finished job."""
+    def adapted_before(self, prepared: Prepared, progress: Progress) -> Prepared | None:
+        """What `adapt` has made of a finished job; None where that is lost."""
 
     def write(
         self,

@@ -13,7 +13,7 @@ import numpy as np
 
 from converter.llama_cpp import LlamaCpp, installed
 from formats.errors import ConvertError, nearest
-from formats.whole_file import whole_file
+from formats.seals import is_sound, write_sealed
 
 # Tokens of context and answer together: what the tasks in use need, and no model is too small for.
 _N_CTX = 2048
@@ -45,13 +45,12 @@ def measured_tasks(
     none."""
     result = work_dir / "tasks.json"
     asked = {"tasks": list(tasks), "limit": limit}
-    if result.exists():
+    if is_sound(result):
         found = json.loads(result.read_bytes())
         if not tasks or (found["tasks"], found["limit"]) == (asked["tasks"], limit):
             return found
     found = {**asked, "results": run_tasks(artifact, tasks, limit, threads)}
-    with whole_file(result, "task results") as file:
-        file.write(json.dumps(found, indent=1).encode())
+    write_sealed(result, "task results", json.dumps(found, indent=1).encode())
     return found
 
 

@@ -7,18 +7,19 @@ directory says which tensors are safely on the disk, and what their bytes were.
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
 
-from calibration.control import Interrupted, Progress, ShouldStop
+from calibration.control import Interrupted, Progress, ShouldStop, say
 from converter.ownership import Replaceable, check_free, put_in_place, remove_replaced
 from converter.target import Layout
 from formats.errors import ConvertError
+from formats.files import open_file, remove, rename, sync_directory, sync_file
 from formats.journal import append_line, read_lines
 from formats.names import hidden_path
-from formats.whole_file import sync_directory
 from profiles.plan import Plan, PlannedTensor
 
 JOURNAL = "encoded.jsonl"
@@ -80,14 +81,14 @@ class ArtifactWriter:
             ) from None
 
     def _write_files(self, progress: Progress, should_stop: ShouldStop) -> None:
-        finished = self._finished_tensors()
+        finished = self._finished_tensors(progress)
         done = 0
         for layout in self.layouts:
             path = partial_path(self.directory / layout.file_name)
             if finished.issuperset(entry.name for entry in layout.tensors) and not path.exists():
                 done += sum(entry.n_bytes for entry in layout.tensors)
                 continue
-            with path.open("r+b" if path.exists() else "w+b") as file:
+            with open_file(path) as file:
                 if file.seek(0, os.SEEK_END) < len(layout.header):
                     file.seek(0)
                     file.write(layout.header)
@@ -102,16 +103,14 @@ class ArtifactWriter:
                         file.truncate()
                         digest = self._write_tensor(file, planned, progress, done)
                         file.write(bytes(end - file.tell()))
-                        file.flush()
-                        os.fsync(file.fileno())
+                        sync_file(file)
                         record = {"tensor": entry.name, "sha256": digest, **self.encoder.remarks(entry.name)}
                         append_line(self.journal, record)
                     layer = planned.tensor.layer
                     done += entry.n_bytes
                     progress("encode", done, self._total, "B")
                 file.truncate(layout.n_bytes)
-                file.flush()
-                os.fsync(file.fileno())
+                sync_file(file)
 
     def _write_tensor(self, file: BinaryIO, planned: PlannedTensor, progress: Progress, done: int) -> str:
         """Append a tensor's data; returns their SHA-256."""
@@ -123,26 +122,26 @@ class ArtifactWriter:
             progress("encode", done, self._total, "B")
         return digest.hexdigest()
 
-    def _finished_tensors(self) -> set[str]:
+    def _finished_tensors(self, progress: Progress) -> set[str]:
         """The tensors of the journal whose bytes are in the partial files as they were written.
 
         Raises ConvertError for a file in the place of one of ours, before anything is encoded in vain."""
-        recorded = {entry["tensor"]: entry["sha256"] for entry in read_lines(self.journal)}
+        recorded = {entry["tensor"]: entry["sha256"] for entry in read_lines(self.journal, partial(say, progress))}
         finished = set()
         for layout in self.layouts:
             final = self.directory / layout.file_name
-            partial = partial_path(final)
-            if partial.exists():
-                sound = _sound_tensors(partial, layout, recorded)
+            growing = partial_path(final)
+            if growing.exists():
+                sound = _sound_tensors(growing, layout, recorded)
                 if not sound:
-                    partial.unlink()
+                    remove(growing)
                 finished.update(sound)
             elif final.exists():  # a run that was killed while it renamed the files of a split artifact
                 sound = _sound_tensors(final, layout, recorded)
-                if len(sound) == len(layout.tensors):
+                if len(sound) == len(layout.tensors) and final.stat().st_size == layout.n_bytes:
                     finished.update(sound)
                     continue
-            if self.replaceable is not None and not (partial.exists() and final.exists() and final.samefile(partial)):
+            if self.replaceable is not None and not (growing.exists() and final.exists() and final.samefile(growing)):
                 check_free([final], self.replaceable)
         return finished
 
@@ -159,7 +158,7 @@ class ArtifactWriter:
 
     def _put_in_place(self, path: Path) -> None:
         if self.replaceable is None:
-            partial_path(path).replace(path)
+            rename(partial_path(path), path)
         else:
             put_in_place(partial_path(path), path, self.replaceable)
 
@@ -196,8 +195,11 @@ def _sound_tensors(path: Path, layout: Layout, recorded: dict[str, str]) -> list
     with path.open("rb") as file:
         if file.read(len(layout.header)) != layout.header:
             return sound
-        for entry, offset in zip(layout.tensors, layout.offsets, strict=True):
+        ends = [*layout.offsets[1:], layout.n_bytes]
+        for entry, offset, end in zip(layout.tensors, layout.offsets, ends, strict=True):
             if entry.name not in recorded or _digest(file, offset, entry.n_bytes) != recorded[entry.name]:
+                break
+            if file.read(end - offset - entry.n_bytes).strip(b"\0"):  # padding
                 break
             sound.append(entry.name)
     return sound

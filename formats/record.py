@@ -1,7 +1,6 @@
 """Records in safetensors files: arrays, and what they are as JSON in the metadata."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from formats.errors import ConvertError
+from formats.files import rename
 from formats.regular_file import parse_json
 from formats.safetensors_file import read_header
 from formats.whole_file import Place, whole_file
@@ -25,9 +25,7 @@ class RecordKind:
     title: str
     command: str
 
-    def save(
-        self, path: Path, header: Mapping[str, Any], arrays: dict[str, np.ndarray], place: Place = os.replace
-    ) -> None:
+    def save(self, path: Path, header: Mapping[str, Any], arrays: dict[str, np.ndarray], place: Place = rename) -> None:
         """Write the file; it appears whole or not at all, and `place` gives it its name. The same record gives the same
         bytes."""
         data = save(arrays, {self.key: json.dumps({"version": self.version, **header}, sort_keys=True)})

@@ -1,14 +1,16 @@
 """Writing a file whole or not at all."""
 
-import errno
-import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from formats.errors import ConvertError
+from formats.files import open_file, remove, rename, sync_directory, sync_file
 from formats.names import hidden_path
+
+_ENDING = "tmp"
 
 Place = Callable[[Path, Path], object]
 """Gives what lies at the first path the name of the second."""
@@ -19,52 +21,32 @@ def whole_file(
     path: Path,
     what: str,
     remedy: str = "check the directory and its space",
-    place: Place = os.replace,
+    place: Place = rename,
 ) -> Iterator[BinaryIO]:
     """A file that takes its name when the block ends well, flushed to the disk; until then the old one is there.
 
     what: the file's kind, for the ConvertError, with that remedy, when it cannot be written. place: gives the whole
     file its name, and decides what becomes of another one that has it.
     """
-    temporary = hidden_path(path, "tmp")
+    temporary = hidden_path(path, _ENDING)
     try:
-        with temporary.open("wb") as file:
+        with open_file(temporary, fresh=True) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
         place(temporary, path)
         sync_directory(path.parent)
     except OSError as error:
         raise ConvertError(f"the {what} cannot be written ({error.strerror})", str(path), remedy) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
 
 
-def take_name(source: Path, target: Path) -> None:
-    """Rename a file or a directory to a name that nothing has; an empty directory may give way to a directory.
-
-    Raises FileExistsError, or another OSError, where something has that name, be it for no longer than this moment. On
-    a file system without hard links a file that appears at this very moment would be replaced.
-    """
-    if source.is_dir():
-        source.rename(target)  # fails for anything but an empty directory
-        return
-    try:
-        os.link(source, target)
-    except FileExistsError:
-        raise
-    except OSError:
-        if os.path.lexists(target):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
-        source.rename(target)
-        return
-    source.unlink()
+def copy_file(source: Path, target: Path) -> None:
+    """Raises ConvertError; what is at the target is whole, as it was or as the source is."""
+    with whole_file(target, "copy") as file, source.open("rb") as origin:
+        shutil.copyfileobj(origin, file)
 
 
-def sync_directory(directory: Path) -> None:
-    """Make the renames in a directory survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def is_temporary(path: Path) -> bool:
+    """Whether a kill has left the file, amid being written, in a directory where nobody but this tool writes."""
+    return path.name.startswith(".") and path.name.endswith(f".{_ENDING}")

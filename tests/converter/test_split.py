@@ -43,6 +43,10 @@ def test_what_cannot_be_split(tiny, tmp_path):
     fits = convert("split", path, "--split-size", "20GB")
     assert fits.exit_code == 1 and "nothing is to be done" in fits.stderr
     first = Path(convert("split", path, "--split-size", "60K").stdout.split()[0])
-    assert "is there already" in convert("split", path, "--split-size", "60K").stderr
+    again = convert("split", path, "--split-size", "60K")
+    assert again.exit_code == 0 and Path(again.stdout.split()[0]) == first  # all of it is there
+    last = Path(again.stdout.split()[-1])
+    last.write_bytes(last.read_bytes()[:-1] + b"x")
+    assert "another file is there already" in convert("split", path, "--split-size", "60K").stderr
     assert "one of several splits" in convert("split", first, "--split-size", "30K").stderr
     assert "no size" in convert("split", path, "--split-size", "many").stderr

@@ -1,0 +1,102 @@
+"""Conversions that are killed and that fail: tiny, and each with stages of its own."""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import converter
+from converter.progress import Progress
+from converter.split import split
+from tests.converter import planted_model
+from tests.faults.disk import State, read_state, restore
+
+# Files of somebody else, one of them in the work directory.
+FOREIGN: State = {"notes.txt": b"of the user", ".notes.tmp": b"too", "m.bitwright": None, "m.bitwright/own": b"too"}
+# What differs from run to run: seconds, times in archives, and how often something was done.
+_VOLATILE = ("report.json", "report.html", "stream.npz", "seals.jsonl")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A conversion of a tiny model into a directory, as m. model: its name, or "planted" for one with a super weight;
+    options: of converter.convert; n_more: as of disk.sample, of the points at which it is killed."""
+
+    output: str
+    model: str = "llama"
+    n_more: int | None = 8
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+SCENARIOS = {
+    "plain": Scenario("m.gguf", n_more=None, options={"profile": "mlp-low-precision", "overrides": ("mlp_*=IQ4_NL",)}),
+    "in shards": Scenario("m.gguf", options={"profile": "uniform-8bit", "shard_bytes": 60_000}),
+    "refined budget": Scenario(
+        "m.gguf",
+        n_more=0,
+        options={"profile": "budget", "target_bpw": 6.0, "refine": 1, "protect_super_weights": "off"},
+    ),
+    "feedback": Scenario(
+        "m.gguf",
+        options={"profile": "mlp-low-precision", "overrides": ("mlp_*=Q4_0",), "error_feedback": True},
+    ),
+    "protection": Scenario(
+        "m.gguf", model="planted", options={"profile": "uniform-8bit", "overrides": ("mlp_down=Q2_K",)}
+    ),
+    "smoothed directory": Scenario("m", options={"profile": "smoothquant-w8a8", "alpha": "auto"}),
+}
+
+
+def build_models(tiny: Callable[[str], Path], directory: Path) -> dict[str, Path]:
+    """The models of the scenarios, and a text for each."""
+    planted = planted_model.build(tiny("llama-256"), directory / "planted", 2, {(100, 300): 9.0})
+    planted_model.text(planted, directory / "planted.txt")
+    characters = random.Random(1)
+    text = "".join(characters.choice("abc defghij klmnop 0123456789.\n") for _ in range(8000))
+    (directory / "llama.txt").write_text(text)
+    return {"llama": tiny("llama"), "planted": planted, "texts": directory}
+
+
+def run(scenario: Scenario, models: dict[str, Path], root: Path, **options: Any) -> dict[str, Any]:
+    return converter.convert(
+        str(models[scenario.model]),
+        output=root / scenario.output,
+        **{
+            "calibration": str(models["texts"] / f"{scenario.model}.txt"),
+            "samples": 128,
+            "sequence_length": 8,
+            "effort": "fast",
+            "quality": False,
+            "quiet": True,
+            "threads": 1,
+            "device": "cpu",
+            **scenario.options,
+            **options,
+        },
+    )
+
+
+def begin(root: Path) -> None:
+    restore(FOREIGN, root)
+
+
+def split_again(root: Path) -> None:
+    split(root / "m.gguf", 60_000, None, Progress(quiet=True))
+
+
+def check_same(root: Path, expected: State) -> None:
+    """The directory has the files of an undisturbed run, no other ones, and their bytes."""
+    found = read_state(root)
+    assert found.keys() == expected.keys()
+    for name, content in expected.items():
+        if not name.endswith(_VOLATILE):
+            assert _comparable(name, found[name]) == _comparable(name, content), name
+
+
+def _comparable(name: str, content: bytes | None) -> object:
+    """Of a journal what is done, in any order and however often."""
+    if content is None or not name.endswith(".jsonl"):
+        return content
+    return {json.dumps(json.loads(line), sort_keys=True) for line in content.splitlines()}
