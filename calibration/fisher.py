@@ -120,7 +120,7 @@ def compute_fisher(
     backward = GradientStream(forward, work_dir / "backward", squared, labels=labels, seed=seed)
     if not backward.complete:
         forward.run(progress, should_stop, stage="forward")
-        backward.run(progress, should_stop, stage="gradients")
+    backward.run(progress, should_stop, stage="gradients")
     forward.discard_hidden_states()
     n_samples, sequence_length = corpus.tokens.shape
     n_labels = n_samples * (sequence_length if labels == "sampled" else sequence_length - 1)

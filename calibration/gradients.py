@@ -70,8 +70,11 @@ class GradientStream:
         are not finite.
         """
         self._checkpoint.tell_damage(progress)
-        if self.complete:
-            return
+        if not self.complete:
+            self._run(progress, should_stop, stage)
+        self._checkpoint.discard_hidden_states()
+
+    def _run(self, progress: Progress, should_stop: ShouldStop, stage: str) -> None:
         report = partial(self.forward.report, progress, stage, self.n_layers + 2)
         with self.forward.workers() as pool:
             if self._checkpoint.layers_done == NOT_STARTED:
@@ -83,7 +86,6 @@ class GradientStream:
                 self._through_layers(pool, report, should_stop)
             self._through_embedding(partial(report, self.n_layers + 1))
             self._commit(self.n_layers, complete=True)
-        self._checkpoint.discard_hidden_states()
 
     def _through_head(self, pool: ThreadPoolExecutor, report: Callable[[int], None]) -> None:
         with self.forward.head() as logits:

@@ -133,6 +133,7 @@ class ArtifactWriter:
             growing = partial_path(final)
             if growing.exists():
                 sound = _sound_tensors(growing, layout, recorded)
+                _tell_damage(growing, layout, recorded, len(sound), progress)
                 if not sound:
                     remove(growing)
                 finished.update(sound)
@@ -186,6 +187,14 @@ def written_sha256(path: Path, layout: Layout, journal: Path) -> str:
             "leave it alone until the job is done, then write it again with --fresh, or to another --output",
         )
     return whole.hexdigest()
+
+
+def _tell_damage(path: Path, layout: Layout, recorded: dict[str, str], n_sound: int, progress: Progress) -> None:
+    """Where a file holds all of a tensor that is on record, and other bytes."""
+    if n_sound < len(layout.tensors):
+        name, ends = layout.tensors[n_sound].name, [*layout.offsets[1:], layout.n_bytes]
+        if name in recorded and path.stat().st_size >= ends[n_sound]:
+            say(progress, f"{path}: {name} is not what was written there, and is encoded again")
 
 
 def _sound_tensors(path: Path, layout: Layout, recorded: dict[str, str]) -> list[str]:

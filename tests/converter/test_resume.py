@@ -1,119 +1,109 @@
-"""Killed at any moment and started again, a conversion ends with the bytes of one that was never interrupted."""
+"""A process that is really killed, at named points, and what a job knows of itself afterwards."""
 
 import multiprocessing
 import os
-import random
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
-from converter.write import partial_path
+from converter.job import default_work_dir
+from converter.write import JOURNAL, partial_path
 from formats.errors import ConvertError
+from formats.files import Step, observed
+from formats.journal import read_lines
+from tests.faults import scenarios
+from tests.faults.disk import State, read_state
+from tests.faults.scenarios import SCENARIOS, begin, check_same
 
-N_KILLS = 20
-PROFILE = "mlp-low-precision"
-
-# Children are forked from a server that has imported everything and started nothing: a kill hits work, not imports.
+# Children are forked from a server that has imported everything and started nothing.
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(
-    ["calibration.stream", "calibration.quality", "converter.pipeline", "tests.tiny_models"]
-)
+_PROCESSES.set_forkserver_preload(["calibration.stream", "converter.pipeline", "tests.faults.scenarios"])
+
+# (step, end of the path, how many of these are taken): the process is killed before the step that follows them.
+AFTER_THREE_JOURNAL_LINES = ("sync", JOURNAL, 3)
+BETWEEN_WRITE_AND_SYNC = ("write", ".partial", 9)
+AFTER_A_RENAME = ("rename", "m.gguf", 1)
+AFTER_A_RENAME_OF_A_DIRECTORY = ("rename", "/m", 1)
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    """Calibration text for 128 samples of 16 tokens, of nothing but printable characters."""
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    characters = random.Random(1)
-    path.write_text("".join(characters.choice("abc defghij klmnop 0123456789.\n") for _ in range(8000)))
-    return path
+def models(tiny, tmp_path_factory) -> dict[str, Path]:
+    return scenarios.build_models(tiny, tmp_path_factory.mktemp("models"))
 
 
-def convert(model: Path, text: Path, directory: Path, threads: int = 2) -> None:
-    """One conversion into the directory, through the Python interface."""
-    import converter
-
-    converter.convert(
-        str(model),
-        profile=PROFILE,
-        output=directory / "model.gguf",
-        calibration=str(text),
-        samples=128,
-        sequence_length=16,
-        threads=threads,
-        quiet=True,
-    )
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("resume") / "root"
 
 
-def run(*arguments) -> float:
-    """convert(*arguments) in a process of its own; returns the seconds it took."""
-    start = time.monotonic()
-    process = _PROCESSES.Process(target=convert, args=arguments)
+@pytest.fixture(scope="module")
+def undisturbed(models, root):
+    known: dict[str, State] = {}
+
+    def of(name: str) -> State:
+        if name not in known:
+            begin(root)
+            scenarios.run(SCENARIOS[name], models, root)
+            known[name] = read_state(root)
+        return known[name]
+
+    return of
+
+
+def run_until(point: tuple[Step, str, int], *arguments) -> None:
+    """In a process of its own: run the scenario, and be killed."""
+    step, end, left = point
+
+    def observe(taken: Step, path: Path) -> None:
+        nonlocal left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= taken == step and str(path).endswith(end)
+
+    with observed(observe):
+        scenarios.run(*arguments)
+
+
+def killed(point: tuple[Step, str, int], *arguments) -> None:
+    process = _PROCESSES.Process(target=run_until, args=(point, *arguments))
     process.start()
     process.join()
-    assert process.exitcode == 0
-    return time.monotonic() - start
+    assert process.exitcode == -signal.SIGKILL
 
 
-def kill_after(seconds: float, *arguments) -> bool:
-    """Start convert(*arguments) and kill it; False when it was done before."""
-    process = _PROCESSES.Process(target=convert, args=arguments)
-    process.start()
-    process.join(seconds)
-    if process.exitcode is None:
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-    assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode != 0
+@pytest.mark.parametrize("name", ["plain", "refined budget", "feedback", "protection", "smoothed directory"])
+@pytest.mark.parametrize("point", [AFTER_THREE_JOURNAL_LINES, BETWEEN_WRITE_AND_SYNC, AFTER_A_RENAME])
+def test_killed_at_a_named_point(name, point, models, root, undisturbed):
+    if SCENARIOS[name].output == "m" and point == AFTER_A_RENAME:
+        point = AFTER_A_RENAME_OF_A_DIRECTORY
+    expected = undisturbed(name)
+    begin(root)
+    killed(point, SCENARIOS[name], models, root)
+    assert not (root / "m.bitwright" / "report.json").exists()
+    scenarios.run(SCENARIOS[name], models, root)
+    check_same(root, expected)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tiny, text, tmp_path_factory) -> tuple[bytes, float]:
-    """The artifact's bytes, and the seconds that the conversion takes."""
-    model = tiny("llama-256")
-    run(model, text, tmp_path_factory.mktemp("warm-up"))
-    directory = tmp_path_factory.mktemp("uninterrupted")
-    seconds = run(model, text, directory)
-    return (directory / "model.gguf").read_bytes(), seconds
+@pytest.mark.parametrize("threads", [2, 8])
+def test_the_number_of_threads_changes_no_byte(models, root, undisturbed, threads):
+    expected = undisturbed("plain")
+    begin(root)
+    scenarios.run(SCENARIOS["plain"], models, root, threads=threads)
+    check_same(root, expected)
 
 
-def test_killed_at_random_moments(tiny, text, tmp_path, uninterrupted):
-    expected, seconds = uninterrupted
-    moments = random.Random(0)
-    killed = 0
-    while killed < N_KILLS:
-        directory = tmp_path / str(killed)
-        # One to three kills in a row, spread over the whole run, then to the end.
-        for _ in range(moments.randint(1, 3)):
-            killed += kill_after(moments.uniform(0, seconds), tiny("llama-256"), text, directory)
-            assert not (directory / "model.gguf").exists() or (directory / "model.gguf").read_bytes() == expected
-        run(tiny("llama-256"), text, directory)
-        assert (directory / "model.gguf").read_bytes() == expected
-        assert not partial_path(directory / "model.gguf").exists()
-
-
-@pytest.mark.parametrize("threads", [1, 8])
-def test_the_number_of_threads_changes_no_byte(tiny, text, tmp_path, uninterrupted, threads):
-    run(tiny("llama-256"), text, tmp_path, threads)
-    assert (tmp_path / "model.gguf").read_bytes() == uninterrupted[0]
-
-
-def test_a_damaged_partial_file_is_not_trusted(tiny, text, tmp_path, uninterrupted):
+def test_a_damaged_partial_file_is_not_trusted(models, root, undisturbed):
     """The journal says finished, the disk lost the data: the tensors are encoded again."""
-    expected, seconds = uninterrupted
-    partial = partial_path(tmp_path / "model.gguf")
-    for fraction in range(20):
-        kill_after(seconds * (0.5 + fraction / 40), tiny("llama-256"), text, tmp_path)
-        if partial.exists() and partial.stat().st_size > len(expected) // 4:
-            break
-    if partial.exists():
-        with partial.open("r+b") as file:
-            file.seek(-len(expected) // 8, os.SEEK_END)
-            file.write(b"\xff" * 64)
-    run(tiny("llama-256"), text, tmp_path)
-    assert (tmp_path / "model.gguf").read_bytes() == expected
+    expected = undisturbed("plain")
+    begin(root)
+    killed(AFTER_THREE_JOURNAL_LINES, SCENARIOS["plain"], models, root)
+    partial = partial_path(root / "m.gguf")
+    assert len(list(read_lines(default_work_dir(root / "m.gguf") / JOURNAL))) == 3
+    content = partial.read_bytes()
+    partial.write_bytes(content[:-4000] + b"\xff" * 64 + content[-3936:])
+    scenarios.run(SCENARIOS["plain"], models, root)
+    check_same(root, expected)
 
 
 def test_a_finished_job_says_so_and_a_changed_artifact_is_noticed(tiny, text, tmp_path, capsys):

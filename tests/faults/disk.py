@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from formats.files import Step, observed
 
 State = dict[str, bytes | None]
 """Everything in a directory: relative path -> content, None for a directory."""
 Kind = tuple[Step, str]
-"""A step, and where it is taken: names that differ by numbers or hashes, or by their tensor, are one place."""
+"""A step, and where it is taken: names that differ by numbers, hashes or tensors are one place."""
+Choice = Literal["every", "kinds"] | int
 
 
 @dataclass(frozen=True)
@@ -91,19 +93,15 @@ def recorded(root: Path, run: Callable[[], object]) -> list[Point]:
     return points
 
 
-def sample(points: list[Point], n_more: int | None) -> list[Point]:
-    """The first and the last point of each kind, and so many more, evenly spaced; n_more None: every point, but of the
-    many writes into a file that has not got its name yet. Disks that are equal count once."""
-    of_kind: dict[Kind, list[int]] = {}
-    for i, point in enumerate(points):
-        of_kind.setdefault(point.kind, []).append(i)
-    chosen = {i for indices in of_kind.values() for i in (indices[0], indices[-1])}
-    if n_more is None:
-        chosen |= {i for i, point in enumerate(points) if point.kind[0] != "write" or ".tmp" not in point.kind[1]}
-    else:
-        chosen |= {round((i + 0.5) * len(points) / n_more) for i in range(n_more)}
-    unequal = {tuple(sorted((k, v or b"") for k, v in points[i].state.items())): i for i in sorted(chosen)}
-    return [points[i] for i in sorted(unequal.values())]
+def sample(points: list[Point], choice: Choice) -> list[Point]:
+    """Points of a run, of which those with equal disks count once: every one, the first of each kind, or so many,
+    evenly spaced. Of the steps that make and fill a file that has not got its name yet, the last stands for all."""
+    points = [p for p in points if p.kind[0] not in ("make", "write") or not p.kind[1].endswith(".tmp")]
+    if choice == "kinds":
+        points = list({point.kind: point for point in reversed(points)}.values())[::-1]
+    elif choice != "every":
+        points = [points[round((i + 0.5) * len(points) / choice)] for i in range(choice)]
+    return list({hash(tuple(sorted((k, v or b"") for k, v in p.state.items()))): p for p in points}.values())
 
 
 @contextmanager

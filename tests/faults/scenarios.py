@@ -11,7 +11,7 @@ import converter
 from converter.progress import Progress
 from converter.split import split
 from tests.converter import planted_model
-from tests.faults.disk import State, read_state, restore
+from tests.faults.disk import Choice, State, read_state, restore
 
 # Files of somebody else, one of them in the work directory.
 FOREIGN: State = {"notes.txt": b"of the user", ".notes.tmp": b"too", "m.bitwright": None, "m.bitwright/own": b"too"}
@@ -22,20 +22,20 @@ _VOLATILE = ("report.json", "report.html", "stream.npz", "seals.jsonl")
 @dataclass(frozen=True)
 class Scenario:
     """A conversion of a tiny model into a directory, as m. model: its name, or "planted" for one with a super weight;
-    options: of converter.convert; n_more: as of disk.sample, of the points at which it is killed."""
+    options: of converter.convert; points: at which it is killed, see disk.sample."""
 
     output: str
     model: str = "llama"
-    n_more: int | None = 8
+    points: Choice = "kinds"
     options: dict[str, Any] = field(default_factory=dict)
 
 
 SCENARIOS = {
-    "plain": Scenario("m.gguf", n_more=None, options={"profile": "mlp-low-precision", "overrides": ("mlp_*=IQ4_NL",)}),
+    "plain": Scenario("m.gguf", points="every", options={"profile": "mlp-low-precision", "overrides": ("mlp_*=IQ4_NL",)}),
     "in shards": Scenario("m.gguf", options={"profile": "uniform-8bit", "shard_bytes": 60_000}),
     "refined budget": Scenario(
         "m.gguf",
-        n_more=0,
+        points=20,
         options={"profile": "budget", "target_bpw": 6.0, "refine": 1, "protect_super_weights": "off"},
     ),
     "feedback": Scenario(

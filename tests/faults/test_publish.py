@@ -1,0 +1,70 @@
+"""Publishing that ends at any of its requests to the Hub: the next call continues, and no file here is touched."""
+
+from pathlib import Path
+
+import pytest
+
+from converter.hub_repository import HubRepository
+from converter.progress import Progress
+from converter.publish import Target, publish
+from formats.files import observed
+from tests.converter.test_publish import ALICE, TO, TOKEN, here
+from tests.converter.writable_hub import WritableHub
+from tests.faults import scenarios
+from tests.faults.disk import read_state
+from tests.faults.scenarios import SCENARIOS, begin
+
+
+class Killed(BaseException):
+    """Like a kill: nothing but the Hub and the disk remembers what was done."""
+
+
+@pytest.fixture(scope="module")
+def artifact(models, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("published") / "root"
+    begin(root)
+    scenarios.run(SCENARIOS["plain"], models, root)
+    return root / "m.gguf"
+
+
+def published(artifact: Path, hub: WritableHub) -> dict[str, bytes]:
+    publish(artifact, Target(TO, name="Tiny-113K-v1.0-Q4.gguf"), Progress(quiet=True))
+    return hub.files(TO)
+
+
+def killed_at(number: int, artifact: Path, hub: WritableHub, monkeypatch, answered: bool) -> bool:
+    """Publish up to this request; whether there is one. answered: the Hub has done what was asked."""
+    ask, left = HubRepository._ask, number
+
+    def counted(self, call):
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            return ask(self, call)
+        if answered:
+            ask(self, call)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HubRepository, "_ask", counted)
+        try:
+            published(artifact, hub)
+        except Killed:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_killed_at_every_request(artifact, answered, monkeypatch):
+    before = read_state(artifact.parent)
+    steps: list[object] = []
+    with observed(lambda step, path: steps.append((step, path))):
+        with here(monkeypatch, {TOKEN: ALICE}) as hub:
+            expected = published(artifact, hub)
+        for number in range(100):
+            with here(monkeypatch, {TOKEN: ALICE}) as hub:
+                if not killed_at(number, artifact, hub, monkeypatch, answered):
+                    break
+                assert published(artifact, hub) == expected
+                assert len(hub.repositories[TO].commits) == 2  # the Hub's own first one, and ours
+    assert number > 5 and not steps and read_state(artifact.parent) == before
