@@ -60,6 +60,7 @@ class HiddenStates:
     def __init__(self, path: Path, sample_shape: tuple[int, int], dtype: torch.dtype):
         self.path, self.sample_shape, self.dtype = path, sample_shape, dtype
         self.sample_bytes = sample_shape[0] * sample_shape[1] * dtype.itemsize
+        self.descriptor = -1
         with _explained(path):
             self.descriptor = open_descriptor(path)
         self.hashes: dict[int, bytes] = {}
@@ -86,7 +87,8 @@ class HiddenStates:
             sync_descriptor(self.descriptor, self.path)
 
     def __del__(self) -> None:
-        os.close(self.descriptor)
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
 
 
 def _hash(data: bytes | memoryview) -> bytes:

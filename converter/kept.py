@@ -52,8 +52,13 @@ def kept_json(
 
 def is_kept(path: Path, what: str, progress: Progress) -> bool:
     """Whether an earlier run has left this result; of one that has changed since the user is told."""
-    if is_sound(path):
-        return True
+    sound = is_sound(path)
+    if not sound:
+        tell_damage(path, what, progress)
+    return sound
+
+
+def tell_damage(path: Path, what: str, progress: Progress) -> None:
+    """Of a result that is not sound, if it is there at all."""
     if path.exists():
         progress.say(f"{path}: the {what} is not what was written there, and is made again")
-    return False

@@ -24,6 +24,7 @@ from calibration.quality import Baseline
 from converter.analyse import CORRECTIONS_FILE, TRIALS
 from converter.calibrate import calibration_text, load_tokenizer, runnable
 from converter.encode import Encoder
+from converter.kept import tell_damage
 from converter.progress import Progress
 from converter.target import Prepared
 from converter.verify import DecodedArtifact
@@ -93,6 +94,7 @@ def refine(
     What was measured stays in the work directory, and a call after an interruption continues there.
     Raises Interrupted when should_stop says so.
     """
+    tell_damage(work_dir / CORRECTIONS_FILE, "refinement", progress)  # a sound one would not be made again
     trials, best = None, None
     factors: dict[str, float] = {}
     seen: set[str] = set()

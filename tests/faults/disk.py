@@ -108,14 +108,14 @@ def sample(points: list[Point], choice: Choice) -> list[Point]:
 def failing(root: Path, failed: set[Kind]) -> Iterator[None]:
     """A disk on which the first step of a kind that is not among the failed ones, which it joins, fails: of some kinds
     with an error that passes, of others because the disk is full from then on."""
-    full = False
+    full, n_before = False, len(failed)
 
     def observe(step: Step, path: Path) -> None:
         nonlocal full
         kind = kind_of(step, path, root)
         if full and step in ("make", "write", "sync"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if kind in failed or full:
+        if kind in failed or len(failed) > n_before:
             return
         failed.add(kind)
         full = len(failed) % 2 == 0 and step in ("make", "write")

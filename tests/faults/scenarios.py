@@ -1,6 +1,5 @@
 """Conversions that are killed and that fail: tiny, and each with stages of its own."""
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,7 +30,9 @@ class Scenario:
 
 
 SCENARIOS = {
-    "plain": Scenario("m.gguf", points="every", options={"profile": "mlp-low-precision", "overrides": ("mlp_*=IQ4_NL",)}),
+    "plain": Scenario(
+        "m.gguf", points="every", options={"profile": "mlp-low-precision", "overrides": ("mlp_*=IQ4_NL",)}
+    ),
     "in shards": Scenario("m.gguf", options={"profile": "uniform-8bit", "shard_bytes": 60_000}),
     "refined budget": Scenario(
         "m.gguf",
@@ -91,12 +92,9 @@ def check_same(root: Path, expected: State) -> None:
     found = read_state(root)
     assert found.keys() == expected.keys()
     for name, content in expected.items():
-        if not name.endswith(_VOLATILE):
-            assert _comparable(name, found[name]) == _comparable(name, content), name
-
-
-def _comparable(name: str, content: bytes | None) -> object:
-    """Of a journal what is done, in any order and however often."""
-    if content is None or not name.endswith(".jsonl"):
-        return content
-    return {json.dumps(json.loads(line), sort_keys=True) for line in content.splitlines()}
+        if name.endswith(_VOLATILE):
+            continue
+        if name.endswith(".jsonl") and content is not None:  # in any order and however often, beside damaged lines
+            assert set(content.splitlines()) <= set((found[name] or b"").splitlines()), name
+        else:
+            assert found[name] == content, name
