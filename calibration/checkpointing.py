@@ -19,7 +19,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from hashlib import blake2b
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ NOT_STARTED = -1
 
 # Of the arrays of stream.npz: what begins so holds hashes of hidden states, uint8 [n_samples, _HASH_BYTES], by file.
 _HASHES = "hashes of "
-_HASH_BYTES = 8
+_HASH_BYTES = 32
 
 _REMEDY = "free some space, or give another --work-dir; the same command continues after the last whole layer"
 
@@ -92,7 +92,7 @@ class HiddenStates:
 
 
 def _hash(data: bytes | memoryview) -> bytes:
-    return blake2b(data, digest_size=_HASH_BYTES).digest()
+    return sha256(data).digest()
 
 
 class StreamCheckpoint:

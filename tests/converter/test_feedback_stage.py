@@ -31,6 +31,7 @@ from converter.verify import artifact_tensors
 from formats.errors import ConvertError
 from formats.moment_factor import factorize
 from formats.registry import get_format
+from formats.seals import write_sealed
 from profiles.assign import assign
 from profiles.plan import Plan
 from profiles.protection import pin, rescaled_specs
@@ -179,7 +180,7 @@ def write_all_moments(model: Path, directory: Path, held_out_like: bool = True) 
             other = np.linalg.svd(mixing)[2][n // 2 :]
         write_moments(directory, tensor.name, (seen.T @ seen).astype(np.float32), other.astype(np.float32))
         groups[tensor.name] = [tensor.name] * tensor.n_matrices
-    (directory / INDEX_NAME).write_text(json.dumps(groups))
+    write_sealed(directory / INDEX_NAME, "index", json.dumps(groups).encode())
 
 
 @pytest.mark.parametrize("format_name", ["NVFP4", "Q4_0"])
@@ -214,7 +215,7 @@ def test_a_matrix_without_moments_or_held_out_inputs_says_so(tiny, tmp_path):
     write_all_moments(model, directory)
     groups = json.loads((directory / INDEX_NAME).read_text())
     groups["blk.0.attn_k.weight"] = [None]
-    (directory / INDEX_NAME).write_text(json.dumps(groups))
+    write_sealed(directory / INDEX_NAME, "index", json.dumps(groups).encode())
     write_moments(directory, "blk.0.attn_q.weight", np.eye(256, dtype=np.float32), np.empty((0, 256), np.float32))
     plain, _ = encoded(model, None, "Q2_K")
     data, outcomes = encoded(model, directory, "Q2_K")

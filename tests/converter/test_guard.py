@@ -70,7 +70,7 @@ def test_an_exact_artifact_writes_what_the_source_writes(tiny, f32, tmp_path, fe
         assert row["text"] == row["agreed_text"] == row["source_text"] and row["agreed"] == row["tokens"] > 0
         assert row["entropy"] == pytest.approx(row["source_entropy"], abs=1e-2)
         assert row["surprise"] == pytest.approx(row["source_surprise"], abs=1e-2)
-    assert [path.name for path in tmp_path.iterdir()] == ["coherence.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["coherence.json", "seals.jsonl"]
 
 
 def test_without_llama_cpp_the_model_itself_generates(tiny, f32, tmp_path, few_prompts, monkeypatch):

@@ -79,7 +79,7 @@ def measured_divergences(work_dir) -> list[float]:
 
 def test_the_best_plan_that_was_measured_stays(measured, tmp_path, monkeypatch):
     surveyed, evidence, importance = measured
-    monkeypatch.setattr("converter.refine.shutil.rmtree", lambda *args, **kwargs: None)
+    monkeypatch.setattr("converter.refine.remove_tree", lambda directory: None)
     (tmp_path / "work").mkdir()
     plans = []
 

@@ -106,7 +106,7 @@ def test_a_damaged_partial_file_is_not_trusted(models, root, undisturbed):
     check_same(root, expected)
 
 
-def test_a_finished_job_says_so_and_a_changed_artifact_is_noticed(tiny, text, tmp_path, capsys):
+def test_a_finished_job_says_so_and_a_changed_artifact_is_noticed(tiny, tmp_path, capsys):
     import converter
 
     options = {

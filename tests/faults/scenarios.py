@@ -46,6 +46,7 @@ SCENARIOS = {
     "protection": Scenario(
         "m.gguf", model="planted", options={"profile": "uniform-8bit", "overrides": ("mlp_down=Q2_K",)}
     ),
+    "judged": Scenario("m.gguf", points=6, options={"profile": "uniform-8bit", "quality": True}),
     "smoothed directory": Scenario("m", options={"profile": "smoothquant-w8a8", "alpha": "auto"}),
 }
 

@@ -38,6 +38,9 @@ TABLE: list[tuple[str, str, Kind | None, int]] = [
     ("protection", "super_weights.json", ENCODING, 0),
     ("protection", "protection.json", ENCODING, 0),
     ("protection", "protection.json", None, 0),
+    ("judged", "quality.json", ("rename", f"{WORK}/report.json"), 0),
+    ("judged", "coherence.json", ("rename", f"{WORK}/report.json"), 0),
+    ("judged", "guard/generated.json", ("rename", f"{WORK}/.unsealed-coherence.json"), 0),
     ("smoothed directory", "activation-rows/*.npz", ("rename", f"{WORK}/.unsealed-smoothing.safetensors"), 0),
     ("smoothed directory", "activations.safetensors", SMOOTHED, 0),
     ("smoothed directory", "smoothing.safetensors", SMOOTHED, 0),
@@ -45,7 +48,7 @@ TABLE: list[tuple[str, str, Kind | None, int]] = [
     ("smoothed directory", "smoothing.safetensors", None, 0),
 ]
 # Where one kind of damage is enough, as a run takes seconds.
-_SLOW = ("refined budget", "protection")
+_SLOW = ("refined budget", "protection", "judged")
 
 
 def flipped(content: bytes) -> bytes:
