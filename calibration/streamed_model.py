@@ -61,7 +61,7 @@ class StreamedModel:
         self.embedding: nn.Embedding = self.model.get_input_embeddings()
         self.final_norm: nn.Module = self.model.base_model.norm
         self.output: nn.Linear = self.model.get_output_embeddings()
-        self.parameters = ParameterReader(source, tied=self.config.tie_word_embeddings)
+        self.parameters = ParameterReader(source)
         self._names = {module: name for name, module in self.model.named_modules()}
 
     @contextmanager

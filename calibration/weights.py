@@ -13,7 +13,12 @@ import torch
 from formats.errors import ConvertError
 
 # Prefixes of the text model inside an image-and-text model, as written by different versions of transformers.
-_PREFIXES = (("language_model.model.", "model."), ("model.language_model.", "model."), ("language_model.", ""))
+_PREFIXES = (
+    ("language_model.model.", "model."),
+    ("model.language_model.model.", "model."),
+    ("model.language_model.", "model."),
+    ("language_model.", ""),
+)
 
 # (end of the parameter's name, ends of the stored names whose rows follow each other in it); {} is the expert.
 _STORED_AS = (
@@ -52,10 +57,10 @@ def blocks_of(source: WeightSource, name: str) -> Iterable[np.ndarray]:
 
 
 class ParameterReader:
-    """Reads parameters by their name in the model; tied: the head is the embedding."""
+    """Reads parameters by their name in the model; where a source has no head, that is the embedding."""
 
-    def __init__(self, source: WeightSource, tied: bool):
-        self.source, self.tied = source, tied
+    def __init__(self, source: WeightSource):
+        self.source = source
         self.stored = {_canonical(name): name for name in source.tensors}
 
     def matrices(self, parameter: str, n_matrices: int = 1) -> list[list[str]]:
@@ -63,7 +68,7 @@ class ParameterReader:
 
         A 3-D parameter that is stored whole is one entry.
         """
-        if parameter == HEAD and self.tied:
+        if parameter == HEAD and HEAD not in self.stored:
             parameter = EMBEDDING
         if parameter in self.stored:
             return [[self.stored[parameter]]]

@@ -16,6 +16,12 @@ from gguf import MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
 from formats.errors import ConvertError, nearest
 from profiles.vocabulary import Role
 
+# Buffers that old versions stored, of whatever dtype: runtimes compute them, and would not know the tensor.
+COMPUTED = re.compile(r"\.rotary_emb(_local)?\.inv_freq$|(^|\.)position_ids$")
+
+# A model that was saved without its head (AutoModel) has names without this beginning.
+_WITHOUT_HEAD = re.compile(r"^(?=(embed_tokens|layers|norm)\.)")
+
 
 @dataclass(frozen=True)
 class TensorRule:
@@ -24,7 +30,7 @@ class TensorRule:
     pattern: its name, with {layer} and {expert} in the place of the indices.
     shape: names of dimensions, see configuration.py; of one expert's matrix where the tensors are stacked.
     rotary: dimension that counts the heads, where llama.cpp wants their rows in another order, see `Transform`.
-    optional: may be absent (biases).
+    when: key of the configuration that says whether it is there (biases); empty where it always is.
     """
 
     pattern: str
@@ -32,7 +38,7 @@ class TensorRule:
     shape: tuple[str, ...]
     transform: Literal["none", "plus_one"] = "none"
     rotary: str = ""
-    optional: bool = False
+    when: str = ""
 
     @property
     def stacked(self) -> bool:
@@ -44,6 +50,7 @@ class Architecture:
     """name: of the data file. gguf_name: llama.cpp's architecture. model_types: values of config.json's `model_type`.
     before, layer, after: the tensors before, in and after the decoder layers, in the order of the artifact.
     prefixes: beginnings of names that some checkpoints use, and what they stand for.
+    spellings: regular expressions of names that transformers reads as well, and what they are called here instead.
     ignored: regular expressions of names without use to a runtime.
     defaults: values of config.json that its authors may leave out, as transformers assumes them.
     requires: values that llama.cpp's implementation takes for granted.
@@ -59,6 +66,7 @@ class Architecture:
     layer: tuple[TensorRule, ...]
     after: tuple[TensorRule, ...]
     prefixes: dict[str, str] = field(default_factory=dict)
+    spellings: dict[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     defaults: dict[str, Any] = field(default_factory=dict)
     requires: dict[str, Any] = field(default_factory=dict)
@@ -67,14 +75,34 @@ class Architecture:
     uint32: dict[str, str] = field(default_factory=dict)
     float32: dict[str, str] = field(default_factory=dict)
 
+    def completed(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The configuration with what transformers assumes where it says nothing."""
+        return {**self.defaults, **{key: value for key, value in config.items() if value is not None}}
+
+    def spelled(self, name: str) -> str:
+        """The name that transformers would write where it reads this one, too."""
+        for pattern, replacement in self.spellings.items():
+            name = re.sub(pattern, replacement, name)
+        return _WITHOUT_HEAD.sub("model.", name)
+
+    def named(self, role: Role) -> str:
+        """The only tensor of that role outside of the layers, as the rules spell it."""
+        return next(rule.pattern for rule in (*self.before, *self.after) if rule.role is role)
+
     def canonical_name(self, name: str) -> str | None:
         """The name as the rules spell it; None for a tensor to ignore."""
-        if any(re.search(pattern, name) for pattern in self.ignored):
+        if COMPUTED.search(name) or any(re.search(pattern, name) for pattern in self.ignored):
             return None
         for prefix, replacement in self.prefixes.items():
             if name.startswith(prefix):
                 return replacement + name.removeprefix(prefix)
         return name
+
+
+def known_architecture(config: dict[str, Any]) -> Architecture | None:
+    """The architecture of this configuration, by its `model_type`; None where there is none."""
+    model_type = config.get("model_type")
+    return next((found for found in architectures() if model_type in found.model_types), None)
 
 
 @cache
@@ -86,19 +114,17 @@ def architectures() -> tuple[Architecture, ...]:
 
 def find_architecture(config: dict[str, Any], where: str) -> Architecture:
     """The architecture of this configuration, by its `model_type`."""
+    if (architecture := known_architecture(config)) is not None:
+        return architecture
     model_type = config.get("model_type")
-    by_type = {name: architecture for architecture in architectures() for name in architecture.model_types}
-    if model_type in by_type:
-        return by_type[model_type]
+    known = nearest(str(model_type), [name for architecture in architectures() for name in architecture.model_types])
     if "auto_map" in config:
         raise ConvertError(
             f"the model (model_type {model_type!r}) needs code from its repository, and remote code is never run",
             f"{where}: auto_map",
-            f"use a checkpoint of a known architecture; {nearest(str(model_type), list(by_type))}",
+            f"use a checkpoint of a known architecture; {known}",
         )
-    raise ConvertError(
-        f"unknown architecture {model_type!r}", f"{where}: model_type", nearest(str(model_type), list(by_type))
-    )
+    raise ConvertError(f"unknown architecture {model_type!r}", f"{where}: model_type", known)
 
 
 def gguf_name_map(gguf_architecture: str, n_layers: int) -> TensorNameMap:

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from gguf.gguf_writer import GGUFValue
 
+from formats.encoding import check_finite
 from formats.errors import ConvertError
 from formats.regular_file import LARGEST_METADATA_BYTES, check_size, open_regular, read_whole
+from formats.safetensors_file import DTYPE_BITS
 
 INDEX_NAME = "model.safetensors.index.json"
 METADATA_PATTERNS = (
@@ -25,13 +27,14 @@ METADATA_PATTERNS = (
 # numpy has no bfloat16: its bits are read as uint16 and become the upper half of a float32.
 _NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 DTYPE_BYTES = {name: np.dtype(dtype).itemsize for name, dtype in _NUMPY_DTYPES.items()}
+"""Of the dtypes that weights are read in."""
 _BLOCK_WEIGHTS = 1 << 20
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: dtype "F64", "F32", "F16" or "BF16"; shape, slowest dimension first; offset of its first
-    byte in the file."""
+    """Where a tensor lies: dtype, one of DTYPE_BITS, of which a Checkpoint reads those of DTYPE_BYTES; shape, slowest
+    dimension first; offset of its first byte in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -52,7 +55,7 @@ class StoredTensor:
 
     @property
     def n_bytes(self) -> int:
-        return self.n_rows * self.n_columns * DTYPE_BYTES[self.dtype]
+        return self.n_rows * self.n_columns * DTYPE_BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class Checkpoint:
     revision: commit hash on the Hub, None elsewhere.
     config: config.json, with the text model's own configuration on top where the model has other parts too; of a
         GGUF the architecture alone.
-    tensors: every stored tensor by its name.
+    tensors: every stored tensor by its name, as transformers takes it.
+    notes: what of its files is not read, or read otherwise than they say, a sentence each.
     metadata: the key-value pairs of a GGUF; None for a Hugging Face checkpoint.
     fetch_weights: brings the weights to this machine and opens them; None when they are here.
     """
@@ -75,15 +79,29 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: Mapping[str, StoredTensor]
     metadata: dict[str, GGUFValue] | None = None
+    notes: tuple[str, ...] = ()
     fetch_weights: Callable[[], "Checkpoint"] | None = field(default=None, compare=False, repr=False)
 
     def with_weights(self) -> "Checkpoint":
-        """This checkpoint with its weights on this machine; downloads what is missing."""
-        return self if self.fetch_weights is None else self.fetch_weights()
+        """This checkpoint with its weights on this machine; downloads what is missing.
+
+        Raises ConvertError where a head that was the embedding at some places, before the weights were here, is not.
+        """
+        if self.fetch_weights is None:
+            return self
+        fetched = self.fetch_weights()
+        if fetched.tensors.keys() != self.tensors.keys():
+            raise ConvertError(
+                "the head was taken for the embedding, after comparing some places of both; the weights say otherwise",
+                self.model_id,
+                "run the same command again: the weights are here now, and it begins with them",
+            )
+        return fetched
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows start to stop, counted over all matrices of the tensor: float32 [stop - start, n_columns]; the values
-        of a vector: float32 [n_values].
+        of a vector: float32 [n_values]. Raises ConvertError for a value that is not finite: whoever reads the weights
+        first finds it, and nothing is made of it.
 
         Reads with plain file reads, from any thread: a mapping would count every page it has touched as resident
         memory, and end the process when a file is cut short under it.
@@ -101,8 +119,12 @@ class Checkpoint:
             raise ConvertError(
                 f"the file ends inside the tensor {name!r}", str(tensor.file), "fetch or copy this file again"
             )
-        shape = (n_values,) if len(tensor.shape) < 2 else (stop - start, tensor.n_columns)
-        return _to_float32(values, tensor.dtype).reshape(shape)
+        weights = _to_float32(values, tensor.dtype).reshape(stop - start, tensor.n_columns)
+        try:
+            check_finite(weights, start)
+        except ConvertError as error:
+            raise ConvertError(error.what, f"{tensor.file}: tensor {name}, {error.where}", error.remedy) from None
+        return weights.reshape(-1) if len(tensor.shape) < 2 else weights
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """The whole tensor as `read` has it, in parts of some rows, for what need not hold all of it at once."""
@@ -180,7 +202,8 @@ def _to_float32(values: np.ndarray, dtype: str) -> np.ndarray:
         bits = values.astype(np.uint32)
         bits <<= 16
         return bits.view(np.float32)
-    return values.astype(np.float32)
+    with np.errstate(over="ignore"):  # of F64; a weight beyond float32 is refused as the infinity that it becomes
+        return values.astype(np.float32)
 
 
 def _content_identity(path: Path) -> str:

@@ -35,15 +35,19 @@ class Configuration:
         return value
 
 
+# Names of transformers' for the same function.
+_SYNONYMS = {"swish": "silu"}
+
+
 def configure(config: dict[str, Any], where: str) -> Configuration:
     """Raises ConvertError for an unknown architecture, and for values that are absent, senseless or not implemented by
     llama.cpp for this architecture."""
     architecture = find_architecture(config, where)
-    values = {**architecture.defaults, **{key: value for key, value in config.items() if value is not None}}
+    values = architecture.completed(config)
     if (pattern := _sliding_window_pattern(values.get("layer_types", []))) is not None:
         values["sliding_window_pattern"] = pattern
     _check_required(architecture, values, where)
-    dimensions = _dimensions(values, where)
+    dimensions = dimensions_of(values, where)
     rope = rope_parameters(values)
     check_rope(rope, architecture.rope_types, dimensions["rotary"], where)
     return Configuration(architecture, values, dimensions, rope, where)
@@ -61,16 +65,18 @@ def _sliding_window_pattern(layer_types: list[str]) -> int | None:
 
 def _check_required(architecture: Architecture, values: dict[str, Any], where: str) -> None:
     for key, required in architecture.requires.items():
-        if values.get(key, required) != required:
+        stated = values.get(key, required)
+        if stated != required and _SYNONYMS.get(str(stated)) != required:
             raise ConvertError(
-                f"llama.cpp implements {architecture.name} with {key} = {required!r} only, this model has "
-                f"{values[key]!r}",
+                f"llama.cpp implements {architecture.name} with {key} = {required!r} only, this model has {stated!r}",
                 f"{where}: {key}",
                 "no GGUF of this model would run correctly in llama.cpp",
             )
 
 
-def _dimensions(values: dict[str, Any], where: str) -> dict[str, int]:
+def dimensions_of(values: dict[str, Any], where: str) -> dict[str, int]:
+    """What the architecture's shapes are written in. Raises ConvertError for a size that is none."""
+
     def count(key: str, default: int | None = None) -> int:
         value = values.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:

@@ -21,7 +21,6 @@ from formats.errors import ConvertError
 from formats.files import file_sha256, make_directory, remove, remove_tree, sync_directory
 from formats.journal import read_lines
 from formats.names import hidden_path
-from formats.regular_file import read_json
 from formats.whole_file import copy_file, is_temporary, whole_file
 
 CONFIG_NAME = "config.json"
@@ -118,14 +117,28 @@ def _write_companions(
     if (index := index_json(layouts)) is not None:
         with whole_file(directory / INDEX_NAME, "index of shards") as file:
             file.write(index)
-    config = read_json(checkpoint.location / CONFIG_NAME)
-    _write_json(directory / CONFIG_NAME, {**config, "quantization_config": quantization})
+    _write_json(directory / CONFIG_NAME, stated_config(checkpoint, quantization))
     files = [
         {"path": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in directory_files(directory)
         if path.name != RECIPE_NAME
     ]
     _write_json(directory / RECIPE_NAME, {**recipe, "files": files})
+
+
+def stated_config(checkpoint: Checkpoint, quantization: dict[str, Any]) -> dict[str, Any]:
+    """The source's config.json as it is right for the directory: quantized in this way alone, with a head of its own
+    where one is stored, which vLLM reads from a model only that is not tied."""
+    config = json.loads((checkpoint.location / CONFIG_NAME).read_bytes())
+    has_head = any(name.endswith("lm_head.weight") for name in checkpoint.tensors)
+    if isinstance(text := config.get("text_config"), dict):
+        config["text_config"] = _untied(text, has_head)
+        config["text_config"].pop("quantization_config", None)
+    return {**_untied(config, has_head), "quantization_config": quantization}
+
+
+def _untied(config: dict[str, Any], has_head: bool) -> dict[str, Any]:
+    return {**config, "tie_word_embeddings": False} if has_head else dict(config)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,12 +1,15 @@
 """A GGUF file in F32, F16 or BF16 as the source: its tensors and metadata are taken over as they are."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from gguf import Keys
 from gguf.gguf_writer import GGUFValue
 
-from converter.architecture import Architecture, architectures, gguf_name, gguf_name_map
+from converter.architecture import Architecture, TensorRule, architectures, gguf_name, gguf_name_map
 from converter.checkpoint import DTYPE_BYTES, Checkpoint, StoredTensor
+from converter.configuration import dimensions_of
 from converter.rope import FREQUENCIES, LONG_FACTORS, SHORT_FACTORS
 from formats.errors import ConvertError, nearest
 from formats.gguf_file import EncodedTensor, TensorEntry, read_gguf
@@ -15,6 +18,31 @@ from profiles.vocabulary import ModelMap, Role, TensorSpec
 
 # What the writer states about the new file itself.
 _WRITERS_KEYS = (Keys.General.FILE_TYPE, Keys.General.QUANTIZATION_VERSION, Keys.General.ALIGNMENT)
+
+# Keys for which llama.cpp has a default, or none is needed; it loads no file without the others.
+_DEFAULTED = (
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.sliding_window",
+    "final_logit_softcapping",
+    "rope.dimension_count",
+    "rope.scaling.original_context_length",
+    "vocab_size",
+)
+# Dimensions by their names in a configuration.
+_CONFIGURATION = {
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "key_value_heads": "num_key_value_heads",
+    "head": "head_dim",
+    "mlp": "intermediate_size",
+    "experts": "num_local_experts",
+    "expert_mlp": "moe_intermediate_size",
+    "vocab": "vocab_size",
+}
+_FETCH_AGAIN = "fetch the file again, or convert the original checkpoint"
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -57,7 +85,11 @@ def open_parts(path: Path) -> tuple[dict[str, GGUFValue], dict[str, EncodedTenso
 
 
 def describe_gguf(checkpoint: Checkpoint) -> ModelMap:
-    """The model map of a GGUF: tensors in the file's order, roles by their names in the known architectures."""
+    """The model map of a GGUF: tensors in the file's order, roles by their names in the known architectures.
+
+    Raises ConvertError for an unknown architecture, for a key that is missing or senseless, and for tensors that are
+    not those that the keys ask for, or have other shapes.
+    """
     metadata, where = checkpoint.metadata or {}, str(checkpoint.location)
     name = checkpoint.config["model_type"]
     known = [architecture for architecture in architectures() if architecture.gguf_name == name]
@@ -66,44 +98,84 @@ def describe_gguf(checkpoint: Checkpoint) -> ModelMap:
         raise ConvertError(
             f"unknown architecture {name!r}", f"{where}: general.architecture", nearest(str(name), names)
         )
-    block_count = metadata.get(Keys.LLM.BLOCK_COUNT.format(arch=name))
-    if block_count is None:
-        raise ConvertError(f"the file lacks the key {name}.block_count", where, "convert the original checkpoint")
-    n_layers = block_count.value
-    if type(n_layers) is not int or not 0 < n_layers <= len(checkpoint.tensors):
+    if not checkpoint.tensors:
+        raise ConvertError("the file is a vocabulary without a model: it has no tensors", where, "name the whole model")
+    has_experts = bool((experts := metadata.get(f"{name}.expert_count")) and experts.value)
+    known = [entry for entry in known if any(rule.stacked for rule in entry.layer) == has_experts] or known
+    dimensions = _dimensions(known[0], metadata, where)
+    if dimensions["layers"] > len(checkpoint.tensors):
         raise ConvertError(
-            f"{name}.block_count is {str(n_layers)[:60]}, and the file has {len(checkpoint.tensors)} tensors",
-            where,
-            "convert the original checkpoint",
+            f"the file has {len(checkpoint.tensors)} tensors for {dimensions['layers']} layers", where, _FETCH_AGAIN
         )
-    roles = _roles(known)
-    tensors = tuple(
-        _describe_tensor(tensor_name, tensor, roles, where) for tensor_name, tensor in checkpoint.tensors.items()
-    )
+    places = _places(known, dimensions)
+    tensors = tuple(_describe_tensor(*entry, places, where) for entry in checkpoint.tensors.items())
+    for tensor_name, place in places.items():
+        if place.required and tensor_name not in checkpoint.tensors:
+            raise ConvertError(f"the file lacks the tensor {tensor_name!r}", where, _FETCH_AGAIN)
     kept = {key: value for key, value in metadata.items() if key not in _WRITERS_KEYS and not key.startswith("split.")}
-    return ModelMap(name, n_layers, tensors, kept)
+    return ModelMap(name, dimensions["layers"], tensors, kept)
 
 
-def _roles(known: list[Architecture]) -> dict[str, Role]:
-    """Role by GGUF name, with {layer} in the place of the layer's index."""
-    roles = dict.fromkeys((FREQUENCIES, LONG_FACTORS, SHORT_FACTORS), Role.ROPE)
+def _dimensions(architecture: Architecture, metadata: Mapping[str, GGUFValue], where: str) -> dict[str, int]:
+    """What the architecture's shapes are written in, from the file's keys, which are checked."""
+    values: dict[str, Any] = {}
+    for key, name in {**architecture.uint32, **architecture.float32}.items():
+        full_key = f"{architecture.gguf_name}.{key}"
+        if full_key not in metadata:
+            if key in _DEFAULTED:
+                continue
+            raise ConvertError(f"the file lacks the key {full_key}", where, _FETCH_AGAIN)
+        value = metadata[full_key].value
+        kinds = int if key in architecture.uint32 else int | float
+        if not isinstance(value, kinds) or isinstance(value, bool) or not (value > 0 or key in _DEFAULTED):
+            raise ConvertError(f"the file has {full_key} = {value!r}, which is no size", where, _FETCH_AGAIN)
+        values[key if key.startswith("rope.") else _CONFIGURATION.get(name, name)] = value
+    tokens = metadata.get(Keys.Tokenizer.LIST)
+    if tokens is None or not isinstance(tokens.value, list):
+        raise ConvertError(f"the file lacks the key {Keys.Tokenizer.LIST}", where, _FETCH_AGAIN)
+    values["vocab_size"] = len(tokens.value)
+    dimensions = dimensions_of(values, where)
+    return dimensions | {"rotary": values.get("rope.dimension_count", dimensions["head"])}
+
+
+class _Place(NamedTuple):
+    """Where a tensor belongs. required: whether a model can do without it."""
+
+    role: Role
+    layer: int | None
+    shape: tuple[int, ...]
+    required: bool
+
+
+def _places(known: list[Architecture], dimensions: dict[str, int]) -> dict[str, _Place]:
+    """Every tensor that a file of these architectures may have, by name. They share the names of what they share."""
+    rope = _Place(Role.ROPE, None, (dimensions["rotary"] // 2,), required=False)
+    places = dict.fromkeys((FREQUENCIES, LONG_FACTORS, SHORT_FACTORS), rope)
     for architecture in known:
-        names = gguf_name_map(architecture.gguf_name, n_layers=1)
-        for rule in (*architecture.before, *architecture.layer, *architecture.after):
-            name = gguf_name(names, rule.pattern.replace(".{expert}", "").format(layer=0))
-            roles[name.replace("blk.0.", "blk.{layer}.")] = rule.role
-    return roles
+        names = gguf_name_map(architecture.gguf_name, dimensions["layers"])
+        rules: list[tuple[TensorRule, int | None]] = [(r, None) for r in (*architecture.before, *architecture.after)]
+        rules += [(rule, layer) for layer in range(dimensions["layers"]) for rule in architecture.layer]
+        for rule, layer in rules:
+            shape = tuple(dimensions[name] for name in rule.shape)
+            if rule.stacked:
+                shape = (dimensions["experts"], *shape)
+            name = gguf_name(names, rule.pattern.replace(".{expert}", "").format(layer=layer))
+            # Without an output, the embedding is the output.
+            required = not rule.when and rule.role is not Role.OUTPUT
+            places[name] = _Place(rule.role, layer, shape, required)
+    return places
 
 
-def _describe_tensor(name: str, tensor: StoredTensor, roles: dict[str, Role], where: str) -> TensorSpec:
-    start, _, rest = name.partition(".")
-    index, _, tail = rest.partition(".")
-    layer = int(index) if start == "blk" and index.isdecimal() else None
-    role = roles.get(name if layer is None else f"blk.{{layer}}.{tail}")
-    if role is None:
+def _describe_tensor(name: str, tensor: StoredTensor, places: dict[str, _Place], where: str) -> TensorSpec:
+    place = places.get(name)
+    if place is None:
         raise ConvertError(
-            f"the tensor {name!r} is unknown to the architecture",
+            f"the tensor {name!r} is unknown to the architecture, or of a layer that block_count does not count",
             where,
             "docs/add-an-architecture.md tells how to add it",
         )
-    return TensorSpec(name, tensor.shape, role, layer, (name,))
+    if tensor.shape != place.shape:
+        raise ConvertError(
+            f"{name!r} has the shape {list(tensor.shape)}, the file's keys say {list(place.shape)}", where, _FETCH_AGAIN
+        )
+    return TensorSpec(name, tensor.shape, place.role, place.layer, (name,))

@@ -13,14 +13,17 @@ from gguf.gguf_writer import GGUFValue
 from converter.checkpoint import Checkpoint
 from converter.configuration import Configuration
 from converter.rope import rope_metadata
-from formats.errors import ConvertError
 from profiles.vocabulary import TensorSpec
+
+# All that gguf reads of a directory, and what it raises for front matter that makes no sense.
+_DESCRIPTIONS = ("README.md", "config.json", "generation_config.json")
+_SENSELESS = (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError)
 
 
 def model_metadata(
     checkpoint: Checkpoint, configuration: Configuration, tensors: Iterable[TensorSpec]
-) -> dict[str, GGUFValue]:
-    """general.* and the architecture's own keys.
+) -> tuple[dict[str, GGUFValue], list[str]]:
+    """general.* and the architecture's own keys, and what to note of the model card.
     The writer adds what it alone knows: general.file_type and general.quantization_version."""
     architecture = configuration.architecture
     own: dict[str, GGUFValue] = {}
@@ -31,8 +34,8 @@ def model_metadata(
         if (value := configuration.number(name)) is not None:
             own[key] = GGUFValue(float(value), GGUFValueType.FLOAT32)
     own |= rope_metadata(configuration.rope)
-    general = _general(checkpoint, architecture.gguf_name, tensors)
-    return general | {f"{architecture.gguf_name}.{key}": value for key, value in own.items()}
+    general, notes = _general(checkpoint, architecture.gguf_name, tensors)
+    return general | {f"{architecture.gguf_name}.{key}": value for key, value in own.items()}, notes
 
 
 def source_card(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -48,7 +51,11 @@ def source_card(checkpoint: Checkpoint) -> dict[str, Any]:
         }
         card = {key: entry.value for key, entry in stated.items() if entry is not None}
     else:
-        card = {"license": checkpoint.config.get("license"), **Metadata.load_model_card(checkpoint.location)}
+        try:
+            card = Metadata.load_model_card(checkpoint.location)
+        except _SENSELESS:
+            card = {}  # said with the plan
+        card = {"license": checkpoint.config.get("license"), **card}
     known: dict[str, Any] = {}
     for key in ("license", "license_name", "license_link", "pipeline_tag", "language", "tags"):
         value = card.get(key)
@@ -59,15 +66,32 @@ def source_card(checkpoint: Checkpoint) -> dict[str, Any]:
     return known
 
 
-def _general(checkpoint: Checkpoint, gguf_name: str, tensors: Iterable[TensorSpec]) -> dict[str, GGUFValue]:
-    """Name, size label, license and base models, as gguf derives them from model card, configuration and name."""
+def _general(
+    checkpoint: Checkpoint, gguf_name: str, tensors: Iterable[TensorSpec]
+) -> tuple[dict[str, GGUFValue], list[str]]:
+    """Name, size label, license and base models, as gguf derives them from model card, configuration and name; without
+    the card where that makes no sense, which is to be noted."""
+    tensors = list(tensors)
+    try:
+        return _derived(checkpoint, gguf_name, tensors, _DESCRIPTIONS), []
+    except _SENSELESS as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+    others = [name for name in _DESCRIPTIONS if name != "README.md"]
+    note = f"README.md is left out, its front matter makes no sense: {why}"
+    return _derived(checkpoint, gguf_name, tensors, others), [note]
+
+
+def _derived(
+    checkpoint: Checkpoint, gguf_name: str, tensors: Iterable[TensorSpec], files: Iterable[str]
+) -> dict[str, GGUFValue]:
+    """By these of the checkpoint's files."""
     writer = GGUFWriter(path=None, arch=gguf_name)
     writer.add_type(GGUFType.MODEL)
     for spec in tensors:
         # Only the shape counts here, for the number of parameters.
         writer.add_tensor_info(spec.name, spec.shape, np.dtype(np.float32), spec.n_weights * 4)
     counts = writer.get_total_parameter_count()
-    metadata = _load_metadata(checkpoint, counts[0])
+    metadata = _load_metadata(checkpoint, counts[0], files)
     if metadata.size_label is None:
         metadata.size_label = size_label(*counts)
     metadata.set_gguf_meta_model(writer)
@@ -83,21 +107,17 @@ def _texts(value: GGUFValue) -> GGUFValue:
     return value
 
 
-def _load_metadata(checkpoint: Checkpoint, n_parameters: int) -> Metadata:
-    """gguf reads names and sizes out of the directory's name, which in the Hub's cache is a commit hash: a link of the
-    model's own name stands in for it."""
+def _load_metadata(checkpoint: Checkpoint, n_parameters: int, files: Iterable[str]) -> Metadata:
+    """gguf reads names and sizes out of the directory's name, which in the Hub's cache is a commit hash: a directory of
+    the model's own name stands in for it."""
     organization, _, name = checkpoint.model_id.rpartition("/")
     with TemporaryDirectory() as parent:
-        link = Path(parent) / name
-        link.symlink_to(checkpoint.location.resolve(), target_is_directory=True)
-        try:
-            metadata = Metadata.load(model_path=link, total_params=n_parameters)
-        except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError) as error:
-            raise ConvertError(
-                f"the model card's front matter makes no sense: {str(error).splitlines()[0]}",
-                str(checkpoint.location / "README.md"),
-                "correct it, or take README.md out of the directory",
-            ) from None
+        directory = Path(parent) / name
+        directory.mkdir()
+        for file in files:
+            if (path := checkpoint.location / file).is_file():
+                (directory / file).symlink_to(path.resolve())
+        metadata = Metadata.load(model_path=directory, total_params=n_parameters)
     if metadata.name is None:
         metadata.name = name
     if metadata.organization is None and organization:

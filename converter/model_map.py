@@ -8,9 +8,12 @@ from converter import gguf_source
 from converter.architecture import TensorRule, gguf_name, gguf_name_map
 from converter.checkpoint import Checkpoint
 from converter.configuration import Configuration, configure
+from converter.known_cases import explain_names
 from converter.metadata import model_metadata
 from converter.rescaling import rescale_rows
 from converter.rope import rope_factors
+from converter.source_config import check_unquantized
+from converter.stored_tensors import by_name
 from converter.tokenizer import tokenizer_metadata
 from formats.errors import ConvertError
 from profiles.vocabulary import ModelMap, Role, TensorSpec
@@ -21,20 +24,22 @@ def describe(checkpoint: Checkpoint, pre_tokenizer: str | None = None) -> ModelM
 
     pre_tokenizer: llama.cpp's name of the pre-tokenizer, for a tokenizer that cannot be recognised.
     Raises ConvertError for an unknown architecture or tensor, a tensor that is absent or has another shape than the
-    configuration says, and a configuration that llama.cpp does not implement.
+    configuration says, quantized weights, and a configuration that llama.cpp does not implement.
     """
     if checkpoint.metadata is not None:
         return gguf_source.describe_gguf(checkpoint)
     configuration = configure(checkpoint.config, str(checkpoint.location / "config.json"))
-    tensors = tuple(_Describer(checkpoint, configuration).tensors())
-    metadata = model_metadata(checkpoint, configuration, tensors)
+    describer = _Describer(checkpoint, configuration)
+    notes = [*checkpoint.notes, *describer.check()]
+    tensors = tuple(describer.tensors())
+    metadata, about_card = model_metadata(checkpoint, configuration, tensors)
     tokenizer = tokenizer_metadata(checkpoint.location, configuration.dimensions["vocab"], pre_tokenizer)
     return ModelMap(
         configuration.architecture.gguf_name,
         configuration.dimensions["layers"],
         tensors,
         metadata | tokenizer.values,
-        configuration.notes + tokenizer.notes,
+        (*notes, *about_card, *configuration.notes, *tokenizer.notes),
     )
 
 
@@ -119,42 +124,55 @@ class _Describer:
         self.checkpoint, self.configuration = checkpoint, configuration
         self.architecture, self.dims = configuration.architecture, configuration.dimensions
         self.names = gguf_name_map(self.architecture.gguf_name, self.dims["layers"])
-        canonical = ((self.architecture.canonical_name(name), name) for name in checkpoint.tensors)
-        self.stored = {canonical_name: name for canonical_name, name in canonical if canonical_name is not None}
-        self.used: set[str] = set()
+        self.stored = by_name(self.architecture.canonical_name, checkpoint.tensors, str(checkpoint.location))
+
+    def check(self) -> list[str]:
+        """Compares what is stored with what the configuration asks for, once; returns what to note.
+
+        Raises ConvertError for weights that are quantized, and for tensors that are not stored or belong to no place.
+        """
+        used = {name: self.checkpoint.tensors[name] for name in self.stored.values()}
+        notes = check_unquantized(self.checkpoint.config, used, self.configuration.where)
+        expected = {name for rule, layer in self._rules() for name in self._wanted(rule, layer)}
+        missing, unknown = expected - self.stored.keys(), self.stored.keys() - expected
+        if missing or unknown:
+            model = self.checkpoint.model_id if self.checkpoint.fetch_weights else str(self.checkpoint.location)
+            raise explain_names(missing, unknown, self.stored, self.dims["layers"], self.architecture.name, model)
+        return notes
 
     def tensors(self) -> Iterator[TensorSpec]:
+        for rule, layer in self._rules():
+            yield self._spec(rule, layer)
+            if rule is self.architecture.before[-1]:
+                for name, factors in rope_factors(self.configuration.rope, self.dims["rotary"]).items():
+                    yield TensorSpec(name, (len(factors),), Role.ROPE, transform="constant", constant=factors)
+
+    def _rules(self) -> Iterator[tuple[TensorRule, int | None]]:
+        """The rules of the tensors that this model has, with their layers, in the order of the artifact."""
         for rule in self.architecture.before:
-            yield from self._match(rule, None)
-        for name, factors in rope_factors(self.configuration.rope, self.dims["rotary"]).items():
-            yield TensorSpec(name, (len(factors),), Role.ROPE, transform="constant", constant=factors)
+            yield rule, None
         for layer in range(self.dims["layers"]):
             for rule in self.architecture.layer:
-                yield from self._match(rule, layer)
+                if not rule.when or self.configuration.values.get(rule.when):
+                    yield rule, layer
         for rule in self.architecture.after:
-            yield from self._match(rule, None)
-        self._refuse_unknown()
+            tied = rule.role is Role.OUTPUT and self.configuration.values["tie_word_embeddings"]
+            # Where a tied head is stored all the same, it is one of its own: see stored_tensors.
+            if not tied or rule.pattern in self.stored:
+                yield rule, None
 
-    def _match(self, rule: TensorRule, layer: int | None) -> Iterator[TensorSpec]:
+    def _wanted(self, rule: TensorRule, layer: int | None) -> list[str]:
         n_experts = self.dims["experts"] if rule.stacked else 1
-        wanted = [rule.pattern.format(layer=layer, expert=expert) for expert in range(n_experts)]
-        self.used.update(wanted)
-        if rule.role is Role.OUTPUT and self.configuration.values["tie_word_embeddings"]:
-            return  # transformers ignores a stored output too when it is tied to the embedding
-        missing = [name for name in wanted if name not in self.stored]
-        if missing and rule.optional and len(missing) == n_experts:
-            return
-        if missing:
-            raise ConvertError(
-                f"the checkpoint lacks the tensor {missing[0]!r}", str(self.checkpoint.location), "fetch it again"
-            )
+        return [rule.pattern.format(layer=layer, expert=expert) for expert in range(n_experts)]
+
+    def _spec(self, rule: TensorRule, layer: int | None) -> TensorSpec:
         matrix_shape = tuple(self.dims[name] for name in rule.shape)
-        sources = tuple(self.stored[name] for name in wanted)
+        sources = tuple(self.stored[name] for name in self._wanted(rule, layer))
         for source in sources:
             self._check_shape(source, matrix_shape)
-        yield TensorSpec(
+        return TensorSpec(
             name=gguf_name(self.names, rule.pattern.replace(".{expert}", "").format(layer=layer)),
-            shape=(n_experts, *matrix_shape) if rule.stacked else matrix_shape,
+            shape=(len(sources), *matrix_shape) if rule.stacked else matrix_shape,
             role=rule.role,
             layer=layer,
             sources=sources,
@@ -169,14 +187,4 @@ class _Describer:
                 f"{source!r} has the shape {list(stored.shape)}, the configuration says {list(shape)}",
                 str(stored.file),
                 "fetch config.json and the weights again, from the same revision",
-            )
-
-    def _refuse_unknown(self) -> None:
-        unknown = sorted(set(self.stored) - self.used)
-        if unknown:
-            raise ConvertError(
-                f"{len(unknown)} tensors are unknown to the architecture {self.architecture.name}, the first is "
-                f"{unknown[0]!r}",
-                str(self.checkpoint.location),
-                "converting without them would change the model; docs/add-an-architecture.md tells how to add them",
             )

@@ -4,16 +4,14 @@ A GGUF stacks experts, reorders rotary rows and adds one to some norms; a direct
 one by one.
 """
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
+from converter.architecture import COMPUTED
 from converter.checkpoint import Checkpoint
+from converter.source_config import check_unquantized
 from formats.errors import ConvertError
 from profiles.vocabulary import ModelMap, Role, TensorSpec
-
-# Rotary frequencies that old versions stored: runtimes compute them, and would find a tensor that they do not know.
-_COMPUTED = re.compile(r"\.rotary_emb(_local)?\.inv_freq$")
 
 
 def describe_modules(checkpoint: Checkpoint, model_map: ModelMap) -> ModelMap:
@@ -41,13 +39,14 @@ def describe_modules(checkpoint: Checkpoint, model_map: ModelMap) -> ModelMap:
         for source in tensor.sources
     ]
     described = {tensor.name for tensor in tensors}
-    tied = not any(tensor.role is Role.OUTPUT for tensor in tensors)
-    others = [
-        TensorSpec(name, stored.shape, Role.OTHER, sources=(name,))
+    others = {
+        name: stored
         for name, stored in checkpoint.tensors.items()
-        if name not in described and not _COMPUTED.search(name) and not (tied and name.endswith("lm_head.weight"))
-    ]
-    return replace(model_map, tensors=(*tensors, *others))
+        if name not in described and not COMPUTED.search(name)
+    }
+    check_unquantized(checkpoint.config, others, str(checkpoint.location / "config.json"))
+    copied = (TensorSpec(name, stored.shape, Role.OTHER, sources=(name,)) for name, stored in others.items())
+    return replace(model_map, tensors=(*tensors, *copied))
 
 
 def stored_dtypes(checkpoint: Checkpoint) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 
-from converter.checkpoint import DTYPE_BYTES, Checkpoint
+from converter.checkpoint import Checkpoint
 from converter.progress import size_text
 from profiles.plan import Plan
 from profiles.vocabulary import Role
@@ -26,10 +26,7 @@ SEVERE_KLD = 2.0
 
 def source_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of the checkpoint's tensors as they are stored."""
-    total = 0
-    for tensor in checkpoint.tensors.values():
-        total += tensor.n_rows * tensor.n_columns * DTYPE_BYTES[tensor.dtype]
-    return total
+    return sum(tensor.n_bytes for tensor in checkpoint.tensors.values())
 
 
 def group_rows(plan: Plan) -> list[dict]:

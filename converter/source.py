@@ -1,10 +1,14 @@
 """The stage `source`: from MODEL to a Checkpoint."""
 
+import re
 from pathlib import Path
 
 from converter import gguf_source, hub, safetensors_source
 from converter.checkpoint import Checkpoint
 from formats.errors import ConvertError
+
+# A snapshot in the Hub's cache.
+_SNAPSHOT = re.compile(r"/models--(?P<organization>[^/]+)--(?P<name>[^/]+)/snapshots/(?P<commit>[^/]+)$")
 
 
 def open_checkpoint(model: str, *, metadata_only: bool = False, token: str | None = None) -> Checkpoint:
@@ -16,7 +20,7 @@ def open_checkpoint(model: str, *, metadata_only: bool = False, token: str | Non
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        return safetensors_source.open_directory(path, model_id=path.resolve().name or "model")
+        return safetensors_source.open_directory(path, *_identity(path.resolve()))
     if path.is_file():
         return gguf_source.open_gguf(path)
     if hub.is_hub_id(model):
@@ -24,3 +28,11 @@ def open_checkpoint(model: str, *, metadata_only: bool = False, token: str | Non
     raise ConvertError(
         f"no such directory or file: {model}", model, "give a local checkpoint, a GGUF file, or a Hub id like org/name"
     )
+
+
+def _identity(directory: Path) -> tuple[str, str | None]:
+    """Model id and revision: a snapshot in the Hub's cache is what the Hub calls it, any other directory its name."""
+    snapshot = _SNAPSHOT.search(directory.as_posix())
+    if snapshot is None:
+        return directory.name or "model", None
+    return f"{snapshot['organization']}/{snapshot['name']}", snapshot["commit"]

@@ -41,12 +41,18 @@ def check_rows(rows: np.ndarray, block_size: int) -> None:
         raise ValueError(f"rows must be C-contiguous float32 [n_rows, n_columns], not {rows.dtype} {rows.shape}")
     if rows.shape[1] == 0 or rows.shape[1] % block_size:
         raise ValueError(f"{rows.shape[1]} columns are no positive multiple of the block size {block_size}")
+    check_finite(rows)
+
+
+def check_finite(rows: np.ndarray, first_row: int = 0) -> None:
+    """Raises ConvertError, naming row and column, for a weight of float32 [n_rows, n_columns] that is not finite.
+    first_row: what the first of these is counted as."""
     # Minimum and maximum need no temporary array, and a NaN passes through both.
     if not (np.isfinite(rows.min(initial=0.0)) and np.isfinite(rows.max(initial=0.0))):
         row, column = np.argwhere(~np.isfinite(rows))[0]
         raise ConvertError(
             f"the weight {rows[row, column]} is not a finite number",
-            f"row {row}, column {column}",
+            f"row {first_row + row}, column {column}",
             "the checkpoint is damaged: download it again, or ask its author for a sound one",
         )
 

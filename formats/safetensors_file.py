@@ -35,11 +35,12 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
 }
 """What holds a tensor of safetensors' dtype here; of dtypes that numpy lacks, the bits."""
 
-# Everything the format knows, in bits of a value.
-_DTYPE_BITS = {name: 8 * dtype.itemsize for name, dtype in NUMPY_DTYPES.items()} | {
+DTYPE_BITS = {name: 8 * dtype.itemsize for name, dtype in NUMPY_DTYPES.items()} | {
     **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E8M0": 8},
     **{"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "U16": 16, "U32": 32, "U64": 64, "C64": 64},
 }
+"""Of a value of every dtype that a file can state."""
+
 # The reference implementation's own limit on the header's length.
 _MAX_HEADER_BYTES = 100_000_000
 # What numpy can hold, and more than any model has.
@@ -150,9 +151,9 @@ def _parse_entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]
         raise _Broken(f"its entry for {name!r} has sizes that are no whole numbers")
     if len(shape) > _MOST_DIMENSIONS:
         raise _Broken(f"{name!r} has {len(shape)} dimensions")
-    if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _Broken(f"{name!r} is stored as {str(dtype)[:60]}, which safetensors does not know")
-    n_bits = prod(shape) * _DTYPE_BITS[dtype]
+    n_bits = prod(shape) * DTYPE_BITS[dtype]
     if n_bits != 8 * (end - begin):
         raise _Broken(
             f"{name!r} of shape {shape} in {dtype} takes {-(-n_bits // 8)} bytes, its entry says {end - begin}"
