@@ -30,6 +30,8 @@ _DEFAULTED = (
     "rope.scaling.original_context_length",
     "vocab_size",
 )
+# Keys that have a name in a configuration, which says less than they do.
+_OWN_KEYS = ("attention.value_length", "rope.dimension_count")
 # Dimensions by their names in a configuration.
 _CONFIGURATION = {
     "layers": "num_hidden_layers",
@@ -129,12 +131,16 @@ def _dimensions(architecture: Architecture, metadata: Mapping[str, GGUFValue], w
         kinds = int if key in architecture.uint32 else int | float
         if not isinstance(value, kinds) or isinstance(value, bool) or not (value > 0 or key in _DEFAULTED):
             raise ConvertError(f"the file has {full_key} = {value!r}, which is no size", where, _FETCH_AGAIN)
-        values[key if key.startswith("rope.") else _CONFIGURATION.get(name, name)] = value
+        values[key if key in _OWN_KEYS else _CONFIGURATION.get(name, name)] = value
     tokens = metadata.get(Keys.Tokenizer.LIST)
     if tokens is None or not isinstance(tokens.value, list):
         raise ConvertError(f"the file lacks the key {Keys.Tokenizer.LIST}", where, _FETCH_AGAIN)
     values["vocab_size"] = len(tokens.value)
     dimensions = dimensions_of(values, where)
+    of_values = values.get("attention.value_length", dimensions["hidden"] // dimensions["heads"])
+    if of_values != dimensions["head"]:
+        what = f"the keys of a head have {dimensions['head']} columns, its values {of_values}"
+        raise ConvertError(f"{what}, and no known architecture is like that", where, _FETCH_AGAIN)
     return dimensions | {"rotary": values.get("rope.dimension_count", dimensions["head"])}
 
 
