@@ -21,7 +21,7 @@ from formats.errors import ConvertError
 from formats.safetensors_file import DTYPE_BITS
 
 # Whether a head is the embedding is seen here before the weights are, at so many places of so many bytes.
-_N_SAMPLES, _SAMPLE_BYTES = 4, 1 << 14
+_N_SAMPLES, _SAMPLE_BYTES = 4, 1 << 12
 
 # Names and revisions become names of files in the cache: none of them leads out of it.
 _HUB_ID = re.compile(r"(?!.*(?:^|[/@])\.\.?(?:[/@]|$))[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")

@@ -83,6 +83,27 @@ def test_every_dtype_becomes_float32(tmp_path: Path, dtype: str) -> None:
         assert np.array_equal(rows, values)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16"])
+def test_a_weight_that_is_not_finite_is_refused_by_whoever_reads_it(tmp_path: Path, value: float, dtype: str) -> None:
+    stored = MATRIX.astype({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype])
+    stored[4, 3] = value
+    save_file({"matrix": stored, "vector": stored[4]}, make_checkpoint(tmp_path) / "model.safetensors")
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert np.isfinite(checkpoint.read("matrix", 0, 4)).all()
+    with pytest.raises(ConvertError, match=f"the weight {value} is not a finite number") as caught:
+        checkpoint.read("matrix", 2, 6)
+    assert caught.value.where == f"{tmp_path / 'model.safetensors'}: tensor matrix, row 4, column 3"
+    with pytest.raises(ConvertError, match="tensor vector, row 0, column 3"):
+        checkpoint.read("vector")
+
+
+def test_a_weight_beyond_float32_is_refused(tmp_path: Path) -> None:
+    save_file({"matrix": np.full((2, 2), 1e300)}, make_checkpoint(tmp_path) / "model.safetensors")
+    with pytest.raises(ConvertError, match="the weight inf is not a finite number"):
+        open_checkpoint(str(tmp_path)).read("matrix")
+
+
 def test_reads_from_many_threads(tmp_path: Path) -> None:
     big = GENERATOR.standard_normal((4096, 16)).astype(np.float32)
     make_checkpoint(tmp_path)
@@ -124,6 +145,19 @@ def test_a_file_that_is_cut_short_later_is_an_error(tmp_path: Path) -> None:
     assert np.array_equal(checkpoint.read("matrix", 0, 1), MATRIX[:1])
     with pytest.raises(ConvertError, match="the file ends inside the tensor 'matrix'"):
         checkpoint.read("matrix", 0, 2)
+
+
+@pytest.mark.parametrize("through_link", [False, True])
+def test_a_snapshot_of_the_hub_s_cache_is_what_the_hub_calls_it(tmp_path: Path, through_link: bool) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    directory = tmp_path / "models--org--My-Model-2B" / "snapshots" / commit
+    directory.mkdir(parents=True)
+    make_checkpoint(directory)
+    if through_link:
+        (tmp_path / "link").symlink_to(directory)
+        directory = tmp_path / "link"
+    checkpoint = open_checkpoint(str(directory))
+    assert (checkpoint.model_id, checkpoint.revision) == ("org/My-Model-2B", commit)
 
 
 def test_no_such_directory(tmp_path: Path) -> None:

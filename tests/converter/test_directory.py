@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -13,11 +15,13 @@ import torch
 import transformers
 from click.testing import CliRunner, Result
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import converter
 from calibration.stream import LayerStream
 from converter.cli import main
-from converter.directory_artifact import DirectoryArtifact
+from converter.directory import stated_config
+from converter.directory_artifact import DirectoryArtifact, read_headers
 from converter.encode_modules import ModuleEncoder
 from converter.model_map import describe
 from converter.modules import describe_modules, gguf_names, stored_dtypes
@@ -27,6 +31,7 @@ from formats.errors import ConvertError
 from formats.schemes import SCHEMES, Scheme
 from profiles.modules import plan_modules
 from profiles.schema import load_profile
+from tests import tiny_models
 from tests.tiny_models import VOCAB_SIZE
 
 SHORT = {"samples": 128, "sequence_length": 16, "calibration": "embedded", "quality": False, "quiet": True}
@@ -72,6 +77,47 @@ def test_transformers_computes_to_the_bit_what_we_evaluate(tiny, tmp_path, schem
     model = tiny("llama-256")
     artifact, _ = convert(model, tmp_path, f'base = "{scheme}"')
     np.testing.assert_array_equal(ours(artifact, model, tmp_path / "work"), theirs(artifact))
+
+
+def test_a_head_that_differs_from_a_tied_embedding_is_kept_and_stated(tmp_path):
+    """vLLM reads no head of a model that is tied."""
+    model = tmp_path / "model"
+    tiny_models.build("qwen2", model)
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    artifact, _ = convert(model, tmp_path, 'base = "W8A16"')
+    assert json.loads((artifact / "config.json").read_text())["tie_word_embeddings"] is False
+    assert "lm_head.weight" in read_headers(artifact)
+    np.testing.assert_array_equal(ours(artifact, model, tmp_path / "work"), theirs(artifact))
+
+
+def test_a_quantization_that_was_only_stated_is_stated_no_more(tiny):
+    checkpoint = open_checkpoint(str(tiny("llama-256")))
+    config = json.loads((checkpoint.location / "config.json").read_text())
+    assert stated_config(checkpoint, {"quant_method": "ours"})["quantization_config"] == {"quant_method": "ours"}
+    with TemporaryDirectory() as copy:
+        nested = {"text_config": {**config, "quantization_config": {"quant_method": "fp8"}}, "quantization_config": {}}
+        (Path(copy) / "config.json").write_text(json.dumps(nested))
+        stated = stated_config(replace(checkpoint, location=Path(copy)), {"quant_method": "ours"})
+    assert "quantization_config" not in stated["text_config"]
+    assert stated["quantization_config"] == {"quant_method": "ours"}
+    assert stated["tie_word_embeddings"] is stated["text_config"]["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"]
+)
+def test_a_weight_that_is_no_number_leaves_nothing_in_its_place(tmp_path, name):
+    model = tmp_path / "model"
+    tiny_models.build("llama-biases", model)
+    weights = load_file(model / "model.safetensors")
+    weights[name].view(-1)[5] = torch.nan
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConvertError, match="the weight nan is not a finite number") as caught:
+        convert(model, tmp_path, 'base = "W8A16"')
+    assert f"tensor {name}, row 0, column 5" in caught.value.where
+    assert not (tmp_path / "artifact").exists()
 
 
 @pytest.mark.parametrize("scheme", ["W8A8", "W8A8_STATIC", "W8A8_STATIC_ASYM"])

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests import tiny_models
 from tests.converter.hub_server import COMMIT, REPOSITORY, HubServer, serve
@@ -29,6 +31,7 @@ try:
         "name": model_map.metadata["general.name"].value,
         "organization": model_map.metadata["general.organization"].value,
         "tensors": [[spec.name, spec.shape] for spec in model_map.tensors],
+        "notes": model_map.notes,
         "files": checkpoint.files(),
         "weights": sorted(path.name for path in checkpoint.location.glob("*.safetensors")),
     }
@@ -101,6 +104,61 @@ def test_finished_files_are_kept_and_serve_offline(repository: Path, tmp_path: P
 def test_errors_of_the_hub(repository: Path, tmp_path: Path, model: str, what: str) -> None:
     with serve(repository) as server:
         assert open_in_process(server, tmp_path / "home", model, "metadata")["what"] == what
+
+
+def test_a_single_file_comes_before_an_index(repository: Path, tmp_path: Path) -> None:
+    tensors = {k: v for path in repository.glob("model-*") for k, v in load_file(path).items()}
+    save_file(tensors, repository / "model.safetensors", {"format": "pt"})
+    with serve(repository) as server:
+        answer = open_in_process(server, tmp_path / "home", REPOSITORY, "metadata")
+    (note,) = answer["notes"]
+    assert note.startswith("model.safetensors is read, as transformers does, and neither model.safetensors.index.json")
+    assert answer["files_with_weights"] == answer["files"]
+    weights = {name for name in server.downloaded() if name.endswith(".safetensors")}
+    assert weights == {"model.safetensors"}
+
+
+def test_fused_experts_are_told_apart_before_the_weights_are_here(repository: Path, tmp_path: Path) -> None:
+    for path in repository.iterdir():
+        path.unlink()
+    tiny_models.build("qwen3_moe", repository)
+    weights = load_file(repository / "model.safetensors")
+    stem = "model.layers.{}.mlp.experts.{}.{}_proj.weight"
+    for layer in range(2):
+        parts = {
+            part: torch.stack([weights.pop(stem.format(layer, expert, part)) for expert in range(8)])
+            for part in ("gate", "up", "down")
+        }
+        weights[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], 1)
+        weights[f"model.layers.{layer}.mlp.experts.down_proj"] = parts["down"]
+    save_file(weights, repository / "model.safetensors", {"format": "pt"})
+    with serve(repository) as server:
+        answer = open_in_process(server, tmp_path / "home", REPOSITORY, "metadata")
+    assert ["blk.1.ffn_gate_exps.weight", [8, 32, 64]] in answer["tensors"]
+    assert answer["files_with_weights"] == answer["files"]
+
+
+@pytest.mark.parametrize("change", ["none", "all", "one value"])
+def test_a_head_that_may_be_the_embedding(repository: Path, tmp_path: Path, change: str) -> None:
+    """Some places of both are compared before the weights are here, and all of them when they are."""
+    for path in repository.iterdir():
+        path.unlink()
+    tiny_models.build("llama-tied", repository)
+    weights = load_file(repository / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].clone()
+    if change == "all":
+        head *= 2
+    elif change == "one value":
+        head[62, 10] += 1  # between two of the places
+    save_file({**weights, "lm_head.weight": head}, repository / "model.safetensors", {"format": "pt"})
+    with serve(repository) as server:
+        answer = open_in_process(server, tmp_path / "home", REPOSITORY, "metadata")
+        if change == "one value":
+            assert answer["what"].startswith("the head was taken for the embedding, after comparing some places")
+            assert answer["remedy"].startswith("run the same command again")
+            answer = open_in_process(server, tmp_path / "home", REPOSITORY, "metadata")
+    assert (["output.weight", [400, 64]] in answer["tensors"]) == (change != "none")
+    assert answer["files_with_weights"] == answer["files"]
 
 
 def test_a_repository_of_pickles(repository: Path, tmp_path: Path) -> None:
