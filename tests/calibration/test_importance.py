@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from calibration.control import Interrupted
 from calibration.corpus import Corpus, load_corpus
 from calibration.importance import PRIOR_ROWS, ImportanceMatrix, compute_importance
+from converter.source import open_checkpoint
 from formats.errors import ConvertError
 from tests.calibration.streaming import (
     DictSource,
@@ -279,3 +281,14 @@ def test_of_the_real_model(smollm2_wide, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_wide)
     corpus = load_corpus("embedded", tokenizer, samples=4, sequence_length=128)
     assert_equals_whole_model(smollm2_wide, tmp_path / "work", corpus)
+
+
+def test_a_weight_that_is_no_number_is_found_by_its_name_when_it_is_read(tiny, tmp_path):
+    """Before it makes the model compute something that is no number elsewhere."""
+    copy = with_config(tiny("llama-biases"), tmp_path / "model")
+    weights = load_file(copy / "model.safetensors")
+    weights["model.layers.1.mlp.gate_proj.bias"][9] = torch.inf
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConvertError, match="the weight inf is not a finite number") as caught:
+        compute(copy, tmp_path / "work", source=open_checkpoint(str(copy)))
+    assert "tensor model.layers.1.mlp.gate_proj.bias, row 0, column 9" in caught.value.where

@@ -219,18 +219,29 @@ def test_no_such_model():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_weights_that_are_no_numbers_are_named(single, tmp_path, value):
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("model.layers.2.mlp.up_proj.weight", []),
+        ("model.layers.2.input_layernorm.weight", []),  # stays in F32
+        ("model.embed_tokens.weight", ["--set", "embedding=BF16"]),
+        ("lm_head.weight", ["--set", "output=F16"]),
+    ],
+)
+def test_weights_that_are_no_numbers_are_named(single, tmp_path, value, name, arguments):
     import torch
     from safetensors.torch import load_file as load_torch
     from safetensors.torch import save_file as save_torch
 
     weights = load_torch(single / "model.safetensors")
-    weights["model.layers.2.mlp.up_proj.weight"][300, 17] = torch.tensor(value)
+    weights[name].view(-1, 256)[-1, 17] = torch.tensor(value)
+    row = weights[name].numel() // 256 - 1
     save_torch(weights, single / "model.safetensors", metadata={"format": "pt"})
-    failed = convert("--profile", "uniform-8bit", "--no-quality", "--output", tmp_path / "m.gguf", single)
+    options = ["--profile", "uniform-8bit", "--no-quality", "--output", tmp_path / "m.gguf"]
+    failed = convert(*options, *arguments, single)
     assert failed.exit_code == 1
-    assert "blk.2.ffn_up.weight" in failed.stderr and "model.layers.2.mlp.up_proj.weight" in failed.stderr
-    assert "row 300, column 17" in failed.stderr
+    assert f"the weight {value} is not a finite number" in failed.stderr
+    assert f"tensor {name}, row {row}, column 17" in failed.stderr
     assert not (tmp_path / "m.gguf").exists()
 
 

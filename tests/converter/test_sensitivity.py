@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from calibration.control import Interrupted
 from calibration.fisher import FisherFactors
@@ -20,6 +22,7 @@ from converter.source import open_checkpoint
 from formats.errors import ConvertError
 from formats.registry import FORMATS, get_format
 from profiles.vocabulary import ModelMap
+from tests import tiny_models
 
 FORMAT_NAMES = ("Q4_0", "Q2_K", "IQ2_XXS", "NVFP4", "TQ2_0")
 
@@ -164,23 +167,17 @@ def test_tensor_without_factors_is_an_error(tiny, tmp_path):
     assert "blk.2.ffn_up.weight" in caught.value.where
 
 
-def test_weight_that_is_no_number_is_named(tiny, tmp_path, monkeypatch):
-    checkpoint, model_map = opened(tiny("llama-256"))
-    read = Checkpoint.read
-
-    def damaged(self, name, start=0, stop=None):
-        values = read(self, name, start, stop)
-        if name == "model.layers.1.mlp.down_proj.weight" and start <= 7:
-            values[7 - start, 3] = np.nan
-        return values
-
-    monkeypatch.setattr(Checkpoint, "read", damaged)
+def test_weight_that_is_no_number_is_named(tmp_path):
+    tiny_models.build("llama-256", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][7, 3] = torch.nan
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    checkpoint, model_map = opened(tmp_path / "model")
     with pytest.raises(ConvertError, match="nan is not a finite number") as caught:
         build_sensitivity(
             checkpoint, model_map, random_factors(model_map), None, formats=("Q4_0",), journal=tmp_path / "journal"
         )
-    assert "blk.1.ffn_down.weight" in caught.value.where
-    assert "row 7, column 3" in caught.value.where
+    assert "tensor model.layers.1.mlp.down_proj.weight, row 7, column 3" in caught.value.where
 
 
 def test_a_table_of_another_model_is_refused(tiny, tmp_path):

@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from calibration.stream import LayerStream
 from converter.calibrate import runnable
+from converter.llama_cpp import LlamaCpp
 from converter.model_map import describe
 from converter.source import open_checkpoint
 from formats.errors import ConvertError
 from profiles.vocabulary import Role
 from tests import tiny_models
+from tests.converter.f32_file import write_f32
 from tests.tiny_models import TINY_MODELS, VOCAB_SIZE
 
 Weights = dict[str, torch.Tensor]
@@ -98,6 +100,20 @@ def test_a_tied_head_that_is_stored_too_is_the_embedding(name: str, tmp_path: Pa
     model_map = describe(open_checkpoint(str(directory)))
     assert (model_map.tensors[-1].role, model_map.notes) == (Role.NORM, ())
     assert_same(directory, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "qwen2", "gemma3"])
+def test_llama_cpp_computes_with_the_stored_head(name: str, tmp_path: Path) -> None:
+    directory = tmp_path / name
+    tiny_models.build(name, directory)
+    edit_config(directory, lambda config: config.update(tie_word_embeddings=True))
+    edit_weights(directory, random_head)
+    write_f32(directory, tmp_path / "model.gguf")
+    tokens = np.random.default_rng(7).integers(3, VOCAB_SIZE, (1, 48))
+    with LlamaCpp(tmp_path / "model.gguf", n_ctx=64, n_threads=1) as model:
+        found = model.logits(tokens[0].tolist())
+    expected = transformers_logits(directory, tokens)
+    assert np.linalg.norm(found - expected) <= 1e-3 * np.linalg.norm(expected)
 
 
 def differs_in_the_last_value(weights: Weights) -> Weights:
