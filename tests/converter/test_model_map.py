@@ -227,6 +227,13 @@ def test_names_and_origins_come_from_the_model_card(tmp_path: Path) -> None:
     assert "general.file_type" not in metadata
 
 
+def test_a_snapshot_of_the_hub_s_cache_has_the_model_s_name(tmp_path: Path) -> None:
+    directory = tmp_path / "models--org--Tiny-Fable" / "snapshots" / ("0" * 40)
+    tiny_models.build("llama", directory)
+    metadata = {key: value.value for key, value in describe_directory(directory).metadata.items()}
+    assert (metadata["general.name"], metadata["general.organization"]) == ("Tiny Fable", "Org")
+
+
 def test_values_of_the_model_card_are_text_where_gguf_wants_text(llama: Path) -> None:
     card = "---\nlicense: [mit, apache-2.0]\nmodel_version: 2.0\ntags: [tiny, 5]\n---\n"
     (llama / "README.md").write_text(card)
