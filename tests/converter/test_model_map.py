@@ -370,3 +370,7 @@ def test_describing_imports_neither_torch_nor_transformers() -> None:
         [sys.executable, "-c", program, str(tiny("llama"))], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert finished.stdout.strip() == "[]"
+
+
+def test_what_is_to_be_said_of_the_tokenizer_comes_with_the_map(tiny):
+    assert any("add_dummy_prefix" in note for note in describe(open_checkpoint(str(tiny("mistral")))).notes)

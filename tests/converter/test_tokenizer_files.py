@@ -209,7 +209,7 @@ def test_a_value_of_any_kind_in_any_place(whole, tmp_path):
         for place in places(content):
             if not place:
                 continue
-            for value in source.sample(VALUES, 3):
+            for value in source.sample(VALUES, 2):
                 changed = copy.deepcopy(content)
                 holder = changed
                 for key in place[:-1]:
