@@ -22,6 +22,9 @@ COMPUTED = re.compile(r"\.rotary_emb(_local)?\.inv_freq$|(^|\.)position_ids$")
 # A model that was saved without its head (AutoModel) has names without this beginning.
 _WITHOUT_HEAD = re.compile(r"^(?=(embed_tokens|layers|norm)\.)")
 
+# Without a value these mean that there is none, or that it follows from others; any other key then has its default.
+_MEANT_WITHOUT_VALUE = ("num_key_value_heads", "sliding_window")
+
 
 @dataclass(frozen=True)
 class TensorRule:
@@ -46,6 +49,16 @@ class TensorRule:
 
 
 @dataclass(frozen=True)
+class Equal:
+    """A dimension that llama.cpp computes with in the place of a value of the configuration.
+
+    of_layers: number of layers -> another dimension, where llama.cpp knows a model by that number."""
+
+    dimension: str
+    of_layers: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Architecture:
     """name: of the data file. gguf_name: llama.cpp's architecture. model_types: values of config.json's `model_type`.
     before, layer, after: the tensors before, in and after the decoder layers, in the order of the artifact.
@@ -54,7 +67,11 @@ class Architecture:
     ignored: regular expressions of names without use to a runtime.
     defaults: values of config.json that its authors may leave out, as transformers assumes them.
     requires: values that llama.cpp's implementation takes for granted.
-    rope_types: the rope scalings that llama.cpp implements for it.
+    equal: key of the configuration -> the dimension that llama.cpp takes for it.
+    rope_types: the rope scalings that llama.cpp implements for it. local_rope: whether rope_parameters has a table for
+    each kind of layer.
+    window_keys: keys by which transformers gives layers a sliding window, see windows.py. window_period:
+    llama.cpp gives none to every so-manieth layer unless the file says otherwise; 0 where it computes no window.
     feeds: tensor of a layer -> the matrices that are multiplied with what it makes and nothing else is, see
     smoothing_groups.py; names like the rules'.
     uint32, float32: GGUF key (without the architecture's prefix) -> key of the configuration or dimension."""
@@ -70,14 +87,20 @@ class Architecture:
     ignored: tuple[str, ...] = ()
     defaults: dict[str, Any] = field(default_factory=dict)
     requires: dict[str, Any] = field(default_factory=dict)
+    equal: dict[str, Equal] = field(default_factory=dict)
     rope_types: tuple[str, ...] = ()
+    local_rope: bool = False
+    window_keys: tuple[str, ...] = ()
+    window_period: int = 0
     feeds: dict[str, tuple[str, ...]] = field(default_factory=dict)
     uint32: dict[str, str] = field(default_factory=dict)
     float32: dict[str, str] = field(default_factory=dict)
 
     def completed(self, config: dict[str, Any]) -> dict[str, Any]:
         """The configuration with what transformers assumes where it says nothing."""
-        return {**self.defaults, **{key: value for key, value in config.items() if value is not None}}
+        without = {key for key in _MEANT_WITHOUT_VALUE if key in config and config[key] is None}
+        defaults = {key: value for key, value in self.defaults.items() if key not in without}
+        return {**defaults, **{key: value for key, value in config.items() if value is not None}}
 
     def spelled(self, name: str) -> str:
         """The name that transformers would write where it reads this one, too."""
@@ -152,12 +175,18 @@ def _parse(name: str, text: str) -> Architecture:
         layer=_parse_rules(tensors.pop("layer"), prefix),
         after=_parse_rules(tensors.pop("after")),
         ignored=tuple(table.pop("ignored", ())),
+        equal={key: _parse_equal(value) for key, value in table.pop("equal", {}).items()},
         rope_types=tuple(table.pop("rope_types")),
+        window_keys=tuple(table.pop("window_keys", ())),
         feeds={prefix + name: tuple(prefix + fed for fed in feeds) for name, feeds in table.pop("feeds", {}).items()},
         uint32=metadata.pop("uint32"),
         float32=metadata.pop("float32"),
         **table,
     )
+
+
+def _parse_equal(table: dict[str, Any]) -> Equal:
+    return Equal(table["dimension"], {int(n_layers): name for n_layers, name in table.get("of_layers", {}).items()})
 
 
 def _parse_rules(table: dict[str, dict[str, Any]], prefix: str = "") -> tuple[TensorRule, ...]:

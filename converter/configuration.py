@@ -1,11 +1,20 @@
 """config.json, read with the eyes of its architecture: defaults, dimensions, rotary embedding."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from converter.architecture import Architecture, find_architecture
+from converter.checkpoint import StoredTensor
 from converter.rope import check_rope, rope_parameters
+from converter.values import check_finite, count, number, unusable
+from converter.windows import sliding_layers
 from formats.errors import ConvertError
+
+# What transformers reads for every architecture, and llama.cpp takes for granted in all.
+_REQUIRED_OF_ALL: dict[str, Any] = {"is_causal": True, "per_layer_config": {}}
+# Names of transformers' for the same function.
+_SYNONYMS = {"swish": "silu"}
 
 
 @dataclass(frozen=True)
@@ -13,6 +22,7 @@ class Configuration:
     """values: config.json with the architecture's defaults filled in.
     dimensions: what the architecture's shapes are written in, by name.
     rope: the rotary parameters, see `rope_parameters`.
+    windowed: whether each layer sees a sliding window only.
     where: the file, for messages.
     notes: what llama.cpp will do otherwise than the configuration says, a sentence each."""
 
@@ -20,51 +30,65 @@ class Configuration:
     values: dict[str, Any]
     dimensions: dict[str, int]
     rope: dict[str, Any]
+    windowed: tuple[bool, ...]
     where: str
     notes: tuple[str, ...] = ()
 
     def number(self, name: str) -> float | None:
         """A dimension, or else a number of the configuration; None where there is neither."""
-        value = self.dimensions.get(name, self.values.get(name))
-        if value is not None and (not isinstance(value, int | float) or value < 0):
-            raise ConvertError(
-                f"the configuration gives {name} = {value!r}, which is no number to use",
-                f"{self.where}: {name}",
-                "fetch config.json of the same revision again",
-            )
-        return value
+        if name in self.dimensions:
+            return self.dimensions[name]
+        return number(self.values, name, self.where) if name in self.values else None
 
 
-# Names of transformers' for the same function.
-_SYNONYMS = {"swish": "silu"}
+def configure(config: dict[str, Any], where: str, tensors: Mapping[str, StoredTensor]) -> Configuration:
+    """tensors: of the checkpoint, by which sizes that it cannot have are known before anything is made of them.
 
-
-def configure(config: dict[str, Any], where: str) -> Configuration:
-    """Raises ConvertError for an unknown architecture, and for values that are absent, senseless or not implemented by
+    Raises ConvertError for an unknown architecture, and for values that are absent, senseless or not implemented by
     llama.cpp for this architecture."""
+    check_finite(config, where)
     architecture = find_architecture(config, where)
     values = architecture.completed(config)
-    if (pattern := _sliding_window_pattern(values.get("layer_types", []))) is not None:
-        values["sliding_window_pattern"] = pattern
+    rope = rope_parameters(values, architecture.rope_types, architecture.local_rope, where)
+    values["partial_rotary_factor"] = number(rope, "partial_rotary_factor", where)
     _check_required(architecture, values, where)
-    dimensions = dimensions_of(values, where)
-    rope = rope_parameters(values)
-    check_rope(rope, architecture.rope_types, dimensions["rotary"], where)
-    return Configuration(architecture, values, dimensions, rope, where)
+    dimensions = dimensions_of(architecture, values, where, tensors)
+    _check_equal(architecture, values, dimensions, where)
+    check_rope(rope, dimensions["rotary"], where)
+    window, windowed = sliding_layers(values, architecture.window_keys, dimensions["layers"], where)
+    longest = rope["max_position_embeddings"]
+    followed = architecture.window_period > 0
+    dimensions |= {"window": window, "context": longest if followed or not window else min(window, longest)}
+    notes = _notes(architecture, rope, dimensions)
+    return Configuration(architecture, values, dimensions, rope, windowed, where, notes)
 
 
-def _sliding_window_pattern(layer_types: list[str]) -> int | None:
-    """n where every n-th layer attends to everything and the others to a window; 0 for any other order, None where the
-    kinds of the layers do not tell."""
-    if "full_attention" not in layer_types:
-        return None
-    n = layer_types.index("full_attention") + 1
-    expected = ["sliding_attention" if (i + 1) % n else "full_attention" for i in range(len(layer_types))]
-    return n if layer_types == expected else 0
+def _notes(architecture: Architecture, rope: dict[str, Any], dimensions: dict[str, int]) -> tuple[str, ...]:
+    """Where the file is not the model: llama.cpp cannot be told of all that transformers computes."""
+    longest, context = rope["max_position_embeddings"], dimensions["context"]
+    notes = []
+    if context < longest:
+        notes.append(
+            f"the model's attention has a sliding window of {context} tokens, which llama.cpp does not compute for "
+            f"{architecture.name}: the GGUF is right for texts of up to {context} tokens, and its context_length says "
+            f"{context} where the configuration says {longest}"
+        )
+    if rope["rope_type"] == "dynamic":
+        notes.append(
+            f"llama.cpp does not scale the rotary embedding of texts longer than {longest} tokens, as the "
+            f"configuration's dynamic scaling does: the GGUF is right for up to {longest} tokens"
+        )
+    original = rope["original_max_position_embeddings"]
+    if rope["rope_type"] == "longrope" and original < longest:
+        notes.append(
+            f"llama.cpp takes the rope factors of long texts by the size of its context, transformers by the length of "
+            f"the text: for texts of up to {original} tokens run it with a context no larger (-c {original})"
+        )
+    return tuple(notes)
 
 
 def _check_required(architecture: Architecture, values: dict[str, Any], where: str) -> None:
-    for key, required in architecture.requires.items():
+    for key, required in (_REQUIRED_OF_ALL | architecture.requires).items():
         stated = values.get(key, required)
         if stated != required and _SYNONYMS.get(str(stated)) != required:
             raise ConvertError(
@@ -74,37 +98,52 @@ def _check_required(architecture: Architecture, values: dict[str, Any], where: s
             )
 
 
-def dimensions_of(values: dict[str, Any], where: str) -> dict[str, int]:
-    """What the architecture's shapes are written in. Raises ConvertError for a size that is none."""
-
-    def count(key: str, default: int | None = None) -> int:
-        value = values.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+def _check_equal(architecture: Architecture, values: dict[str, Any], dimensions: dict[str, int], where: str) -> None:
+    for key, equal in architecture.equal.items():
+        name = equal.of_layers.get(dimensions["layers"], equal.dimension)
+        if (found := number(values, key, where)) != dimensions[name]:
             raise ConvertError(
-                f"the configuration gives {key} = {value!r}, which is no size",
+                f"llama.cpp implements {architecture.name} with {key} = {dimensions[name]} only (its dimension "
+                f"{name!r}), this model has {found}",
                 f"{where}: {key}",
-                "fetch config.json of the same revision again",
+                "no GGUF of this model would run correctly in llama.cpp",
             )
-        return value
 
-    heads, hidden, mlp = count("num_attention_heads"), count("hidden_size"), count("intermediate_size")
-    key_value_heads, head = count("num_key_value_heads", heads), count("head_dim", hidden // heads)
-    rope = values.get("rope_parameters") or {}
-    rotary_fraction = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
-    experts_key = "num_local_experts" if "num_local_experts" in values else "num_experts"
+
+def dimensions_of(
+    architecture: Architecture, values: dict[str, Any], where: str, tensors: Mapping[str, StoredTensor]
+) -> dict[str, int]:
+    """The sizes that shapes are written in. Raises ConvertError for one that is none, or larger than what is stored
+    can be."""
+    largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    heads = count(values, "num_attention_heads", where, largest=largest)
+    hidden = count(values, "hidden_size", where, largest=largest)
+    mlp = count(values, "intermediate_size", where)
+    key_value_heads = count(values, "num_key_value_heads", where, heads)
+    if heads % key_value_heads:
+        raise unusable(
+            "num_key_value_heads", key_value_heads, f"which does not divide num_attention_heads = {heads}", where
+        )
+    head = count(values, "head_dim", where, hidden // heads, largest)
+    experts = 0
+    if any(rule.stacked for rule in architecture.layer):
+        experts_key = "num_local_experts" if "num_local_experts" in values else "num_experts"
+        experts = count(values, experts_key, where, largest=len(tensors))
+        count(values, "num_experts_per_tok", where, largest=experts)
     return {
-        "vocab": count("vocab_size"),
-        "layers": count("num_hidden_layers"),
+        "vocab": count(values, "vocab_size", where),
+        "layers": count(values, "num_hidden_layers", where, largest=len(tensors)),
         "hidden": hidden,
         "heads": heads,
+        "hidden_per_head": hidden // heads,
         "key_value_heads": key_value_heads,
         "head": head,
-        "rotary": int(head * rotary_fraction),
+        "rotary": int(head * values["partial_rotary_factor"]),
         "query": heads * head,
         "key_value": key_value_heads * head,
         "qkv": (heads + 2 * key_value_heads) * head,
         "mlp": mlp,
         "gate_up": 2 * mlp,
-        "experts": count(experts_key) if experts_key in values else 0,
-        "expert_mlp": count("moe_intermediate_size", mlp),
+        "experts": experts,
+        "expert_mlp": count(values, "moe_intermediate_size", where, mlp),
     }

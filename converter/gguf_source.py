@@ -104,7 +104,7 @@ def describe_gguf(checkpoint: Checkpoint) -> ModelMap:
         raise ConvertError("the file is a vocabulary without a model: it has no tensors", where, "name the whole model")
     has_experts = bool((experts := metadata.get(f"{name}.expert_count")) and experts.value)
     known = [entry for entry in known if any(rule.stacked for rule in entry.layer) == has_experts] or known
-    dimensions = _dimensions(known[0], metadata, where)
+    dimensions = _dimensions(known[0], metadata, checkpoint.tensors, where)
     if dimensions["layers"] > len(checkpoint.tensors):
         raise ConvertError(
             f"the file has {len(checkpoint.tensors)} tensors for {dimensions['layers']} layers", where, _FETCH_AGAIN
@@ -118,7 +118,9 @@ def describe_gguf(checkpoint: Checkpoint) -> ModelMap:
     return ModelMap(name, dimensions["layers"], tensors, kept)
 
 
-def _dimensions(architecture: Architecture, metadata: Mapping[str, GGUFValue], where: str) -> dict[str, int]:
+def _dimensions(
+    architecture: Architecture, metadata: Mapping[str, GGUFValue], tensors: Mapping[str, StoredTensor], where: str
+) -> dict[str, int]:
     """What the architecture's shapes are written in, from the file's keys, which are checked."""
     values: dict[str, Any] = {}
     for key, name in {**architecture.uint32, **architecture.float32}.items():
@@ -136,7 +138,8 @@ def _dimensions(architecture: Architecture, metadata: Mapping[str, GGUFValue], w
     if tokens is None or not isinstance(tokens.value, list):
         raise ConvertError(f"the file lacks the key {Keys.Tokenizer.LIST}", where, _FETCH_AGAIN)
     values["vocab_size"] = len(tokens.value)
-    dimensions = dimensions_of(values, where)
+    values.setdefault("partial_rotary_factor", 1.0)
+    dimensions = dimensions_of(architecture, values, where, tensors)
     of_values = values.get("attention.value_length", dimensions["hidden"] // dimensions["heads"])
     if of_values != dimensions["head"]:
         what = f"the keys of a head have {dimensions['head']} columns, its values {of_values}"

@@ -13,6 +13,7 @@ from gguf.gguf_writer import GGUFValue
 from converter.checkpoint import Checkpoint
 from converter.configuration import Configuration
 from converter.rope import rope_metadata
+from converter.values import float32, uint32
 from profiles.vocabulary import TensorSpec
 
 # All that gguf reads of a directory, and what it raises for front matter that makes no sense.
@@ -29,13 +30,22 @@ def model_metadata(
     own: dict[str, GGUFValue] = {}
     for key, name in architecture.uint32.items():
         if (value := configuration.number(name)) is not None:
-            own[key] = GGUFValue(int(value), GGUFValueType.UINT32)
+            own[key] = uint32(value, name, configuration.where)
     for key, name in architecture.float32.items():
         if (value := configuration.number(name)) is not None:
-            own[key] = GGUFValue(float(value), GGUFValueType.FLOAT32)
-    own |= rope_metadata(configuration.rope)
+            own[key] = float32(value, name, configuration.where)
+    own |= rope_metadata(configuration.rope, configuration.where) | _windows(configuration)
     general, notes = _general(checkpoint, architecture.gguf_name, tensors)
     return general | {f"{architecture.gguf_name}.{key}": value for key, value in own.items()}, notes
+
+
+def _windows(configuration: Configuration) -> dict[str, GGUFValue]:
+    """Which layers have a sliding window, where llama.cpp computes one and has another order of its own."""
+    period, windowed = configuration.architecture.window_period, configuration.windowed
+    usual = tuple((layer + 1) % period != 0 for layer in range(len(windowed))) if period else windowed
+    if windowed == usual or not any(windowed):
+        return {}
+    return {"attention.sliding_window_pattern": GGUFValue(list(windowed), GGUFValueType.ARRAY, GGUFValueType.BOOL)}
 
 
 def source_card(checkpoint: Checkpoint) -> dict[str, Any]:

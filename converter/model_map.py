@@ -28,7 +28,7 @@ def describe(checkpoint: Checkpoint, pre_tokenizer: str | None = None) -> ModelM
     """
     if checkpoint.metadata is not None:
         return gguf_source.describe_gguf(checkpoint)
-    configuration = configure(checkpoint.config, str(checkpoint.location / "config.json"))
+    configuration = configure(checkpoint.config, str(checkpoint.location / "config.json"), checkpoint.tensors)
     describer = _Describer(checkpoint, configuration)
     notes = [*checkpoint.notes, *describer.check()]
     tensors = tuple(describer.tensors())
@@ -135,6 +135,8 @@ class _Describer:
         notes = check_unquantized(self.checkpoint.config, used, self.configuration.where)
         expected = {name for rule, layer in self._rules() for name in self._wanted(rule, layer)}
         missing, unknown = expected - self.stored.keys(), self.stored.keys() - expected
+        if unknown:
+            self._refuse_switched_off()
         if missing or unknown:
             model = self.checkpoint.model_id if self.checkpoint.fetch_weights else str(self.checkpoint.location)
             raise explain_names(missing, unknown, self.stored, self.dims["layers"], self.architecture.name, model)
@@ -179,6 +181,19 @@ class _Describer:
             transform="rotary" if rule.rotary else rule.transform,
             n_heads=self.dims[rule.rotary] if rule.rotary else 0,
         )
+
+    def _refuse_switched_off(self) -> None:
+        """Raises ConvertError for a tensor that is stored, and that the configuration says the model does without."""
+        values = self.configuration.values
+        for rule in self.architecture.layer:
+            name = rule.pattern.format(layer=0, expert=0)
+            if rule.when and not values.get(rule.when) and name in self.stored:
+                raise ConvertError(
+                    f"the checkpoint has {name!r}, and the configuration has {rule.when} = {values.get(rule.when)!r}:"
+                    " transformers computes without it",
+                    f"{self.configuration.where}: {rule.when}",
+                    f"set {rule.when} to true if the model was trained with it, or take these tensors out",
+                )
 
     def _check_shape(self, source: str, shape: tuple[int, ...]) -> None:
         stored = self.checkpoint.tensors[source]

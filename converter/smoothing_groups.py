@@ -69,7 +69,7 @@ class SmoothingGroup:
 def smoothing_groups(checkpoint: Checkpoint, model_map: ModelMap) -> list[SmoothingGroup]:
     """In the order of the layers; in a layer those first whose producers are matrices, as dividing their rows changes
     the columns' maxima of the other groups."""
-    configuration = configure(checkpoint.config, str(checkpoint.location / "config.json"))
+    configuration = configure(checkpoint.config, str(checkpoint.location / "config.json"), checkpoint.tensors)
     names = _Names(checkpoint, configuration, model_map)
     groups = [
         names.group(layer, producer, consumers)

@@ -314,13 +314,6 @@ def test_values_that_llama_cpp_does_not_implement(llama: Path) -> None:
         describe_directory(llama)
 
 
-def test_another_order_of_sliding_windows_is_refused(tmp_path: Path) -> None:
-    tiny_models.build("gemma3", tmp_path)
-    edit_config(tmp_path, lambda config: config.update(layer_types=["full_attention"] * 6))
-    with pytest.raises(ConvertError, match="sliding_window_pattern = 6 only, this model has 1"):
-        describe_directory(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("rope", "message"),
     [
