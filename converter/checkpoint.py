@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,6 +16,10 @@ from formats.errors import ConvertError
 from formats.regular_file import LARGEST_METADATA_BYTES, check_size, open_regular, read_whole
 from formats.safetensors_file import DTYPE_BITS
 
+LICENSE_PATTERNS = ("LICENSE*", "NOTICE*")
+"""What goes with a model wherever it goes, and no conversion reads."""
+TEMPLATES = "additional_chat_templates"
+"""The only folder of a checkpoint that is looked into."""
 INDEX_NAME = "model.safetensors.index.json"
 METADATA_PATTERNS = (
     *("config.json", "generation_config.json", INDEX_NAME, "adapter_config.json"),
@@ -149,7 +153,9 @@ class Checkpoint:
         if self.location.is_file():
             return [(self.location.name, self.location.stat().st_size, _weights_identity(self.location))]
         small = metadata_files(self.location)
-        entries = [(path.name, path.stat().st_size, _content_identity(path)) for path in small]
+        entries = [
+            (path.relative_to(self.location).as_posix(), path.stat().st_size, _content_identity(path)) for path in small
+        ]
         weights: dict[Path, int] = {}
         for tensor in self.tensors.values():
             weights[tensor.file] = weights.get(tensor.file, 0) + tensor.n_bytes
@@ -168,23 +174,31 @@ def block_spans(n_rows: int, n_columns: int) -> Iterator[tuple[int, int]]:
 
 
 def metadata_files(directory: Path) -> list[Path]:
-    """Those files of a checkpoint that METADATA_PATTERNS name, by name.
+    """Those files of a checkpoint that METADATA_PATTERNS name, by name. Raises ConvertError as model_files does."""
+    return model_files(directory, METADATA_PATTERNS)
+
+
+def model_files(directory: Path, patterns: Sequence[str]) -> list[Path]:
+    """Those files of a checkpoint, those in its folder of templates included, that the patterns name, by name.
 
     Raises ConvertError for one that is no regular file, is larger than any of its kind, or is a link to a file that is
     not the model's: what it names would be read, and copied into an artifact that others are given.
     """
     found = []
-    for path in sorted(directory.iterdir()):
-        if any(fnmatch(path.name, pattern) for pattern in METADATA_PATTERNS):
-            target = Path(os.path.realpath(path))  # unlike Path.resolve it bears links that lead to each other
-            if path.is_symlink() and not any(target.is_relative_to(root) for root in _roots(directory)):
-                raise ConvertError(
-                    "the file is a link to a place outside of the model",
-                    f"{path} -> {path.readlink()}",
-                    "put a copy of the file itself there, if you trust it, or take the link out",
-                )
-            check_size(path, LARGEST_METADATA_BYTES, "take it out of the model's directory, or fetch it again")
-            found.append(path)
+    templates = directory / TEMPLATES
+    for path in sorted([*directory.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]):
+        name = path.relative_to(directory).as_posix()
+        if not any(fnmatch(name, pattern) for pattern in patterns) or (path.is_dir() and name not in patterns):
+            continue
+        target = Path(os.path.realpath(path))  # unlike Path.resolve it bears links that lead to each other
+        if not any(target.is_relative_to(root) for root in _roots(directory)):
+            raise ConvertError(
+                "the file is a link to a place outside of the model",
+                f"{path} -> {target}",
+                "put a copy of the file itself there, if you trust it, or take the link out",
+            )
+        check_size(path, LARGEST_METADATA_BYTES, "take it out of the model's directory, or fetch it again")
+        found.append(path)
     return found
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.control import ShouldStop
-from converter.checkpoint import INDEX_NAME, Checkpoint, metadata_files
+from converter.checkpoint import INDEX_NAME, LICENSE_PATTERNS, TEMPLATES, Checkpoint, model_files
 from converter.directory_artifact import RECIPE_NAME, read_recipe
 from converter.job import REPLACEABLE
 from converter.ownership import Replaceable, check_free, foreign_entries, put_in_place, remove_replaced
@@ -21,11 +21,20 @@ from formats.errors import ConvertError
 from formats.files import file_sha256, make_directory, remove, remove_tree, sync_directory
 from formats.journal import read_lines
 from formats.names import hidden_path
+from formats.regular_file import read_json
 from formats.whole_file import copy_file, is_temporary, whole_file
 
 CONFIG_NAME = "config.json"
-# Of the source: made anew, or about the source itself.
-_NOT_COPIED = (CONFIG_NAME, INDEX_NAME, "README.md", RECIPE_NAME)
+# Spellings of the same key, by versions of transformers.
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+# What a runtime or a user needs of the source beside config.json, which is made anew.
+_COPIED = (
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model"),
+    *("chat_template.jinja", "chat_template.json", f"{TEMPLATES}/*.jinja"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+    *LICENSE_PATTERNS,
+)
 
 
 def partial_directory(output: Path) -> Path:
@@ -33,12 +42,20 @@ def partial_directory(output: Path) -> Path:
     return hidden_path(output, "partial")
 
 
+def companions(location: Path) -> list[Path]:
+    """The files of a source directory that go into an artifact as they are, in order.
+
+    Raises ConvertError for a link to a file outside of the model: the artifact may be published.
+    """
+    return model_files(location, _COPIED)
+
+
 def write_directory(
     output: Path,
     encoder: PlanEncoder,
     layouts: list[SafetensorsLayout],
     checkpoint: Checkpoint,
-    quantization: dict[str, Any],
+    stated: dict[str, Any],
     recipe: dict[str, Any],
     work_dir: Path,
     progress: Progress,
@@ -47,7 +64,7 @@ def write_directory(
     """Write what is not there yet and return all files, those with the weights first: of the partial directory, or of
     the output where an earlier call has completed it.
 
-    quantization: of config.json. recipe: what RECIPE_NAME says beside the hashes of the files.
+    stated: what config.json says otherwise than the source's. recipe: what RECIPE_NAME says beside the files' hashes.
     Raises as ArtifactWriter does, and ConvertError for another directory in the place of ours; a later call continues.
     """
     journal, partial = work_dir / JOURNAL, partial_directory(output)
@@ -65,7 +82,7 @@ def write_directory(
         remove(path)
     ArtifactWriter(encoder, layouts, partial, journal).write(progress, should_stop)
     try:
-        _write_companions(partial, layouts, checkpoint, quantization, recipe)
+        _write_companions(partial, layouts, checkpoint, stated, recipe)
     except OSError as error:
         raise _writing_failed(error, output) from None
     return directory_files(partial)
@@ -79,6 +96,8 @@ def complete_directory(output: Path, work_dir: Path) -> list[Path]:
             for path in directory_files(partial):
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
+            if (partial / TEMPLATES).exists():
+                sync_directory(partial / TEMPLATES)
             sync_directory(partial)
             put_in_place(partial, output, Replaceable(work_dir / REPLACEABLE))
             sync_directory(output.parent)
@@ -93,48 +112,56 @@ def _writing_failed(error: OSError, output: Path) -> ConvertError:
 
 
 def directory_files(directory: Path) -> list[Path]:
-    """All files, those with weights first, each kind by name; not what a kill has left amid being written."""
+    """All files, those with weights first, each kind by name, those of the folder of templates last; not what a kill
+    has left amid being written."""
     paths = sorted(path for path in directory.iterdir() if path.is_file() and not is_temporary(path))
+    templates = (directory / TEMPLATES).glob("*")
+    paths += sorted(path for path in templates if path.is_file() and not is_temporary(path))
     return [*(p for p in paths if p.suffix == ".safetensors"), *(p for p in paths if p.suffix != ".safetensors")]
 
 
 def finished_files(output: Path) -> list[Path]:
     """The same of a directory that has its recipe, without what others have put there."""
     foreign = foreign_entries(output)
-    return [path for path in directory_files(output) if path.name not in foreign]
+    return [path for path in directory_files(output) if path.relative_to(output).as_posix() not in foreign]
 
 
 def _write_companions(
     directory: Path,
     layouts: list[SafetensorsLayout],
     checkpoint: Checkpoint,
-    quantization: dict[str, Any],
+    stated: dict[str, Any],
     recipe: dict[str, Any],
 ) -> None:
-    for source in metadata_files(checkpoint.location):
-        if source.name not in _NOT_COPIED:
-            copy_file(source, directory / source.name)
+    for source in companions(checkpoint.location):
+        target = directory / source.relative_to(checkpoint.location)
+        make_directory(target.parent)
+        copy_file(source, target)
     if (index := index_json(layouts)) is not None:
         with whole_file(directory / INDEX_NAME, "index of shards") as file:
             file.write(index)
-    _write_json(directory / CONFIG_NAME, stated_config(checkpoint, quantization))
+    _write_json(directory / CONFIG_NAME, stated_config(checkpoint, stated))
     files = [
-        {"path": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        {"path": path.relative_to(directory).as_posix(), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in directory_files(directory)
         if path.name != RECIPE_NAME
     ]
     _write_json(directory / RECIPE_NAME, {**recipe, "files": files})
 
 
-def stated_config(checkpoint: Checkpoint, quantization: dict[str, Any]) -> dict[str, Any]:
-    """The source's config.json as it is right for the directory: quantized in this way alone, with a head of its own
-    where one is stored, which vLLM reads from a model only that is not tied."""
-    config = json.loads((checkpoint.location / CONFIG_NAME).read_bytes())
+def stated_config(checkpoint: Checkpoint, stated: dict[str, Any]) -> dict[str, Any]:
+    """The source's config.json as it is right for the directory: with these values, its dtype under either of its names
+    and wherever it is said of the text, quantized in this way alone, and with a head of its own where one is stored,
+    which vLLM reads from a model only that is not tied."""
+    config = read_json(checkpoint.location / CONFIG_NAME)
     has_head = any(name.endswith("lm_head.weight") for name in checkpoint.tensors)
     if isinstance(text := config.get("text_config"), dict):
+        text = {key: stated["dtype"] if key in _DTYPE_KEYS else value for key, value in text.items()}
+        text.pop("quantization_config", None)
         config["text_config"] = _untied(text, has_head)
-        config["text_config"].pop("quantization_config", None)
-    return {**_untied(config, has_head), "quantization_config": quantization}
+    if "torch_dtype" in config:
+        config["torch_dtype"] = stated["dtype"]
+    return {**_untied(config, has_head), **stated}
 
 
 def _untied(config: dict[str, Any], has_head: bool) -> dict[str, Any]:

@@ -12,7 +12,13 @@ from converter.adapt_activations import ActivationFindings, adapt_activations, s
 from converter.artifact import file_name
 from converter.calibrate import MOMENTS, calibrate
 from converter.checkpoint import Checkpoint
-from converter.directory import complete_directory, partial_directory, write_directory, written_hashes
+from converter.directory import (
+    companions,
+    complete_directory,
+    partial_directory,
+    write_directory,
+    written_hashes,
+)
 from converter.directory_artifact import DirectoryArtifact
 from converter.directory_verify import verify_directory
 from converter.encode_modules import ModuleEncoder
@@ -23,7 +29,7 @@ from converter.kept import kept
 from converter.kv_cache import cache_lines
 from converter.modules import describe_modules, directory_name, gguf_names, stored_dtypes
 from converter.progress import Progress
-from converter.quantization_config import quantization_config
+from converter.quantization_config import quantization_config, stored_dtype
 from converter.recipe import IMPORTANCE_FILE, recipe
 from converter.safetensors_layout import directory_layouts
 from converter.scheme_products import SchemeProducts
@@ -52,6 +58,7 @@ class DirectoryTarget:
 
     def located(self, job: Job, checkpoint: Checkpoint, model_map: ModelMap) -> Job:
         _refuse_options(job)
+        companions(checkpoint.location)  # a link that will not be followed is said before the work
         metadata = {key: entry.value for key, entry in model_map.metadata.items()}
         name = file_name(metadata, checkpoint.model_id.rpartition("/")[2], job.profile.label)
         output = job.output or Path(directory_name(name))
@@ -162,7 +169,7 @@ class DirectoryTarget:
                 encoder,
                 directory_layouts(plan, prepared.job.shard_bytes),
                 prepared.checkpoint,
-                quantization_config(plan),
+                {"dtype": stored_dtype(plan), "quantization_config": quantization_config(plan)},
                 _description(adapted),
                 work_dir,
                 progress,

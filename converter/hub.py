@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from converter.checkpoint import INDEX_NAME, METADATA_PATTERNS, Checkpoint, StoredTensor
+from converter.checkpoint import INDEX_NAME, LICENSE_PATTERNS, METADATA_PATTERNS, Checkpoint, StoredTensor
 from converter.safetensors_source import (
     SINGLE_NAME,
     index_notes,
@@ -88,7 +88,7 @@ def _download(model_id: str, revision: str | None, shards: list[str], token: str
     from huggingface_hub import snapshot_download
 
     with _hub_errors(model_id):
-        patterns = [*METADATA_PATTERNS, *shards]
+        patterns = [*METADATA_PATTERNS, *LICENSE_PATTERNS, *shards]
         return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns, token=token))
 
 

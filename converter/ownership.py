@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from converter.checkpoint import Checkpoint, metadata_files
 from converter.directory_artifact import RECIPE_NAME, read_recipe
@@ -310,24 +310,40 @@ def bring_back(path: Path, replaceable: Replaceable) -> None:
 
 
 def foreign_entries(directory: Path) -> list[str]:
-    """What is in a directory that this tool wrote, and is none of the files that its recipe lists. Raises ConvertError
-    for a damaged recipe."""
+    """What is in a directory that this tool wrote, and is none of the files that its recipe lists; a folder without any
+    of them counts as one. Raises ConvertError for a damaged recipe."""
     files = read_recipe(directory).get("files")
     listed = {str(file.get("path")) for file in files if isinstance(file, dict)} if isinstance(files, list) else set()
-    return sorted(
-        path.name
-        for path in directory.iterdir()
-        if path.name != RECIPE_NAME and (path.name not in listed or _is_directory(path))
-    )
+    folders = {parent.as_posix() for name in listed for parent in PurePosixPath(name).parents}
+    found, pending = [], [directory]
+    while pending:
+        for path in pending.pop().iterdir():
+            name = path.relative_to(directory).as_posix()
+            if _is_directory(path) and name in folders:
+                pending.append(path)
+            elif name != RECIPE_NAME and (name not in listed or _is_directory(path)):
+                found.append(name)
+    return sorted(found)
 
 
 def remove_artifact(directory: Path) -> None:
     """Remove the files of a directory that this tool wrote, and the directory unless it has others. The recipe, by
     which it knows them, goes last."""
-    kept = {*foreign_entries(directory), RECIPE_NAME}
-    for path in list(directory.iterdir()):
-        if path.name not in kept:
-            remove(path)
-    if kept == {RECIPE_NAME}:
+    foreign = {directory / name for name in foreign_entries(directory)}
+    _remove_but(directory, {*foreign, directory / RECIPE_NAME})
+    if not foreign:
         remove(directory / RECIPE_NAME)
         remove_directory(directory)
+
+
+def _remove_but(directory: Path, kept: set[Path]) -> None:
+    """Everything in the directory but these, and the folders that are empty then."""
+    for path in list(directory.iterdir()):
+        if path in kept:
+            continue
+        if not _is_directory(path):
+            remove(path)
+            continue
+        _remove_but(path, kept)
+        if _is_empty(path):
+            remove_directory(path)

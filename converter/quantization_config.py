@@ -24,6 +24,7 @@ _PLAIN = re.compile(r"(model\.layers\..*|lm_head)")
 _OF_EXPERT = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _EXPERT = re.compile(rf"(?<=\\\.)({'|'.join(_OF_EXPERT)})$")  # in an escaped name
 _MIXED = "mixed-precision"
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
@@ -59,6 +60,16 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
         "ignore": ignore,
         "kv_cache_scheme": _activations(CACHE_SCHEMES["FP8"]) if any(row.cache_scales for row in rows) else None,
     }
+
+
+def stored_dtype(plan: Plan) -> str:
+    """The dtype that a runtime computes in, as config.json names it: that of the matrices that are kept, or bfloat16
+    where there is FP4, which transformers decodes to no other and multiplies with inputs of the model's."""
+    rows = [row for row in plan.tensors if isinstance(row, PlannedModule)]
+    weights = [row.scheme.weights for row in rows if row.scheme is not None]
+    if any(scheme.type == "float" and scheme.num_bits == 4 for scheme in weights):
+        return "bfloat16"
+    return _DTYPES[next((row.format for row in rows if row.tensor.role is Role.EMBEDDING), "BF16")]
 
 
 def plan_is_tied(rows: Iterable[PlannedModule]) -> bool:

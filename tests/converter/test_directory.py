@@ -247,11 +247,77 @@ def test_what_is_beside_the_weights(tiny, tmp_path):
     artifact, report = convert(model, tmp_path, "fp8")
     config, source = (json.loads((d / "config.json").read_text()) for d in (artifact, model))
     assert {key: value for key, value in config.items() if key != "quantization_config"} == source
+    assert config["dtype"] == "bfloat16"
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (artifact / name).read_bytes() == (model / name).read_bytes()
     recipe = json.loads((artifact / "bitwright.json").read_text())
     assert {file["path"] for file in recipe["files"]} == {p.name for p in artifact.iterdir()} - {"bitwright.json"}
     assert recipe["recipe"]["plan_sha256"] == report["plan_sha256"]
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "llama-tied"])
+@pytest.mark.parametrize("scheme", ["NVFP4A16", "MXFP4A16", "W4A16_G32"])
+def test_the_dtype_of_the_configuration_is_one_that_it_runs_in(tiny, tmp_path, name, scheme):
+    """Of a source in float32 or float16: 16-bit matrices beside FP4, which decodes to bfloat16 only."""
+    model = tiny(name)
+    artifact, _ = convert(model, tmp_path, f'base = "{scheme}"')
+    stated = json.loads((artifact / "config.json").read_text())["dtype"]
+    kept = "float16" if name == "llama-tied" else "bfloat16"
+    assert stated == (kept if scheme == "W4A16_G32" else "bfloat16")
+    assert relative(theirs(artifact, "auto"), theirs(model)) < 0.5
+
+
+def test_the_dtype_is_stated_wherever_it_was(tiny, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny("gemma3"), model)
+    text = json.loads((model / "config.json").read_text())
+    text["torch_dtype"] = text.pop("dtype")
+    nested = {"model_type": "gemma3", "torch_dtype": "float32", "text_config": text}
+    (model / "config.json").write_text(json.dumps(nested))
+    artifact, _ = convert(model, tmp_path, "w4a16")
+    config = json.loads((artifact / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == config["text_config"]["torch_dtype"] == "bfloat16"
+
+
+def test_what_goes_with_a_model(tiny, tmp_path):
+    """Licenses and all templates; nothing that only lies there."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny("llama-256"), model)
+    (model / "additional_chat_templates").mkdir()
+    copied = {"LICENSE": "free", "LICENSE.md": "too", "NOTICE": "!", "chat_template.jinja": "{{ messages }}"}
+    copied["additional_chat_templates/tool.jinja"] = "{{ tools }}"
+    left = {"notes.json": "{}", "secrets.json": "{}", "other.jinja": "", "additional_chat_templates/x.txt": ""}
+    for name, text in (copied | left).items():
+        (model / name).write_text(text)
+    artifact, _ = convert(model, tmp_path, "fp8")
+    assert {name: (artifact / name).read_text() for name in copied} == copied
+    assert not any((artifact / name).exists() for name in left)
+    recipe = json.loads((artifact / "bitwright.json").read_text())
+    assert copied.keys() <= {file["path"] for file in recipe["files"]}
+    assert "tool" in transformers.AutoTokenizer.from_pretrained(artifact).chat_template
+
+
+def test_a_link_out_of_the_model_is_not_followed(tiny, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny("llama-256"), model)
+    (tmp_path / "diary").write_text("dear diary")
+    (model / "LICENSE").symlink_to(tmp_path / "diary")
+    with pytest.raises(ConvertError, match="LICENSE is a link out of the model's directory"):
+        convert(model, tmp_path, "fp8")
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_links_inside_of_the_hubs_cache_are_files_of_the_model(tiny, tmp_path):
+    repository = tmp_path / "models--org--name"
+    model = repository / "snapshots" / "0123456789abcdef"
+    shutil.copytree(tiny("llama-256"), model)
+    (repository / "blobs").mkdir()
+    for path in list(model.iterdir()):
+        path.rename(repository / "blobs" / path.name)
+        path.symlink_to(repository / "blobs" / path.name)
+    artifact, _ = convert(model, tmp_path, "fp8")
+    assert (artifact / "tokenizer.json").read_bytes() == (tiny("llama-256") / "tokenizer.json").read_bytes()
+    assert not (artifact / "tokenizer.json").is_symlink()
 
 
 def test_decoded_weights_equal_those_of_compressed_tensors(tiny, tmp_path):
