@@ -170,7 +170,10 @@ def _load_dat(path: Path, data: np.ndarray) -> ImportanceMatrix:
             raise _damaged(path, f"{name} is there twice")
         if chunks <= 0 or n_values <= 0:
             raise _damaged(path, f"{name} has {n_values} values of {chunks} chunks")
-        sums[name] = take(n_values, "<f4").astype(np.float64).reshape(1, -1)
+        values = take(n_values, "<f4")
+        if not np.isfinite(values).all():
+            raise _damaged(path, f"{name} has values that are not finite")
+        sums[name] = values.astype(np.float64).reshape(1, -1)
         counts[name] = np.array([chunks])
     samples = take_int() if position < len(data) else None
     corpus = take_name(take_int()) if position < len(data) else None

@@ -35,7 +35,7 @@ def open_regular(path: Path, remedy: str = "name a readable file") -> BinaryIO:
     if not stat.S_ISREG(mode):
         os.close(descriptor)
         kind = _KINDS.get(stat.S_IFMT(mode), "something else")
-        raise ConvertError(f"this is {kind} and no regular file", str(path), remedy)
+        raise ConvertError(f"the file cannot be read: it is {kind} and no regular file", str(path), remedy)
     return os.fdopen(descriptor, "rb")
 
 

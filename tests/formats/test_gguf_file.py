@@ -245,5 +245,5 @@ def test_a_text_that_is_no_utf_8_harms_no_other_key(tmp_path):
 
 def test_a_pipe_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "m.gguf")
-    with pytest.raises(ConvertError, match="this is a pipe and no regular file"):
+    with pytest.raises(ConvertError, match="it is a pipe and no regular file"):
         read_gguf(tmp_path / "m.gguf")
