@@ -23,7 +23,7 @@ from formats.files import rename
 from formats.record import RecordKind
 from formats.whole_file import Place
 
-_KIND = RecordKind("bitwright.sensitivity", 1, "sensitivity table", "convert imatrix --sensitivity MODEL")
+_KIND = RecordKind("bitwright.sensitivity", 2, "sensitivity table", "convert imatrix --sensitivity MODEL")
 MAGNITUDES = ("gradient_magnitude", "activation_variance", "weight_magnitude")
 """The fields of FisherFactors that hold one number a tensor."""
 # Of FisherFactors and of SensitivityTable: what is kept in the metadata as it is.

@@ -6,7 +6,8 @@ them and finds the one of a configuration.
 
 import re
 import tomllib
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from typing import Any, Literal
 from gguf import MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
 
 from formats.errors import ConvertError, nearest
-from profiles.vocabulary import Role
+from profiles.vocabulary import Role, TensorSpec
 
 # Buffers that old versions stored, of whatever dtype: runtimes compute them, and would not know the tensor.
 COMPUTED = re.compile(r"\.rotary_emb(_local)?\.inv_freq$|(^|\.)position_ids$")
@@ -74,6 +75,8 @@ class Architecture:
     llama.cpp gives none to every so-manieth layer unless the file says otherwise; 0 where it computes no window.
     feeds: tensor of a layer -> the matrices that are multiplied with what it makes and nothing else is, see
     smoothing_groups.py; names like the rules'.
+    scales_applied: the roles whose products llama.cpp multiplies with second-level scales.
+    scales_applied_without_bias: those whose products it does so where it adds no bias to them, and ends where it does.
     uint32, float32: GGUF key (without the architecture's prefix) -> key of the configuration or dimension."""
 
     name: str
@@ -93,6 +96,8 @@ class Architecture:
     window_keys: tuple[str, ...] = ()
     window_period: int = 0
     feeds: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    scales_applied: tuple[Role, ...] = ()
+    scales_applied_without_bias: tuple[Role, ...] = ()
     uint32: dict[str, str] = field(default_factory=dict)
     float32: dict[str, str] = field(default_factory=dict)
 
@@ -150,6 +155,21 @@ def find_architecture(config: dict[str, Any], where: str) -> Architecture:
     raise ConvertError(f"unknown architecture {model_type!r}", f"{where}: model_type", known)
 
 
+def with_scales_applied(known: Collection[Architecture], tensors: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """The tensors, marked where llama.cpp applies second-level scales. known: the architectures that it runs as this
+    one, whose graph is the same."""
+    tensors = tuple(tensors)
+    names = {tensor.name for tensor in tensors}
+    always = {role for architecture in known for role in architecture.scales_applied}
+    without_bias = {role for architecture in known for role in architecture.scales_applied_without_bias}
+
+    def applied(tensor: TensorSpec) -> bool:
+        biased = f"{tensor.name.removesuffix('.weight')}.bias" in names
+        return tensor.role in always or (tensor.role in without_bias and not biased)
+
+    return tuple(replace(tensor, scale_applied=True) if applied(tensor) else tensor for tensor in tensors)
+
+
 def gguf_name_map(gguf_architecture: str, n_layers: int) -> TensorNameMap:
     """gguf's own table from the names of Hugging Face checkpoints to those of llama.cpp."""
     by_name = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
@@ -179,6 +199,8 @@ def _parse(name: str, text: str) -> Architecture:
         rope_types=tuple(table.pop("rope_types")),
         window_keys=tuple(table.pop("window_keys", ())),
         feeds={prefix + name: tuple(prefix + fed for fed in feeds) for name, feeds in table.pop("feeds", {}).items()},
+        scales_applied=tuple(map(Role, table.pop("scales_applied", ()))),
+        scales_applied_without_bias=tuple(map(Role, table.pop("scales_applied_without_bias", ()))),
         uint32=metadata.pop("uint32"),
         float32=metadata.pop("float32"),
         **table,

@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 from gguf import Keys
 from gguf.gguf_writer import GGUFValue
 
-from converter.architecture import Architecture, TensorRule, architectures, gguf_name, gguf_name_map
+from converter.architecture import (
+    Architecture,
+    TensorRule,
+    architectures,
+    gguf_name,
+    gguf_name_map,
+    with_scales_applied,
+)
 from converter.checkpoint import DTYPE_BYTES, Checkpoint, StoredTensor
 from converter.configuration import dimensions_of
 from converter.rope import FREQUENCIES, LONG_FACTORS, SHORT_FACTORS
@@ -110,7 +117,8 @@ def describe_gguf(checkpoint: Checkpoint) -> ModelMap:
             f"the file has {len(checkpoint.tensors)} tensors for {dimensions['layers']} layers", where, _FETCH_AGAIN
         )
     places = _places(known, dimensions)
-    tensors = tuple(_describe_tensor(*entry, places, where) for entry in checkpoint.tensors.items())
+    described = (_describe_tensor(*entry, places, where) for entry in checkpoint.tensors.items())
+    tensors = with_scales_applied(known, described)
     for tensor_name, place in places.items():
         if place.required and tensor_name not in checkpoint.tensors:
             raise ConvertError(f"the file lacks the tensor {tensor_name!r}", where, _FETCH_AGAIN)

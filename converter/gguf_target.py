@@ -20,7 +20,7 @@ from converter.preflight import refuse_activation_options
 from converter.progress import Progress
 from converter.protect import protect, protected_before, protection_notes, refuse_protection
 from converter.recipe import PROTECTION_RESERVE
-from converter.report import fallback_lines
+from converter.report import fallback_lines, unscaled_lines
 from converter.super_weights import super_weight_coverage
 from converter.target import Adapted, Candidate, Layout, Prepared, Surveyed
 from converter.verify import DecodedArtifact, TensorError, verify
@@ -67,7 +67,8 @@ class GgufTarget:
 
     def notes(self, job: Job, plan: Plan) -> list[str]:
         why = "every matrix of this plan has a format of 8 bits or more"
-        return [*fallback_lines(plan), *protection_notes(job.protection, plan), *feedback_notes(job, plan, why)]
+        shortfalls = [*fallback_lines(plan), *unscaled_lines(plan)]
+        return [*shortfalls, *protection_notes(job.protection, plan), *feedback_notes(job, plan, why)]
 
     def needs_statistics(self, job: Job, plan: Plan) -> bool:
         return plan.uses_importance

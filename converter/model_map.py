@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from converter import gguf_source
-from converter.architecture import TensorRule, gguf_name, gguf_name_map
+from converter.architecture import TensorRule, gguf_name, gguf_name_map, with_scales_applied
 from converter.checkpoint import Checkpoint
 from converter.configuration import Configuration, configure
 from converter.known_cases import explain_names
@@ -31,7 +31,7 @@ def describe(checkpoint: Checkpoint, pre_tokenizer: str | None = None) -> ModelM
     configuration = configure(checkpoint.config, str(checkpoint.location / "config.json"), checkpoint.tensors)
     describer = _Describer(checkpoint, configuration)
     notes = [*checkpoint.notes, *describer.check()]
-    tensors = tuple(describer.tensors())
+    tensors = with_scales_applied([configuration.architecture], describer.tensors())
     metadata, about_card = model_metadata(checkpoint, configuration, tensors)
     tokenizer = tokenizer_metadata(checkpoint.location, configuration.dimensions["vocab"], pre_tokenizer)
     return ModelMap(

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 
 from converter.checkpoint import Checkpoint
 from converter.progress import size_text
+from formats.registry import get_format
+from profiles.assign import scale_of
 from profiles.plan import Plan
 from profiles.vocabulary import Role
 
@@ -65,6 +67,19 @@ def fallback_lines(plan: Plan) -> list[str]:
         f"{len(extra)} tensors with rows of {n_columns} cannot be {wanted}: {chosen} instead,"
         f" {'+' if sum(extra) >= 0 else '-'}{size_text(abs(sum(extra)))}"
         for (wanted, chosen, n_columns), extra in groups.items()
+    ]
+
+
+def unscaled_lines(plan: Plan) -> list[str]:
+    """One line for each format with second-level scales that some of its tensors go without."""
+    without: dict[str, list[Role]] = defaultdict(list)
+    for planned in plan.tensors:
+        if get_format(planned.format).tensor_scale is not None and scale_of(planned.tensor, planned.format) is None:
+            without[planned.format].append(planned.tensor.role)
+    return [
+        f"{len(roles)} tensors in {name} have the scales of their blocks alone: llama.cpp applies no second-level scale"
+        f" to {', '.join(sorted(set(roles)))}"
+        for name, roles in without.items()
     ]
 
 

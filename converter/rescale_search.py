@@ -6,14 +6,15 @@ really encoding these blocks, of the rows that hold super weights and of a sampl
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from converter.checkpoint import Checkpoint
 from converter.model_map import read_rows
-from formats.block_format import BlockFormat, Effort
+from formats.block_format import Effort
 from formats.registry import get_format
+from profiles.assign import scale_of
 from profiles.plan import PlannedTensor
 
 STEPS_PER_OCTAVE = 8
@@ -63,6 +64,9 @@ class _Blocks:
         importance: np.ndarray | None,
     ):
         tensor, self.block_format = planned.tensor, get_format(planned.format)
+        self.tensor_scale: Callable[[float], float] = lambda _: 1.0
+        if self.block_format.tensor_scale is not None and scale_of(tensor, planned.format) is not None:
+            self.tensor_scale = self.block_format.tensor_scale
         size = self.block_format.block_size
         span = slice(column // size * size, column // size * size + size)
         n_rows = tensor.n_rows // tensor.n_matrices
@@ -94,16 +98,10 @@ class _Blocks:
         scaled, importance = self.weights.copy(), self.importance.astype(np.float64)
         scaled[:, self.place] /= np.float32(factor)
         importance[self.place] *= factor**2
-        scale = _tensor_scale(self.block_format, scaled)
+        scale = self.tensor_scale(float(np.abs(scaled).max()))
         encoded = self.block_format.encode(scaled / np.float32(scale), importance.astype(np.float32), effort)
         errors = self.block_format.decode(encoded).astype(np.float64) * scale - scaled
         special = np.abs(errors[: self.n_special, self.place]) > tolerance * np.abs(
             scaled[: self.n_special, self.place]
         )
         return int(special.sum()), float((self.row_weights[:, None] * np.square(errors) * importance).sum())
-
-
-def _tensor_scale(block_format: BlockFormat, weights: np.ndarray) -> float:
-    if block_format.tensor_scale is None:
-        return 1.0
-    return float(block_format.tensor_scale(float(np.abs(weights).max())))

@@ -62,7 +62,6 @@ def build_sensitivity(
     Raises Interrupted when should_stop, polled after every tensor, says so, and ConvertError for weights that are not
     finite or a tensor without factors.
     """
-    names = {tensor.name for tensor in model_map.tensors}
     tensors = [tensor for tensor in model_map.tensors if tensor.quantizable]
     finished: dict[str, dict[str, Any]] = {
         entry.pop("tensor"): entry for entry in read_lines(journal, partial(say, progress))
@@ -70,7 +69,7 @@ def build_sensitivity(
     with ThreadPoolExecutor(threads) as pool:
         for n_done, tensor in enumerate(tensors, start=1):
             if tensor.name not in finished:
-                scaled = {name for name in formats if scale_of(tensor, name, names) is not None}
+                scaled = {name for name in formats if scale_of(tensor, name) is not None}
                 measured = _Tensor(checkpoint, tensor, factors, importance, effort, pool)
                 finished[tensor.name] = measured.losses(formats, scaled, sampled_rows)
                 append_line(journal, {"tensor": tensor.name, **finished[tensor.name]})

@@ -126,13 +126,19 @@ def verify(
 
 
 def check_stored(stored: dict[str, EncodedTensor], spec: TensorSpec, paths: list[Path]) -> None:
-    """Refuse an artifact in which the tensor is absent or has another shape."""
+    """Refuse an artifact in which the tensor is absent or has another shape, or scales that the runtime leaves out."""
     if spec.name not in stored or stored[spec.name].shape != spec.shape:
         found = list(stored[spec.name].shape) if spec.name in stored else "nothing"
         raise ConvertError(
             f"the artifact is of another model: {spec.name} should be {list(spec.shape)}, and there is {found}",
             ", ".join(map(str, paths)),
             "name the model that this artifact was made from",
+        )
+    if stored[spec.name].scales and not spec.scale_applied:
+        raise ConvertError(
+            f"{spec.name} has second-level scales, which llama.cpp does not apply there: it computes another model",
+            ", ".join(map(str, paths)),
+            "convert the model again",
         )
 
 

@@ -33,16 +33,13 @@ def fitting_format(wanted: BlockFormat, n_columns: int) -> BlockFormat:
     return min(candidates, key=lambda c: c.bits_per_weight)
 
 
-def scale_of(tensor: TensorSpec, format_name: str, names: Collection[str]) -> TensorSpec | None:
-    """The tensor of second-level scales that goes with a tensor in this format; None where none does.
-
-    llama.cpp multiplies the product with it, which it does for the matrices of the layers only, and not where a bias is
-    added to the product. names: of all tensors of the model.
-    """
-    stem = tensor.name.removesuffix(".weight")
-    if get_format(format_name).tensor_scale is None or tensor.layer is None or f"{stem}.bias" in names:
+def scale_of(tensor: TensorSpec, format_name: str) -> TensorSpec | None:
+    """The tensor of second-level scales that goes with a tensor in this format; None where none does: of another
+    format, or where the runtime would not apply them, so that the blocks' own scales are all there is."""
+    if get_format(format_name).tensor_scale is None or not tensor.scale_applied:
         return None
-    return TensorSpec(f"{stem}.scale", (tensor.n_matrices,), Role.SCALE, tensor.layer, transform="scale")
+    name = f"{tensor.name.removesuffix('.weight')}.scale"
+    return TensorSpec(name, (tensor.n_matrices,), Role.SCALE, tensor.layer, transform="scale")
 
 
 def assign(
@@ -104,7 +101,6 @@ class _Assigner:
         self.profile, self.model_map, self.overrides = profile, model_map, overrides
         self.effort, self.evidence = effort, evidence
         self.tied = not any(tensor.role is Role.OUTPUT for tensor in model_map.tensors)
-        self.names = {tensor.name for tensor in model_map.tensors}
         self.tiers = _tiers(profile, model_map, evidence)
 
     def plan(self, chosen: dict[str, tuple[str, str]]) -> Plan:
@@ -112,7 +108,7 @@ class _Assigner:
         rows: list[PlannedTensor] = []
         for tensor in self.model_map.tensors:
             rows.append(self._row(tensor, chosen))
-            scale = scale_of(tensor, rows[-1].format, self.names)
+            scale = scale_of(tensor, rows[-1].format)
             if scale is not None:
                 rows.append(PlannedTensor(scale, "F32", f"second-level scale of {rows[-1].format}"))
         decided_by = self.evidence.identity if self.evidence is not None and self.profile.needs_sensitivity else {}
@@ -196,13 +192,13 @@ class _Assigner:
 
     def _bytes_of(self, tensor: TensorSpec, format_name: str) -> int:
         """Bytes of data in this format, second-level scales included."""
-        scale = scale_of(tensor, format_name, self.names)
+        scale = scale_of(tensor, format_name)
         data = tensor.n_rows * get_format(format_name).row_bytes(tensor.n_columns)
         return data + (0 if scale is None else 4 * scale.n_weights)
 
     def _file_bytes_of(self, tensor: TensorSpec, format_name: str) -> int:
         """The same with padding, and with what the header says of the scales."""
-        scale = scale_of(tensor, format_name, self.names)
+        scale = scale_of(tensor, format_name)
         data = padded(tensor.n_rows * get_format(format_name).row_bytes(tensor.n_columns))
         return data + (0 if scale is None else padded(4 * scale.n_weights) + tensor_info_bytes(scale.name, 1))
 

@@ -73,6 +73,7 @@ class TensorSpec:
     n_heads: heads over which a rotary transform runs.
     constant: the values of a constant tensor, in order.
     rescaled: what is multiplied after the transform; the function of the network stays the same.
+    scale_applied: the runtime multiplies products with it by its second-level scales, where it has some.
     """
 
     name: str
@@ -84,6 +85,7 @@ class TensorSpec:
     n_heads: int = 0
     constant: tuple[float, ...] = ()
     rescaled: tuple[Rescaled, ...] = ()
+    scale_applied: bool = False
 
     @property
     def n_columns(self) -> int:

@@ -119,7 +119,6 @@ class Encoded:
     ):
         self.checkpoint, self.table = checkpoint, table
         self.importance = importance.with_costs(table.factors.columns)
-        self.names = {tensor.name for tensor in model_map.tensors}
         self.tensors = [tensor for tensor in model_map.tensors if tensor.quantizable]
         self.n_layers = model_map.n_layers
 
@@ -132,7 +131,7 @@ class Encoded:
         rows = read_rows(self.checkpoint, tensor, 0, tensor.n_rows).reshape(tensor.n_matrices, -1, tensor.n_columns)
         known = tensor.name in self.importance.names
         columns = self.importance.columns(tensor.name) if known else [None] * tensor.n_matrices
-        scaled = scale_of(tensor, format_name, self.names) is not None
+        scaled = scale_of(tensor, format_name) is not None
         decoded = [
             decode_encoded(
                 get_format(format_name),

@@ -130,7 +130,7 @@ def tampered(path: Path, change) -> Path:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda arrays, header: header.update(version=2), "of version 2"),
+        (lambda arrays, header: header.update(version=1), "of version 1"),
         (lambda arrays, header: header.pop("version"), "of version None"),
         (lambda arrays, header: "[1]", "no JSON object"),
         (lambda arrays, header: "{", "no JSON"),

@@ -76,7 +76,7 @@ def dense_loss(directory: Path, name: str, format_name: str) -> float:
     decoded = []
     for matrix, importance in zip(rows, columns, strict=True):
         scale = 1.0
-        if format_name == "NVFP4" and name.startswith("blk."):
+        if format_name == "NVFP4" and name != "token_embd.weight":
             scale = block_format.tensor_scale(np.abs(matrix).max())
         encoded = block_format.encode(matrix / np.float32(scale), importance, "fast")
         decoded.append(block_format.decode(encoded) * np.float32(scale))
@@ -133,7 +133,7 @@ def test_any_interruption_and_any_number_of_threads_give_the_same_bytes(tiny, tm
         build(tiny("llama-256"), resumed, threads=threads, should_stop=lambda: next(stops), **options)
     table = build(tiny("llama-256"), resumed, threads=threads, **options)
     assert saved(table, tmp_path / "again.safetensors") == expected
-    finished = [line.split('"losses"')[0] for line in resumed.read_text().splitlines() if line.endswith("}")]
+    finished = [line.split('"losses"')[0] for line in resumed.read_text().splitlines() if line.endswith("}}")]
     assert len(finished) == len(set(finished)) == 30
 
 

@@ -44,7 +44,8 @@ def model_map(kind: str = "dense", width: int = 256, tied: bool = False) -> Mode
     for layer in range(N_LAYERS):
         for name, role, shape in KINDS[kind](layer):
             sizes = [round(n * width) if i >= len(shape) - 2 else int(n) for i, n in enumerate(shape)]
-            tensors.append(TensorSpec(WEIGHT.format(layer, name), tuple(sizes), role, layer))
+            full_name = WEIGHT.format(layer, name)
+            tensors.append(TensorSpec(full_name, tuple(sizes), role, layer, scale_applied=True))
     tensors.append(TensorSpec("output_norm.weight", (width,), Role.NORM))
     if not tied:
         tensors.append(TensorSpec("output.weight", (1000, width), Role.OUTPUT))

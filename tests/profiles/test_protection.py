@@ -14,7 +14,8 @@ DOWN = "blk.0.ffn_down.weight"
 
 def model_map(fused: bool = False, experts: int = 0, bias: bool = False) -> ModelMap:
     def spec(name: str, role: Role, *shape: int) -> TensorSpec:
-        return TensorSpec(f"blk.0.{name}", (experts, *shape) if experts and len(shape) > 1 else shape, role, 0)
+        stacked = (experts, *shape) if experts and len(shape) > 1 else shape
+        return TensorSpec(f"blk.0.{name}", stacked, role, 0, scale_applied=True)
 
     tensors = [TensorSpec("blk.0.attn_q.weight", (256, 256), Role.ATTENTION_QUERY, 0)]
     if fused:
