@@ -181,13 +181,14 @@ def _failed(spec: TensorSpec, what: str, paths: list[Path]) -> ConvertError:
 class DecodedArtifact:
     """An artifact's weights under the checkpoint's names, as the source of a layer stream.
 
+    stored: the artifact's own tensors, by name.
     Raises ConvertError when a tensor of the model is absent from the artifact or has another shape.
     """
 
     def __init__(self, paths: list[Path], model_map: ModelMap):
-        self._stored = artifact_tensors(paths)
+        self.stored = artifact_tensors(paths)
         for spec in model_map.tensors:
-            check_stored(self._stored, spec, paths)
+            check_stored(self.stored, spec, paths)
         self.tensors = {
             source: (spec, matrix) for spec in model_map.tensors for matrix, source in enumerate(spec.sources)
         }
@@ -196,6 +197,6 @@ class DecodedArtifact:
         """The checkpoint's tensor of that name, decoded: float32 in its own shape."""
         spec, matrix = self.tensors[name]
         rows = spec.n_rows // spec.n_matrices
-        decoded = self._stored[spec.name].decode(matrix * rows, (matrix + 1) * rows)
+        decoded = self.stored[spec.name].decode(matrix * rows, (matrix + 1) * rows)
         one = replace(spec, shape=spec.shape[-2:], sources=(name,))
         return restore(one, decoded)[name]

@@ -123,12 +123,12 @@ TINY_MODELS: dict[str, TinyModel] = {
 
 def build(name: str, directory: Path) -> None:
     """Write the tiny model of this name as a Hugging Face checkpoint into the directory."""
-    build_model(TINY_MODELS[name], sum(map(ord, name)), directory)
+    build_model(TINY_MODELS[name], name, directory)
 
 
-def build_model(tiny: TinyModel, seed: int, directory: Path) -> None:
-    """Write this tiny model as a Hugging Face checkpoint into the directory."""
-    model = _model(tiny, seed)
+def build_model(tiny: TinyModel, name: str, directory: Path) -> None:
+    """The same with any tiny model; the name decides the random weights."""
+    model = _model(tiny, name)
     model.to(tiny.dtype).save_pretrained(directory, max_shard_size=tiny.max_shard_size)
     _TOKENIZERS[tiny.tokenizer](directory)
 
@@ -140,19 +140,19 @@ def tokens(name: str) -> list[int]:
 
 def reference_logits(name: str) -> np.ndarray:
     """float32 [n_tokens, VOCAB_SIZE]: transformers' logits with the weights as they are stored."""
-    model = _model(TINY_MODELS[name], sum(map(ord, name)))
+    model = _model(TINY_MODELS[name], name)
     with torch.inference_mode():
         for parameter in model.parameters():  # only these: rounded rope frequencies would be another model's
             parameter.copy_(parameter.to(TINY_MODELS[name].dtype))
         return model(torch.tensor([tokens(name)])).logits[0].numpy()
 
 
-def _model(tiny: TinyModel, seed: int) -> transformers.PreTrainedModel:
+def _model(tiny: TinyModel, name: str) -> transformers.PreTrainedModel:
     config_class = f"{tiny.architecture}{'Text' if tiny.architecture == 'Gemma3' else ''}Config"
     config = getattr(transformers, config_class)(**_SIZES | tiny.options)
     config.architectures = [f"{tiny.architecture}ForCausalLM"]
     model = getattr(transformers, f"{tiny.architecture}ForCausalLM")(config).eval()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)

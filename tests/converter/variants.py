@@ -37,7 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def write_variant(directory: Path, architecture: str, edits: dict[str, Any], **options: Any) -> Path:
     """The tiny model with these options, and then with these values in its config.json."""
     tokenizer = "sentencepiece-bare" if architecture == "Gemma3" else "sentencepiece"
-    build_model(TinyModel(architecture, OPTIONS[architecture] | options, tokenizer), 1, directory)
+    build_model(TinyModel(architecture, OPTIONS[architecture] | options, tokenizer), architecture, directory)
     edit_json(directory / "config.json", edits)
     return directory
 
