@@ -19,7 +19,6 @@ import transformers
 from click.testing import CliRunner
 
 from calibration.arithmetic import computed_by
-from calibration.imatrix_file import save_imatrix
 from calibration.importance import ImportanceMatrix
 from calibration.observer import locate_matrices
 from calibration.weights import ParameterReader
@@ -41,6 +40,7 @@ from profiles.schema import load_profile
 from profiles.vocabulary import ModelMap, Role
 from tests.converter.f32_file import write_f32
 from tests.converter.llama_cpp_products import RuntimeProducts, WatchedLlamaCpp
+from tests.converter.test_sizes import some_importance
 from tests.tiny_models import VOCAB_SIZE, TinyModel, build_model
 
 # Relative error of the logits, and of the inputs of every product; 7e-7 is found.
@@ -263,14 +263,15 @@ def test_every_format_goes_through_the_command(tiny, tmp_path):
     """A model each of whose 28 matrices is in another format: written, verified by decoding, shown, and run."""
     model_map = describe(open_checkpoint(str(tiny("llama-256"))))
     matrices = [t for t in model_map.tensors if t.quantizable and t.layer is not None]
-    sums = {t.name: np.ones((t.n_matrices, t.n_columns)) for t in matrices}
-    save_imatrix(tmp_path / "i.gguf", ImportanceMatrix(sums, {name: np.ones(1, np.int64) for name in sums}))
-    arguments = ["--profile", "uniform-8bit", "--imatrix", str(tmp_path / "i.gguf"), "--effort", "fast", "--no-quality"]
+    importance = some_importance(tiny("llama-256"), tmp_path / "i.gguf")
+    arguments = ["--profile", "uniform-8bit", "--imatrix", str(importance), "--effort", "fast", "--no-quality"]
     for tensor, name in zip(matrices, FORMATS, strict=True):
         arguments += ["--set", f"{tensor.name}={name}"]
+    arguments += ["--set", "output=NVFP4"]
     output = tmp_path / "m.gguf"
     done = CliRunner().invoke(main, [*arguments, "--output", str(output), str(tiny("llama-256"))])
     assert done.exit_code == 0, done.stderr
     shown = CliRunner().invoke(main, ["inspect", str(output)]).stdout
     assert set(FORMATS) <= set(shown.replace(",", " ").split())
+    assert "output.scale" in {tensor.name for tensor in read_gguf(output).tensors}
     assert np.isfinite(logits_of(output)).all()

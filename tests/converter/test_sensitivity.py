@@ -76,7 +76,7 @@ def dense_loss(directory: Path, name: str, format_name: str) -> float:
     decoded = []
     for matrix, importance in zip(rows, columns, strict=True):
         scale = 1.0
-        if format_name == "NVFP4" and name != "token_embd.weight":
+        if format_name == "NVFP4" and name != "token_embd.weight" and not ("ffn" in name and "qwen2" in directory.name):
             scale = block_format.tensor_scale(np.abs(matrix).max())
         encoded = block_format.encode(matrix / np.float32(scale), importance, "fast")
         decoded.append(block_format.decode(encoded) * np.float32(scale))
@@ -87,7 +87,7 @@ def dense_loss(directory: Path, name: str, format_name: str) -> float:
     return total / 2
 
 
-@pytest.mark.parametrize("model", ["llama-256", "qwen3_moe"])
+@pytest.mark.parametrize("model", ["llama-256", "qwen3_moe", "qwen2"])
 def test_losses_are_the_dense_sums(tiny, tmp_path, model):
     directory = tiny(model)
     table = build(directory, tmp_path / "journal")

@@ -1,5 +1,8 @@
 """A budget is met from below, by the best choice, with its constraints kept and its failures explained."""
 
+from dataclasses import replace
+from unittest.mock import ANY
+
 import numpy as np
 import pytest
 
@@ -103,7 +106,17 @@ def test_second_level_scales_are_counted():
     for size in range(3_000_000, 3_200_000, 33_333):
         plan = within(f'formats = ["NVFP4", "MXFP4", "Q8_0"]\nsize = "{size}"')
         assert any(row.format == "NVFP4" for row in plan.tensors)
+        assert any(row.tensor.role is Role.SCALE for row in plan.tensors)
         assert 0.98 * size < file_bytes(plan) <= size
+
+
+def test_second_level_scales_that_no_runtime_applies_are_not_planned():
+    tensors = tuple(replace(tensor, scale_applied=tensor.role is Role.MLP_UP) for tensor in model_map().tensors)
+    of = replace(model_map(), tensors=tensors)
+    plan = within('formats = ["NVFP4"]\nsize = "9M"', of)
+    named = {row.tensor.name for row in plan.tensors if row.tensor.role is Role.SCALE}
+    assert named == {f"blk.{layer}.ffn_up.scale" for layer in range(of.n_layers)}
+    assert within(f'formats = ["NVFP4"]\nsize = "{file_bytes(plan)}"', of) == replace(plan, spent=ANY)
 
 
 def test_a_size_of_split_files_is_met():
