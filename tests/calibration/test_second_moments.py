@@ -11,6 +11,7 @@ from calibration.control import Interrupted
 from calibration.moment_observer import InputMoments
 from calibration.second_moments import INDEX_NAME, SecondMoments, open_moments, pack, unpack, write_moments
 from formats.errors import ConvertError
+from formats.seals import write_sealed
 from tests.calibration.streaming import DictSource, StopAfter, compute, load_whole, random_corpus
 
 # Of samples of 200 tokens two are a micro-batch, and every sixteenth of these from the second on is held out.
@@ -125,7 +126,7 @@ def test_files_that_are_missing_or_damaged_are_named(tmp_path):
     with pytest.raises(ConvertError, match="index"):
         open_moments(tmp_path)
     write_moments(tmp_path, "a", np.eye(8, dtype=np.float32), np.ones((3, 8), np.float32))
-    (tmp_path / INDEX_NAME).write_text(json.dumps({"t": ["a", None, "b"]}))
+    write_sealed(tmp_path / INDEX_NAME, "index", json.dumps({"t": ["a", None, "b"]}).encode())
     moments = open_moments(tmp_path)
     np.testing.assert_array_equal(moments.load("a").matrix, np.eye(8))
     assert moments.group("t", 1) is None

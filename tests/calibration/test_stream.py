@@ -89,24 +89,43 @@ def test_checkpoint_of_another_run_is_refused(change, named, tiny, tmp_path):
         compute(tiny("llama"), tmp_path, **change)
 
 
-def test_checkpoint_that_cannot_be_read_is_refused(tiny, tmp_path):
-    with pytest.raises(Interrupted):
-        compute(tiny("llama"), tmp_path, should_stop=lambda: True)
-    state = tmp_path / STATE_NAME
-    whole = state.read_bytes()
-    for content in (whole[:100], whole[:-10], b"", b"PK", b"\x00" * 1000):
-        state.write_bytes(content)
-        with pytest.raises(ConvertError, match="checkpoint cannot be read"):
-            compute(tiny("llama"), tmp_path)
+class Told:
+    """Progress that remembers what it was to say."""
+
+    def __init__(self):
+        self.lines: list[str] = []
+
+    def __call__(self, *_) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
 
 
-def test_hidden_states_cut_short_are_refused(tiny, tmp_path):
+def damages(content: bytes) -> list[bytes]:
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    return [content[:100], content[:-10], b"", b"PK", b"\x00" * 1000, flipped]
+
+
+@pytest.mark.parametrize("name", [STATE_NAME, "hidden-1.bin"])
+def test_a_damaged_checkpoint_is_told_and_the_pass_starts_over(name, tiny, tmp_path):
+    whole = all_bytes(compute(tiny("llama"), tmp_path / "whole"))
+    for i in range(6):
+        work_dir, told = tmp_path / str(i), Told()
+        with pytest.raises(Interrupted):
+            compute(tiny("llama"), work_dir, should_stop=StopAfter(1))
+        (work_dir / name).write_bytes(damages((work_dir / name).read_bytes())[i])
+        assert all_bytes(compute(tiny("llama"), work_dir, progress=told)) == whole
+        assert len(told.lines) == 1 and name in told.lines[0] and "starts over" in told.lines[0]
+
+
+def test_damage_in_what_is_not_needed_any_more_changes_nothing(tiny, tmp_path):
+    whole, told = all_bytes(compute(tiny("llama"), tmp_path / "whole")), Told()
     with pytest.raises(Interrupted):
-        compute(tiny("llama"), tmp_path, should_stop=StopAfter(1))
-    with (tmp_path / "hidden-1.bin").open("r+b") as file:
-        file.truncate(1000)
-    with pytest.raises(ConvertError, match="cut short"):
-        compute(tiny("llama"), tmp_path)
+        compute(tiny("llama"), tmp_path / "work", should_stop=StopAfter(1))
+    (tmp_path / "work" / "hidden-0.bin").write_bytes(b"")
+    assert all_bytes(compute(tiny("llama"), tmp_path / "work", progress=told)) == whole and not told.lines
 
 
 def test_full_disk_is_explained_and_survived(tiny, tmp_path, monkeypatch):
