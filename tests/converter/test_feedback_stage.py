@@ -121,7 +121,7 @@ def stopped_while_encoding(model: Path, profile: str, output: Path, text: Path, 
     polls = iter([False] * 6)
     with pytest.raises(ConvertError, match="stopped as asked"):
         run(job, Progress(), lambda: next(polls, True))
-    assert (output.with_suffix(".bitwright") / "moments" / INDEX_NAME).exists()
+    assert (default_work_dir(output) / "moments" / INDEX_NAME).exists()
     return job
 
 
