@@ -71,11 +71,11 @@ class Model:
     model_map: ModelMap
     importance: ImportanceMatrix
 
-    def planned(self, formats: dict[Role, str], effort: str = "fast") -> Plan:
+    def planned(self, formats: dict[Role, str]) -> Plan:
         """The plan that gives these roles these formats, and F32 to all others."""
         rules = [LayerQuantizationConfig("F32", "rest", roles=("*",))]
         rules += [LayerQuantizationConfig(name, "asked for", roles=(role,)) for role, name in formats.items()]
-        return assign(load_profile("uniform-8bit"), self.model_map, rules, effort)
+        return assign(load_profile("uniform-8bit"), self.model_map, rules, "fast")
 
     def write(self, plan: Plan, path: Path) -> Path:
         entries = [
