@@ -1,9 +1,11 @@
 """The chat templates of a checkpoint, as transformers' tokenizer has them."""
 
+import os
 from string import ascii_letters, digits
 
 from converter.tokenizer_files import TokenizerFiles, objects, part, read_json, wrong_kind
 from formats.errors import ConvertError
+from formats.regular_file import LARGEST_METADATA_BYTES, read_whole
 
 DEFAULT = "default"
 
@@ -36,11 +38,12 @@ def _of_files(files: TokenizerFiles) -> dict[str, str]:
     paths |= {path.stem: path for path in sorted(files.directory.glob("additional_chat_templates/*.jinja"))}
     templates = {}
     for name, path in paths.items():
-        try:
-            templates[name] = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             continue
-        except (OSError, UnicodeDecodeError) as error:
+        try:
+            text = read_whole(path, LARGEST_METADATA_BYTES, "fetch it again").decode()
+            templates[name] = text.replace("\r\n", "\n").replace("\r", "\n")  # as transformers opens it
+        except UnicodeDecodeError as error:
             raise ConvertError(f"the chat template cannot be read: {error}", str(path), "fetch it again") from None
     return templates
 

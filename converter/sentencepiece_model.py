@@ -7,6 +7,7 @@ from typing import Any
 from gguf import TokenType
 
 from formats.errors import ConvertError
+from formats.regular_file import LARGEST_METADATA_BYTES, read_whole
 
 _KINDS = {1: "Unigram", 2: "BPE", 3: "word", 4: "character"}
 _BPE = 2
@@ -36,10 +37,9 @@ def read(path: Path) -> SentencePieceModel:
 
     messages: Any = sentencepiece_model_pb2
     model = messages.ModelProto()
+    data = read_whole(path, LARGEST_METADATA_BYTES, "make it readable")
     try:
-        model.ParseFromString(path.read_bytes())
-    except OSError as error:
-        raise ConvertError(f"the file cannot be read: {error.strerror}", str(path), "make it readable") from None
+        model.ParseFromString(data)
     except DecodeError:
         model.Clear()
     if not model.pieces:

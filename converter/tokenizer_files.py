@@ -1,6 +1,6 @@
 """The files that say what a checkpoint's tokenizer is: read as JSON objects, their values taken by kind."""
 
-import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from converter import sentencepiece_model
 from converter.sentencepiece_model import SentencePieceModel
+from formats import regular_file
 from formats.errors import ConvertError
 
 _Kind = TypeVar("_Kind", dict, list, str, bool, int)
@@ -82,18 +83,7 @@ class TokenizerFiles:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A parsed JSON object; {} where there is no such file. Raises ConvertError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise ConvertError(f"the file cannot be read: {error.strerror}", str(path), "make it readable") from None
-    except (ValueError, RecursionError) as error:
-        raise ConvertError(f"not a JSON file: {error}", str(path), "fetch the file again") from None
-    if not isinstance(content, dict):
-        raise ConvertError("the file holds no JSON object", str(path), "fetch the file again")
-    return content
+    return regular_file.read_json(path) if os.path.lexists(path) else {}
 
 
 def part(table: dict[str, Any], key: str, kind: type[_Kind], where: str) -> _Kind | None:

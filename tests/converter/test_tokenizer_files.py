@@ -40,10 +40,10 @@ def test_what_is_no_tokenizer_model(content, tmp_path):
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (b"{", "not a JSON file"),
+        (b"{", "is no JSON"),
         (b"[]", "no JSON object"),
-        (b"\xff", "not a JSON file"),
-        (b"[" * 100_000, "not a JSON file"),
+        (b"\xff", "is no JSON"),
+        (b"[" * 100_000, "is no JSON"),
     ],
     ids=["cut", "list", "bytes", "deep"],
 )
@@ -58,7 +58,7 @@ def test_what_is_no_json_object(name, content, what, tmp_path):
 def test_a_file_that_cannot_be_opened(tmp_path):
     build(tmp_path)
     (tmp_path / "added_tokens.json").mkdir()
-    with pytest.raises(ConvertError, match="the file cannot be read: Is a directory"):
+    with pytest.raises(ConvertError, match="the file cannot be read: it is a directory"):
         tokenizer_metadata(tmp_path, 3100)
 
 
