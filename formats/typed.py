@@ -15,11 +15,11 @@ def is_a(value: object, declared: Any) -> bool:
         return any(type(value) is type(option) and value == option for option in options)
     if origin in (Union, UnionType):
         return any(is_a(value, option) for option in options)
-    if origin in (tuple, list):
-        return isinstance(value, origin) and all(is_a(item, options[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(is_a(k, options[0]) and is_a(v, options[1]) for k, v in value.items())
-    if type(value) is int and declared is float:
-        return value.bit_length() < 1024
-    exact = declared not in (int, bool) or type(value) is declared
-    return exact and isinstance(value, declared) and (type(value) is not float or isfinite(value))
+    if origin in (tuple, list, dict):
+        parts: list[Any] = list(zip(*value.items(), strict=True)) if isinstance(value, dict) else [value]
+        return isinstance(value, origin) and all(
+            is_a(item, of) for items, of in zip(parts, options, strict=False) for item in items
+        )
+    if declared is float:
+        return (type(value) is float and isfinite(value)) or (type(value) is int and value.bit_length() < 1024)
+    return type(value) is declared if declared in (int, bool) else isinstance(value, declared)

@@ -4,6 +4,8 @@ import json
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 from click.testing import CliRunner
@@ -128,6 +130,17 @@ def test_eight_bits_calibrate_nothing_and_say_so(here):
     assert report["arguments"] == ["--profile=uniform-8bit", "--seed=0", "model"]
 
 
+def another_value(declared: Any, value: object) -> object:
+    """A value of the declared type, and another one than this."""
+    if get_origin(declared) is Literal:
+        return next(choice for choice in get_args(declared) if choice != value)
+    if get_origin(declared) in (Union, UnionType):
+        return another_value(get_args(declared)[0], value)
+    if get_origin(declared) is tuple:
+        return ("changed",)
+    return {bool: value is not True, int: 77, float: 0.75, str: "changed"}[declared]
+
+
 def test_every_field_that_decides_bytes_is_an_option(here):
     """What a new field of Job needs to be part of the command: an option of its name."""
     parameters = main.commands["convert-model"].params
@@ -138,17 +151,17 @@ def test_every_field_that_decides_bytes_is_an_option(here):
     def options(job: Job) -> set[str]:
         return set(reproducing_arguments(job, checkpoint, reads_text=True))
 
+    declared = get_type_hints(Job)
     for field in fields(Job):
         if field.name in ("model", "profile", "overrides", "imatrix", "sensitivity", "output", "work_dir", "command"):
             continue
-        value: object = 77 if isinstance(field.default, int) else "changed"
-        value = {"chat": False, "quality": False, "shard_bytes": 77}.get(field.name, value)
+        value = another_value(declared[field.name], getattr(plain, field.name))
         added = options(replace(plain, **{field.name: value})) - options(plain)
         if field.name in ("quality", "threads", "lm_eval", "lm_eval_limit"):
             assert not added
         else:
             (option,) = added
-            spelt = {"shard_bytes": "--split-size=77", "chat": "--no-chat"}
+            spelt = {"shard_bytes": "--split-size=77", "chat": "--chat", "error_feedback": "--error-feedback"}
             assert option == spelt.get(field.name, f"--{field.name.replace('_', '-')}={value}")
             assert option.partition("=")[0] in known
 
