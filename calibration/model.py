@@ -33,7 +33,7 @@ def load_config(directory: Path):
 
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers lets through whatever a damaged file leads to
         raise ConvertError(
             f"transformers cannot read the model's configuration ({error})",
             str(directory),

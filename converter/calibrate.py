@@ -10,6 +10,7 @@ from calibration.corpus import Corpus, corpus_title, load_corpus, resolve_corpus
 from calibration.imatrix_file import load_imatrix, save_imatrix
 from calibration.importance import ImportanceMatrix, compute_importance
 from converter.checkpoint import Checkpoint
+from converter.hub import first_line
 from converter.job import Job
 from converter.kept import kept
 from converter.model_map import describe
@@ -163,9 +164,9 @@ def load_tokenizer(directory: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # transformers and tokenizers let through whatever a damaged file leads to
         raise ConvertError(
-            f"transformers cannot read the tokenizer: {str(error).splitlines()[0]}",
+            f"transformers cannot read the tokenizer: {first_line(error)}",
             str(directory),
             "fetch the tokenizer's files again, or convert with --imatrix FILE --no-quality, which needs no tokens",
         ) from None
@@ -195,8 +196,8 @@ def _save_as_directory(gguf: Path, directory: Path) -> None:
         read: Any = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
         )
-    except (ValueError, KeyError, NotImplementedError, OSError, RuntimeError, ImportError) as error:
-        raise _not_readable(gguf, str(error).splitlines()[0]) from None
+    except Exception as error:  # as above
+        raise _not_readable(gguf, first_line(error)) from None
     model, loaded = read
     # transformers fills what it could not match with random numbers and goes on.
     if unmatched := sorted({str(name) for kind in ("missing_keys", "mismatched_keys") for name in loaded[kind]}):
