@@ -44,7 +44,7 @@ SCENARIOS = {
         options={"profile": "mlp-low-precision", "overrides": ("mlp_*=Q4_0",), "error_feedback": True},
     ),
     "protection": Scenario(
-        "m.gguf", model="planted", options={"profile": "uniform-8bit", "overrides": ("mlp_down=Q2_K",)}
+        "m.gguf", model="planted", points=10, options={"profile": "uniform-8bit", "overrides": ("mlp_down=Q2_K",)}
     ),
     "judged": Scenario("m.gguf", points=6, options={"profile": "uniform-8bit", "quality": True}),
     "smoothed directory": Scenario("m", options={"profile": "smoothquant-w8a8", "alpha": "auto"}),
