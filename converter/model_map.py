@@ -39,7 +39,8 @@ def describe(checkpoint: Checkpoint, pre_tokenizer: str | None = None) -> ModelM
         configuration.dimensions["layers"],
         tensors,
         metadata | tokenizer.values,
-        (*notes, *about_card, *configuration.notes, *tokenizer.notes),
+        source_notes=(*notes, *about_card),
+        gguf_notes=configuration.notes + tokenizer.notes,
     )
 
 

@@ -74,7 +74,8 @@ def survey(job: Job) -> Surveyed:
     checkpoint = open_checkpoint(job.model, metadata_only=True)
     model_map = describe(checkpoint, job.pre_tokenizer)
     job = target.located(job, checkpoint, model_map)
-    surveyed = Surveyed(job, checkpoint, model_map, target, model_map.notes)
+    notes = model_map.notes if job.profile.target == "gguf" else model_map.source_notes
+    surveyed = Surveyed(job, checkpoint, model_map, target, notes)
     analyses = job.sensitivity is None or job.refine > 0
     return _with_corpus(surveyed, even_with_imatrix=analyses) if job.profile.needs_sensitivity else surveyed
 

@@ -119,14 +119,20 @@ class ModelMap:
 
     architecture: GGUF architecture name ("llama"); n_layers: decoder layers.
     metadata: the artifact's key-value pairs that describe the model and its tokenizer, in order of writing.
-    notes: what the artifact leaves out or does otherwise than the checkpoint, a sentence each, said with the plan.
+    source_notes: what of the checkpoint is left out or read otherwise than it says, a sentence each, for the plan.
+    gguf_notes: the same of what llama.cpp will do otherwise than the checkpoint says.
     """
 
     architecture: str
     n_layers: int
     tensors: tuple[TensorSpec, ...]
     metadata: dict[str, GGUFValue] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    source_notes: tuple[str, ...] = ()
+    gguf_notes: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.source_notes + self.gguf_notes
 
     def tensor(self, name: str) -> TensorSpec:
         return next(t for t in self.tensors if t.name == name)
