@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -115,6 +116,7 @@ class StreamCheckpoint:
         self.directory, self.fingerprint = directory, dict(fingerprint)
         self.keep, self._hidden = keep, (sample_shape, dtype)
         self._open: dict[int, HiddenStates] = {}
+        self._opening = Lock()
         self.layers_done, self.complete = NOT_STARTED, False
         self.arrays: dict[str, np.ndarray] = {}
         self._hashes: dict[str, np.ndarray] = {}
@@ -130,9 +132,10 @@ class StreamCheckpoint:
     def hidden(self, layers_done: int) -> HiddenStates:
         """The hidden states after that many layers."""
         number = layers_done if self.keep else layers_done % 2
-        if number not in self._open:
-            self._open[number] = HiddenStates(self.directory / f"hidden-{number}.bin", *self._hidden)
-        return self._open[number]
+        with self._opening:  # one file has one set of hashes, whichever thread asks first
+            if number not in self._open:
+                self._open[number] = HiddenStates(self.directory / f"hidden-{number}.bin", *self._hidden)
+            return self._open[number]
 
     def commit(self, layers_done: int, arrays: Mapping[str, np.ndarray], complete: bool = False) -> None:
         """Everything up to here is on disk when this returns."""

@@ -112,10 +112,6 @@ def describe_gguf(checkpoint: Checkpoint) -> ModelMap:
     has_experts = bool((experts := metadata.get(f"{name}.expert_count")) and experts.value)
     known = [entry for entry in known if any(rule.stacked for rule in entry.layer) == has_experts] or known
     dimensions = _dimensions(known[0], metadata, checkpoint.tensors, where)
-    if dimensions["layers"] > len(checkpoint.tensors):
-        raise ConvertError(
-            f"the file has {len(checkpoint.tensors)} tensors for {dimensions['layers']} layers", where, _FETCH_AGAIN
-        )
     places = _places(known, dimensions)
     described = (_describe_tensor(*entry, places, where) for entry in checkpoint.tensors.items())
     tensors = with_scales_applied(known, described)
@@ -138,6 +134,8 @@ def _dimensions(
                 continue
             raise ConvertError(f"the file lacks the key {full_key}", where, _FETCH_AGAIN)
         value = metadata[full_key].value
+        if key == "block_count" and isinstance(value, int) and value > len(tensors):
+            raise ConvertError(f"the file has {len(tensors)} tensors for {value} layers", where, _FETCH_AGAIN)
         kinds = int if key in architecture.uint32 else int | float
         if not isinstance(value, kinds) or isinstance(value, bool) or not (value > 0 or key in _DEFAULTED):
             raise ConvertError(f"the file has {full_key} = {value!r}, which is no size", where, _FETCH_AGAIN)

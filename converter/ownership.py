@@ -252,13 +252,19 @@ def put_in_place(new: Path, path: Path, replaceable: Replaceable) -> None:
     something that stays, and OSError.
     """
     if not _took_name(new, path):
-        if path.is_file() and (path.samefile(new) or filecmp.cmp(path, new, shallow=False)):
+        if path.is_file() and same_file(path, new):
             remove(new)
         else:
             _move_aside(path, replaceable)
             if not _took_name(new, path):
                 raise occupied(path)
     remove_replaced(path, replaceable)
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether both names are of one file, or of the same bytes: a kill between taking a name and giving up the other
+    leaves both."""
+    return one.samefile(other) or filecmp.cmp(one, other, shallow=False)
 
 
 def _took_name(new: Path, path: Path) -> bool:

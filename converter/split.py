@@ -13,7 +13,7 @@ from formats.errors import ConvertError
 from formats.files import take_name
 from formats.gguf_file import EncodedTensor, GgufLayout, lay_out
 from formats.seals import write_sealed
-from formats.whole_file import whole_file
+from formats.whole_file import remove_temporary, whole_file
 
 _COPIED_AT_ONCE = 1 << 24
 
@@ -42,6 +42,7 @@ def split(artifact: Path, shard_bytes: int, work_dir: Path | None, progress: Pro
     done = total - needed
     for layout, path in zip(layouts, paths, strict=True):
         if path in there:
+            remove_temporary(path)
             continue
         with whole_file(path, "artifact", "make room, then run the command again", take_name) as file:
             for data in _parts(layout, tensors):

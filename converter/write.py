@@ -14,7 +14,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from calibration.control import Interrupted, Progress, ShouldStop, say
-from converter.ownership import Replaceable, check_free, put_in_place, remove_replaced
+from converter.ownership import Replaceable, check_free, put_in_place, remove_replaced, same_file
 from converter.target import Layout
 from formats.errors import ConvertError
 from formats.files import open_file, remove, rename, sync_directory, sync_file
@@ -142,7 +142,7 @@ class ArtifactWriter:
                 if len(sound) == len(layout.tensors) and final.stat().st_size == layout.n_bytes:
                     finished.update(sound)
                     continue
-            if self.replaceable is not None and not (growing.exists() and final.exists() and final.samefile(growing)):
+            if self.replaceable is not None and not (growing.exists() and final.exists() and same_file(final, growing)):
                 check_free([final], self.replaceable)
         return finished
 

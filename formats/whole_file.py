@@ -47,6 +47,11 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfileobj(origin, file)
 
 
+def remove_temporary(path: Path) -> None:
+    """What a kill has left amid writing this file, if anything. Raises ConvertError."""
+    remove(hidden_path(path, _ENDING))
+
+
 def is_temporary(path: Path) -> bool:
     """Whether a kill has left the file, amid being written, in a directory where nobody but this tool writes."""
     return path.name.startswith(".") and path.name.endswith(f".{_ENDING}")

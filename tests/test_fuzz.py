@@ -196,18 +196,28 @@ def test_safetensors_headers(tmp_path):
     fuzz(path, read, 800, as_safetensors)
 
 
+SIZES = {
+    **{"block_count": 1, "context_length": 64, "embedding_length": 32, "feed_forward_length": 32, "vocab_size": 2},
+    **{"attention.head_count": 2, "attention.head_count_kv": 2, "attention.key_length": 16},
+    **{"attention.value_length": 16, "rope.dimension_count": 16},
+}
+
+
 def test_gguf(tmp_path):
     """A source, an artifact in one piece, and what inspect shows of it."""
     metadata = {
         Keys.General.ARCHITECTURE: text("llama"),
-        "llama.block_count": GGUFValue(1, GGUFValueType.UINT32),
+        **{f"llama.{key}": GGUFValue(n, GGUFValueType.UINT32) for key, n in SIZES.items()},
+        "llama.attention.layer_norm_rms_epsilon": GGUFValue(1e-5, GGUFValueType.FLOAT32),
         "split.count": GGUFValue(1, GGUFValueType.UINT16),
         "tokenizer.ggml.tokens": GGUFValue(["a", "ü"], GGUFValueType.ARRAY, GGUFValueType.STRING),
         "tokenizer.ggml.scores": GGUFValue([0.5, 1.5], GGUFValueType.ARRAY, GGUFValueType.FLOAT32),
         "bitwright.super_weights.rescaled": text("{}"),
     }
-    names = ["token_embd.weight", "blk.0.attn_q.weight", "blk.0.ffn_down.weight", "output_norm.weight"]
-    tensors = {name: np.ones((2, 32) if "norm" not in name else (32,), np.float32) for name in names}
+    matrices = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    names = ["token_embd", "output_norm", "blk.0.attn_norm", "blk.0.ffn_norm", *(f"blk.0.{name}" for name in matrices)]
+    shapes = {name: (32,) if "norm" in name else (2, 32) if name == "token_embd" else (32, 32) for name in names}
+    tensors = {f"{name}.weight": np.ones(shape, np.float32) for name, shape in shapes.items()}
 
     def read(path: Path) -> None:
         checkpoint = open_gguf(path)
@@ -341,9 +351,9 @@ def directory(tmp_path) -> Path:
 
 @pytest.mark.parametrize("name", [RECIPE_NAME, "model.safetensors", "model.safetensors.index.json"])
 def test_directories(directory, name):
-    if name.endswith(".index.json"):
-        weight_map = dict.fromkeys(read_header(directory / "model.safetensors")[0], "model.safetensors")
-        (directory / name).write_text(json.dumps({"weight_map": weight_map}))
+    if name.endswith(".index.json"):  # which is read where there is no single file
+        shard = (directory / "model.safetensors").rename(directory / "model-00001-of-00001.safetensors")
+        (directory / name).write_text(json.dumps({"weight_map": dict.fromkeys(read_header(shard)[0], shard.name)}))
 
     def read(path: Path) -> None:
         inspected(directory)

@@ -236,7 +236,7 @@ def test_truncated_shard(tmp_path: Path) -> None:
         ({"t": {"dtype": "F32"}}, b"", None, "entry for 't' lacks"),
         ({"t": entry(shape=(-1, 2))}, bytes(16), None, "sizes that are no whole numbers"),
         ({"t": entry(begin=0.5)}, bytes(16), None, "sizes that are no whole numbers"),
-        ({"t": entry(dtype="F7", end=4)}, bytes(4), None, "'t' is stored as F7, which is no dtype of safetensors"),
+        ({"t": entry(dtype="F7", end=4)}, bytes(4), None, "'t' is stored as F7, which safetensors does not know"),
         ({"t": entry(dtype=["F32"])}, bytes(16), None, "'t' is stored as"),
         ({"t": entry(end=12)}, bytes(12), None, "takes 16 bytes, its entry says 12"),
         ({"t": entry(), "u": entry(begin=8, end=24)}, bytes(24), None, "'u' overlaps"),

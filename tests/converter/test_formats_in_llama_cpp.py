@@ -105,7 +105,7 @@ class Model:
         artifact = DecodedArtifact([path], self.model_map)
         products = RuntimeProducts(artifact, inputs)
         weights = dict(self.transformers.named_parameters())
-        reader = ParameterReader(artifact, tied=self.transformers.config.tie_word_embeddings)
+        reader = ParameterReader(artifact)
         for name, weight in weights.items():
             weight.copy_(reader.read(name, weight, weight.device))
 

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from converter.job import default_work_dir
 from converter.write import JOURNAL, partial_path
 from formats.errors import ConvertError
 from formats.files import Step, observed
 from formats.journal import read_lines
 from tests.faults import scenarios
 from tests.faults.disk import State, read_state
-from tests.faults.scenarios import SCENARIOS, begin, check_same
+from tests.faults.scenarios import SCENARIOS, WORK, begin, check_same
 
 # Children are forked from a server that has imported everything and started nothing.
 _PROCESSES = multiprocessing.get_context("forkserver")
@@ -80,7 +79,7 @@ def test_killed_at_a_named_point(name, point, models, root, undisturbed):
     expected = undisturbed(name)
     begin(root)
     killed(point, SCENARIOS[name], models, root)
-    assert not (root / "m.bitwright" / "report.json").exists()
+    assert not (root / WORK / "report.json").exists()
     scenarios.run(SCENARIOS[name], models, root)
     check_same(root, expected)
 
@@ -99,7 +98,7 @@ def test_a_damaged_partial_file_is_not_trusted(models, root, undisturbed):
     begin(root)
     killed(AFTER_THREE_JOURNAL_LINES, SCENARIOS["plain"], models, root)
     partial = partial_path(root / "m.gguf")
-    assert len(list(read_lines(default_work_dir(root / "m.gguf") / JOURNAL))) == 3
+    assert len(list(read_lines(root / WORK / JOURNAL))) == 3
     content = partial.read_bytes()
     partial.write_bytes(content[:-4000] + b"\xff" * 64 + content[-3936:])
     scenarios.run(SCENARIOS["plain"], models, root)

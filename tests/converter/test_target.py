@@ -222,7 +222,7 @@ def test_what_cannot_be_met_exits_with_the_frontier(measured, options, what):
     [
         (["--target-size", "big"], "'big' is no size"),
         (["--target-bpw", "-1"], "a positive number is expected"),
-        (["--target-kld", "nan"], "a positive number is expected"),
+        (["--target-kld", "nan"], "target_kld is nan, which it cannot be"),
         (["--target-size", "1M", "--target-bpw", "4"], "two sizes for one file"),
         (["--profile", "budget"], "add --target-size SIZE"),
         (["--profile", "fp8", "--target-bpw", "4"], "a target chooses among formats of a GGUF"),

@@ -7,11 +7,10 @@ import pytest
 
 from tests.faults import scenarios
 from tests.faults.disk import Kind, Point, State, restore
-from tests.faults.scenarios import SCENARIOS, check_same
+from tests.faults.scenarios import SCENARIOS, WORK, check_same
 
 ENCODING: Kind = ("make", ".m.gguf.partial")
 SMOOTHED: Kind = ("make", ".m.partial")
-WORK = "m.bitwright"
 
 # Which file is damaged in which conversion, when: before so many steps of a kind had been taken, or at the end.
 TABLE: list[tuple[str, str, Kind | None, int]] = [

@@ -12,7 +12,7 @@ from tests.converter.test_publish import ALICE, TO, TOKEN, here
 from tests.converter.writable_hub import WritableHub
 from tests.faults import scenarios
 from tests.faults.disk import read_state
-from tests.faults.scenarios import SCENARIOS, begin
+from tests.faults.scenarios import SCENARIOS, WORK, begin
 
 
 class Killed(BaseException):
@@ -28,7 +28,7 @@ def artifact(models, tmp_path_factory) -> Path:
 
 
 def published(artifact: Path, hub: WritableHub) -> dict[str, bytes]:
-    publish(artifact, Target(TO, name="Tiny-113K-v1.0-Q4.gguf"), Progress(quiet=True))
+    publish(artifact, Target(TO, name="Tiny-113K-v1.0-Q4.gguf"), Progress(quiet=True), work_dir=artifact.parent / WORK)
     return hub.files(TO)
 
 
