@@ -106,14 +106,24 @@ _NAMES = (
         r"(^|\.)mtp(_\w+)?\.",
     ),
     NameCase(
+        "config.json has fewer experts (num_experts, num_local_experts) than are stored: {name!r}",
+        "take config.json of the same model",
+        r"\.experts\.\d+\.",
+    ),
+    NameCase(
         "config.json says that there are no biases, and {name!r} is stored, which transformers leaves out",
         'if the model was trained with it, say so in config.json ("attention_bias": true, "mlp_bias": true)',
         r"\.bias$",
     ),
     NameCase(
-        "config.json has {n_layers} layers, and not all are stored: {name!r} is missing",
+        "config.json has num_hidden_layers = {n_layers}, and not all are stored: {name!r} is missing",
         "fetch the weights again; or take config.json of the same model",
         missing=r"^model\.layers\.(?!{stored_layers}\.)\d+\.",
+    ),
+    NameCase(
+        "config.json has more experts (num_experts, num_local_experts) than are stored: {name!r} is missing",
+        "fetch the weights again; or take config.json of the same model",
+        missing=r"\.experts\.\d+\.",
     ),
     NameCase(
         "the model has no head, and its head is not tied to the embedding: transformers would make up a random one",

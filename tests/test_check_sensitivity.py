@@ -1,13 +1,12 @@
 """The script that holds a sensitivity table against measurements: what it measures, and what it makes of it."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
 from converter.model_map import describe
 from converter.source import open_checkpoint
+from formats.journal import read_lines
 from scripts.check_sensitivity import Encoded, Result, Results, Source, rank_correlation, report
 from tests.calibration.streaming import load_whole
 from tests.converter.test_sensitivity import build, importance_of, random_factors
@@ -43,7 +42,7 @@ def test_results_are_continued_and_not_mixed(tmp_path):
     assert ("blk.0.ffn_up.weight", "Q2_K") in again
     assert ("blk.0.ffn_up.weight", "Q3_K") not in again
     assert len(path.read_text().splitlines()) == 2
-    assert json.loads(path.read_text().splitlines()[0]) == {"sensitivity": "a"}
+    assert next(read_lines(path)) == {"sensitivity": "a"}
     with pytest.raises(SystemExit, match="another table"):
         Results(path, {"sensitivity": "b"})
 

@@ -115,7 +115,7 @@ class Model:
         with computed_by(products, locate_matrices(weights), stored_names):
             logits = self.transformers(torch.from_numpy(TOKENS)[None]).logits[0].numpy()
         matrices = {source for t in self.model_map.tensors if len(t.shape) > 1 for source in t.sources}
-        if not reader.tied:
+        if any(tensor.role is Role.OUTPUT for tensor in self.model_map.tensors):
             matrices -= set(self.model_map.tensor("token_embd.weight").sources)
         assert products.distances.keys() == matrices, "every matrix is multiplied"
         return logits, max(products.distances.values())

@@ -77,7 +77,7 @@ def run_remedy(remedy: str, directory: Path) -> None:
         (added("mtp.fc.weight"), "predict several tokens"),
         (
             without(r"^model\.layers\.1\."),
-            "has 2 layers, and not all are stored: 'model.layers.1.input_layernorm.weight'",
+            "has num_hidden_layers = 2, and not all are stored: 'model.layers.1.input_layernorm.weight'",
         ),
         (
             without(r"layers\.1\.mlp\.up_proj"),

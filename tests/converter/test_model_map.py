@@ -250,7 +250,7 @@ def test_a_model_card_that_makes_no_sense_is_left_out(llama: Path, front_matter:
     (llama / "README.md").write_text(f"---\n{front_matter}\n---\n")
     found = describe_directory(llama)
     assert (found.tensors, found.metadata) == (without.tensors, without.metadata)
-    assert [note.partition(":")[0] for note in found.notes] == [
+    assert [note.partition(":")[0] for note in found.source_notes] == [
         "README.md is left out, its front matter makes no sense"
     ]
     assert source_card(open_checkpoint(str(llama))).keys() <= {"license"}

@@ -20,6 +20,7 @@ from converter.model_map import describe, read_rows, restore
 from converter.sensitivity import CANDIDATE_FORMATS, build_sensitivity, check_sensitivity, sample_by_size
 from converter.source import open_checkpoint
 from formats.errors import ConvertError
+from formats.journal import read_lines
 from formats.registry import FORMATS, get_format
 from profiles.vocabulary import ModelMap
 from tests import tiny_models
@@ -133,7 +134,7 @@ def test_any_interruption_and_any_number_of_threads_give_the_same_bytes(tiny, tm
         build(tiny("llama-256"), resumed, threads=threads, should_stop=lambda: next(stops), **options)
     table = build(tiny("llama-256"), resumed, threads=threads, **options)
     assert saved(table, tmp_path / "again.safetensors") == expected
-    finished = [line.split('"losses"')[0] for line in resumed.read_text().splitlines() if line.endswith("}}")]
+    finished = [entry["tensor"] for entry in read_lines(resumed)]
     assert len(finished) == len(set(finished)) == 30
 
 

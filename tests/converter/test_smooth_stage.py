@@ -146,9 +146,10 @@ def test_what_is_left_in_the_work_directory_is_taken(planted, text, smoothed, tm
     assert again.left == ()
     path = second / "smoothing.safetensors"
     assert load_smoothing(path).identity() == again.activations.transform != ""
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ConvertError, match="damaged"):
-        run(planted, text, second, 0.5)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])
+    run(planted, text, second, 0.5)
+    assert path.read_bytes() == whole  # made again
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.01, float("nan")])

@@ -98,7 +98,7 @@ def test_a_tied_head_that_is_stored_too_is_the_embedding(name: str, tmp_path: Pa
     edit_config(directory, lambda config: config.update(tie_word_embeddings=True))
     edit_weights(directory, lambda weights: {**weights, HEAD: weights[EMBEDDING].clone()})
     model_map = describe(open_checkpoint(str(directory)))
-    assert (model_map.tensors[-1].role, model_map.notes) == (Role.NORM, ())
+    assert (model_map.tensors[-1].role, model_map.source_notes) == (Role.NORM, ())
     assert_same(directory, tmp_path)
 
 
@@ -300,7 +300,9 @@ def test_another_name_of_the_activation(tmp_path: Path) -> None:
 def test_biases_that_transformers_leaves_out_are_refused(key: str, tmp_path: Path) -> None:
     tiny_models.build("llama-biases", tmp_path)
     edit_config(tmp_path, lambda config: config.update({key: False}))
-    with pytest.raises(ConvertError, match=r"there are no biases, and 'model\.layers\.0\..*\.bias' is stored"):
+    with pytest.raises(
+        ConvertError, match=rf"has 'model\.layers\.0\..*\.bias', and the configuration has {key} = False"
+    ):
         describe(open_checkpoint(str(tmp_path)))
 
 
@@ -330,7 +332,7 @@ def test_a_quantization_that_is_only_stated(
         lambda config: (config if part == "whole" else config["text_config"]).update(quantization_config=quantization),
     )
     assert_same(directory, tmp_path, oracle=without)
-    (note,) = describe(open_checkpoint(str(directory))).notes
+    (note,) = describe(open_checkpoint(str(directory))).source_notes
     assert f"calls the model quantized ({quantization['quant_method']})" in note
     dtype = "F16" if part == "whole" else "F32"
     assert re.search(f"stored whole, in {dtype}: they are converted as they are", note)
