@@ -452,18 +452,21 @@ def imatrix(model: str, output: Path, **options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print data for machines on stdout.")
 @fails_clearly
 def evaluate(artifact: Path, model: str, as_json: bool, **options: Any) -> None:
-    """Perplexity, KL divergence and top-1 agreement of ARTIFACT, a GGUF or a directory, against its source."""
+    """Perplexity, KL divergence and top-1 agreement of ARTIFACT, a GGUF or a directory, against its source, and
+    whether its runtime computes the same."""
     from converter.progress import Progress
     from converter.quality import evaluate_artifact
-    from converter.report import quality_lines, quality_warning
+    from converter.report import agreement_lines, quality_lines, quality_warning
+    from converter.verdict import agreement_warning
 
     progress = Progress()
     try:
         quality = evaluate_artifact(artifact, model, progress, **options)
     finally:
         progress.close()
-    click.echo(json.dumps(quality) if as_json else "\n".join(quality_lines(quality)))
-    if warning := quality_warning(quality):
+    lines = [*quality_lines(quality), *agreement_lines(quality["agreement"])]
+    click.echo(json.dumps(quality) if as_json else "\n".join(lines))
+    for warning in filter(None, (quality_warning(quality), agreement_warning(quality["agreement"]))):
         click.echo(f"warning: {warning}", err=True)
 
 

@@ -153,10 +153,7 @@ class Job:
 
     @property
     def n_threads(self) -> int:
-        if self.threads:
-            return self.threads
-        # The cores that this process may use, where the system tells.
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.threads or usable_cores()
 
 
 # What numbers are at least; where it is 1, None stands for nothing.
@@ -229,6 +226,11 @@ def default_work_dir(output: Path) -> Path:
     if output.suffix == ".gguf":
         stem, ending = output.stem, ".bitwright"
     return output.with_name(shortened(stem, LONGEST_NAME - len(ending)) + ending)
+
+
+def usable_cores() -> int:
+    """The cores that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache

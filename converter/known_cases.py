@@ -59,7 +59,7 @@ class NameCase:
 
     unknown: a regular expression that one of those fits which are stored and belong to no place. missing: one that all
     of those fit which are not stored. Empty: whatever there is. {layers} in them is one for the numbers of the
-    configuration's layers, {stored_layers} for those of the stored ones.
+    configuration's layers, {stored_layers} and {stored_experts} for those of the stored ones.
     what, remedy: of the error; besides {model} they may name {name}, the tensor it was found by, {prefix}, what of its
     name the expression's group has found, and {n_layers}.
     """
@@ -123,7 +123,7 @@ _NAMES = (
     NameCase(
         "config.json has more experts (num_experts, num_local_experts) than are stored: {name!r} is missing",
         "fetch the weights again; or take config.json of the same model",
-        missing=r"\.experts\.\d+\.",
+        missing=r"\.experts\.(?!{stored_experts}\.)\d+\.",
     ),
     NameCase(
         "the model has no head, and its head is not tied to the embedding: transformers would make up a random one",
@@ -160,8 +160,12 @@ def explain_names(
 
     missing: what is not stored, unknown: what belongs to no place; one of them is not empty. stored: all names.
     """
-    layers = {match[1] for name in stored if (match := re.search(r"\.layers\.(\d+)\.", name))}
-    numbers = {"{layers}": "|".join(map(str, range(n_layers))), "{stored_layers}": "|".join(layers)}
+
+    def found_in(part: str) -> str:
+        return "|".join({match[1] for name in stored if (match := re.search(rf"\.{part}\.(\d+)\.", name))})
+
+    numbers = {"{layers}": "|".join(map(str, range(n_layers)))}
+    numbers |= {"{stored_layers}": found_in("layers"), "{stored_experts}": found_in("experts")}
     for case in _NAMES:
         expression = case.missing or case.unknown
         for key, found in numbers.items():

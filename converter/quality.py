@@ -3,14 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from calibration.control import ShouldStop
+from calibration.control import ShouldStop, never
 from calibration.corpus import load_corpus
 from calibration.quality import compare
 from calibration.words import word_numbers
 from converter.calibrate import load_tokenizer, runnable
 from converter.checkpoint import Checkpoint
+from converter.child import RuntimeTroubled
 from converter.directory_artifact import DirectoryArtifact
-from converter.job import Job
+from converter.job import Job, usable_cores
 from converter.kept import kept_json
 from converter.model_map import describe
 from converter.progress import Progress
@@ -79,11 +80,14 @@ def evaluate_artifact(
     threads: int,
     device: str,
 ) -> dict[str, Any]:
-    """The quality of any artifact of this model, a GGUF or a directory, as plain data; text None for the default of a
-    conversion's report.
+    """The quality of any artifact of this model, a GGUF or a directory, as plain data, and under "agreement" what its
+    runtime computes beside that, None where the system keeps ending it; text None for the default of a conversion's
+    report.
 
     Raises ConvertError when the artifact is not of this model.
     """
+    from converter.agreement import runtime_agreement
+
     checkpoint = open_checkpoint(model)
     with scratch_directory() as work_dir:
         checkpoint, model_map = runnable(checkpoint, describe(checkpoint), work_dir)
@@ -102,7 +106,23 @@ def evaluate_artifact(
             threads=threads or None,
             progress=progress,
         )
-    return report.to_dict()
+        agreement = None
+        try:
+            agreement = runtime_agreement(
+                checkpoint,
+                model_map,
+                candidate,
+                work_dir,
+                quality=report.to_dict() | {"corpus": text},
+                seed=0,
+                device=device,
+                threads=threads or usable_cores(),
+                progress=progress,
+                should_stop=never,
+            )
+        except RuntimeTroubled as error:
+            progress.say(f"warning: not judged is what the runtime computes: {error}")
+    return report.to_dict() | {"agreement": agreement}
 
 
 def open_candidate(artifact: Path, model_map: ModelMap) -> Candidate:

@@ -193,8 +193,7 @@ def report_text(report: dict, plan: Plan) -> str:
         promises = [f"{report[key]:.4g} {what}" for key, what in PROMISES.items() if report[key] is not None]
         if promises:
             lines.append(f"promised     mean KLD {', '.join(promises)}")
-    if report["agreement"]:
-        lines.append(f"runtime      {agreement_text(report['agreement'])}")
+    lines += agreement_lines(report["agreement"])
     if report["coherence"]:
         lines.append(coherence_line(report["coherence"]))
     for task, metrics in (report["tasks"] or {"results": {}})["results"].items():
@@ -252,6 +251,11 @@ def quality_lines(quality: dict) -> list[str]:
             f" {quality['words']} words found"
         )
     return lines
+
+
+def agreement_lines(agreement: Mapping | None) -> list[str]:
+    """The same as a line of a report, none where the runtime was not asked."""
+    return [] if agreement is None else [f"runtime      {agreement_text(agreement)}"]
 
 
 def agreement_text(agreement: Mapping) -> str:

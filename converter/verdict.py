@@ -69,6 +69,14 @@ def warning(report: Mapping[str, Any]) -> str | None:
     return "\n".join(lines)
 
 
+def agreement_warning(agreement: Mapping[str, Any] | None) -> str | None:
+    """What to tell of a runtime that differs from our evaluation; None when there is nothing to tell."""
+    if agreement is None or not agreement["reasons"]:
+        return None
+    kind = "computes something else than this model" if agreement["verdict"] == DISAGREES else "differs in part"
+    return f"{agreement['runtime']} {kind}: {'; '.join(agreement['reasons'])}"
+
+
 def missed_target(report: Mapping[str, Any]) -> str | None:
     """What to tell of a divergence that was asked for and is exceeded; None when there is nothing to tell."""
     quality, target = report["quality"], report["target_kld"]
@@ -86,9 +94,8 @@ def findings(report: Mapping[str, Any]) -> list[str]:
     generated."""
     quality, coherence, agreement = report["quality"], report["coherence"], report["agreement"]
     lines = [loss_text(quality)] if loss_degree(quality) is not None else []
-    if agreement is not None and agreement["reasons"]:
-        kind = "computes something else than this model" if agreement["verdict"] == DISAGREES else "differs in part"
-        lines.append(f"{agreement['runtime']} {kind}: {'; '.join(agreement['reasons'])}")
+    if warned := agreement_warning(agreement):
+        lines.append(warned)
     if coherence is None:
         return lines
     note = coherence["runtime_note"]

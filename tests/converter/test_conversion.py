@@ -119,6 +119,8 @@ def test_evaluate_agrees_with_the_report_and_tells_a_better_file(conversion, unq
     converted, exact = evaluate(file["path"]), evaluate(unquantized)
     assert exact["mean_kld"] < 1e-6 and exact["top1_agreement"] == 1
     assert converted["mean_kld"] == pytest.approx(conversion["quality"]["mean_kld"], rel=0.5)
+    assert converted["agreement"]["verdict"] == exact["agreement"]["verdict"] == "agrees"
+    assert exact["agreement"]["logits"]["mean_kld"] < 1e-3
 
 
 def test_the_computed_importance_can_be_used_again(conversion, smollm2_wide, tmp_path):
