@@ -25,6 +25,8 @@ from profiles.vocabulary import ModelMap, Role
 MOMENTS = "moments"
 """Of the second moments' place in the work directory."""
 # The checkpoints of the pass over the model.
+# Keys of a scaling that llama.cpp does not read.
+_WITHOUT_EFFECT = (".finetuned", ".yarn_beta_fast", ".yarn_beta_slow", ".yarn_ext_factor", ".yarn_attn_factor")
 _PASS = "calibration"
 
 
@@ -181,16 +183,46 @@ def runnable(checkpoint: Checkpoint, model_map: ModelMap, work_dir: Path) -> tup
         return checkpoint, model_map
     directory = work_dir / "source"
     if not directory.exists():
-        _save_as_directory(checkpoint.location, directory)
+        _save_as_directory(checkpoint, directory)
     opened = open_checkpoint(str(directory))
-    return opened, describe(opened)
+    running = describe(opened)
+    _check_same_model(checkpoint, model_map, opened, running)
+    return opened, running
 
 
-def _save_as_directory(gguf: Path, directory: Path) -> None:
+def _check_same_model(gguf: Checkpoint, stated: ModelMap, opened: Checkpoint, running: ModelMap) -> None:
+    """Refuse what transformers computes otherwise than the GGUF says: its reader leaves some keys out, without a word.
+
+    Raises ConvertError that names the first of them.
+    """
+    own = f"{stated.architecture}."
+    for key, value in stated.metadata.items():
+        if not key.startswith(own):
+            continue
+        found = running.metadata[key].value if key in running.metadata else None
+        scaling = key.startswith(f"{own}rope.scaling.") and not key.endswith(_WITHOUT_EFFECT)
+        if (found is None and scaling) or (found is not None and not _equal(value.value, found)):
+            raise _not_readable(gguf.location, f"it takes {key} for {found}, where the file has {value.value}")
+    for tensor in stated.tensors:
+        if tensor.role is Role.ROPE:
+            same = next((t for t in running.tensors if t.name == tensor.name), None)
+            if same is None or not np.allclose(same.constant, gguf.read(tensor.name), rtol=1e-4):
+                raise _not_readable(gguf.location, f"it leaves out {tensor.name}, by which the file scales positions")
+    for tensor in running.tensors:
+        if tensor.role is Role.ROPE and tensor.name not in gguf.tensors:
+            raise _not_readable(gguf.location, f"it scales positions by {tensor.name}, which the file does not have")
+
+
+def _equal(stated: Any, found: Any) -> bool:
+    return bool(np.allclose(stated, found, rtol=1e-5)) if isinstance(stated, int | float) else stated == found
+
+
+def _save_as_directory(checkpoint: Checkpoint, directory: Path) -> None:
     """What transformers reads from a GGUF, as a checkpoint of its own. The whole model is in memory, in float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    gguf = checkpoint.location
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         read: Any = AutoModelForCausalLM.from_pretrained(
@@ -206,11 +238,31 @@ def _save_as_directory(gguf: Path, directory: Path) -> None:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    _restate_rope(checkpoint, model.config)
     unfinished = directory.with_name("source.unfinished")
     remove_tree(unfinished)
     tokenizer.save_pretrained(unfinished)
     model.save_pretrained(unfinished)
     rename(unfinished, directory)
+
+
+def _restate_rope(checkpoint: Checkpoint, config: Any) -> None:
+    """Give the configuration the scaling of positions that the GGUF states, and transformers leaves out."""
+    from converter.gguf_rope import rope_table
+
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rotary = (checkpoint.metadata or {}).get(f"{checkpoint.config['model_type']}.rope.dimension_count")
+    table = rope_table(checkpoint, head if rotary is None else int(rotary.value))
+    parameters = getattr(config, "rope_parameters", None)
+    if table and isinstance(parameters, dict) and "full_attention" in parameters:
+        config.rope_parameters = parameters | {"full_attention": parameters["full_attention"] | table}
+    elif table:
+        config.rope_parameters = (parameters or {}) | table
+    original = (checkpoint.metadata or {}).get(
+        f"{checkpoint.config['model_type']}.rope.scaling.original_context_length"
+    )
+    if table.get("rope_type") == "longrope" and original is not None:
+        config.original_max_position_embeddings = int(original.value)
 
 
 def _not_readable(gguf: Path, why: str) -> ConvertError:

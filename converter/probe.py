@@ -106,7 +106,10 @@ def _serve_transformers(request: dict[str, Any]) -> None:
     directory = request["artifact"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     tokenized = [tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in request["texts"]]
-    generation = transformers.GenerationConfig.from_pretrained(directory)
+    try:
+        generation = transformers.GenerationConfig.from_pretrained(directory)
+    except OSError:  # a base model may go without the file
+        generation = transformers.GenerationConfig.from_model_config(transformers.AutoConfig.from_pretrained(directory))
     ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
     ends = sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None})
     runtime = f"transformers {transformers.__version__}"

@@ -195,7 +195,7 @@ def rope_metadata(rope: dict[str, Any], where: str) -> dict[str, GGUFValue]:
             if rope.get(key):
                 values[f"rope.scaling.yarn_{key}"] = float32(rope[key], key, where)
     # llama.cpp applies yarn's usual attention factor by itself; this key multiplies whatever it applies.
-    extra = _attention_factor(rope) / (_mscale(rope["factor"]) if kind == "yarn" else 1.0)
+    extra = attention_factor(rope) / (_mscale(rope["factor"]) if kind == "yarn" else 1.0)
     if kind == "longrope" or extra != 1.0:
         values["rope.scaling.attn_factor"] = float32(extra, "attention_factor", where)
     return values
@@ -204,7 +204,7 @@ def rope_metadata(rope: dict[str, Any], where: str) -> dict[str, GGUFValue]:
 def rope_factors(rope: dict[str, Any], rotary: int) -> dict[str, tuple[float, ...]]:
     """The tensors that hold a divisor for each of the rotary // 2 frequencies, by GGUF name."""
     if rope["rope_type"] == "llama3":
-        return {FREQUENCIES: _llama3_factors(rope, rotary)}
+        return {FREQUENCIES: llama3_factors(rope, rotary)}
     if rope["rope_type"] == "longrope":
         return {LONG_FACTORS: tuple(rope["long_factor"]), SHORT_FACTORS: tuple(rope["short_factor"])}
     return {}
@@ -214,7 +214,7 @@ def _mscale(factor: float, strength: float = 1.0) -> float:
     return 0.1 * strength * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _attention_factor(rope: dict[str, Any]) -> float:
+def attention_factor(rope: dict[str, Any]) -> float:
     """What the cosines and sines are multiplied by (transformers' modeling_rope_utils)."""
     kind = rope["rope_type"]
     if kind not in ("yarn", "longrope"):
@@ -229,7 +229,7 @@ def _attention_factor(rope: dict[str, Any]) -> float:
     return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
 
 
-def _llama3_factors(rope: dict[str, Any], rotary: int) -> tuple[float, ...]:
+def llama3_factors(rope: dict[str, Any], rotary: int) -> tuple[float, ...]:
     """Long wavelengths are stretched by `factor`, short ones kept, those between blended."""
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     original = rope["original_max_position_embeddings"]

@@ -2,7 +2,7 @@
 
 F32   4 bytes   IEEE binary32, little endian
 F16   2 bytes   IEEE binary16; a weight beyond +-65504 is refused, never turned into an infinity
-BF16  2 bytes   the upper half of a binary32
+BF16  2 bytes   the upper half of a binary32; a weight that rounds to an infinity is refused
 """
 
 import numpy as np
@@ -12,6 +12,9 @@ from formats.errors import ConvertError
 
 BLOCK_SIZE = 1
 F16_MAX = 65504.0
+BF16_MAX = 3.3895314e38
+# From these bits of a magnitude on, rounding to the upper half makes an infinity.
+_BEYOND_BF16 = 0x7F7F8000
 
 
 def encode_f32(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
@@ -41,6 +44,13 @@ def decode_f16(data: np.ndarray) -> np.ndarray:
 
 def encode_bf16(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
     bits = rows.view(np.uint32)
+    if (beyond := (bits & 0x7FFFFFFF) >= _BEYOND_BF16).any():
+        row, column = np.argwhere(beyond)[0]
+        raise ConvertError(
+            f"the weight {rows[row, column]:g} is outside BF16's range of +-{BF16_MAX:g}",
+            f"row {row}, column {column}",
+            "store this tensor as F32, for instance with --set 'TENSOR=F32'",
+        )
     # Adding 0x7FFF plus the lowest kept bit rounds to nearest, ties to even.
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").view(np.uint8)
 
