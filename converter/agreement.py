@@ -5,7 +5,8 @@ runtime does otherwise than its file says, they cannot see: a sliding window tha
 multiplies by, text cut into other tokens, an end that is none. So the runtime is asked.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from converter.checkpoint import Checkpoint
 from converter.child import RuntimeFailed, RuntimeUnavailable
 from converter.end_of_generation import source_end_tokens
 from converter.guard import chat_texts
-from converter.kept import kept_json
-from converter.probe import Probe, Text, probe
+from converter.kept import is_kept
+from converter.probe import Text, is_installed, probe
 from converter.progress import Progress, size_text
 from converter.target import Candidate
 from converter.verdict import AGREES, DIFFERS, DISAGREES
 from converter.verify import artifact_files
 from formats.files import remove
+from formats.regular_file import read_json
+from formats.seals import write_sealed
 from profiles.vocabulary import ModelMap, Role
 
 # Text of many kinds, which every tokenizer that llama.cpp implements rightly cuts as the source does.
@@ -48,6 +51,7 @@ MARKED_TEXTS = (
     "ไทยภาษาที่สวยงาม ๑๒๓ বাংলা ভাষা தமிழ் மொழி",
     "e\u0301te\u0301 decomposed, نَصٌّ عَرَبِيٌّ, 👩\u200d👩\u200d👧\ufe0f",
 )
+_SPACES = ("▁", "Ġ", " ")
 QUESTION = "Why is the sky blue?"
 _SPECIAL_TOKENS = 32
 
@@ -61,6 +65,7 @@ LONGEST_WINDOW = 4096
 # transformers computes directories in 16 bits, and rounds inputs that differ in their last bits otherwise: as far from
 # our evaluation as that is from the source it may come, and no further.
 MOST_KLD, MOST_ERROR = 0.05, 0.25
+MOST_KLD_IN_16_BITS, MOST_ERROR_IN_16_BITS = 0.5, 0.75
 
 
 def runtime_agreement(
@@ -84,14 +89,29 @@ def runtime_agreement(
     """
     options = {"device": device, "threads": threads, "progress": progress, "should_stop": should_stop}
 
-    def compute() -> dict[str, Any]:
-        running, running_map = runnable(checkpoint, model_map, work_dir)
-        return _compared(running, running_map, candidate, work_dir, quality, seed, options)
+    result = work_dir / "agreement.json"
+    if is_kept(result, "runtime agreement", progress):
+        kept: dict[str, Any] = read_json(result)
+        if not may_be_completed(kept):
+            return kept
+    running, running_map = runnable(checkpoint, model_map, work_dir)
+    found = _compared(checkpoint, running, running_map, candidate, work_dir, quality, seed, options)
+    write_sealed(result, "runtime agreement", json.dumps(found, indent=1).encode())
+    return found
 
-    return kept_json(work_dir / "agreement.json", "runtime agreement", progress, compute)
+
+def may_be_completed(agreement: Mapping[str, Any]) -> bool:
+    """Whether what was missing when the runtime was asked is there now: the runtime itself, or memory."""
+    lacking = agreement["lacking"]
+    if lacking is None:
+        return False
+    if isinstance(lacking, int):
+        return lacking <= psutil.virtual_memory().available
+    return is_installed(lacking)
 
 
 def _compared(
+    source: Checkpoint,
     checkpoint: Checkpoint,
     model_map: ModelMap,
     candidate: Candidate,
@@ -100,13 +120,14 @@ def _compared(
     seed: int,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """options: device, threads, progress and should_stop."""
+    """source: the model, whose tokens and ends count; checkpoint: as transformers runs it. options: device, threads,
+    progress and should_stop."""
     runtime, artifact = candidate.runtime, candidate.artifact
     if artifact is None or candidate.unreadable is not None:
         return judged(runtime, unchecked=[candidate.unreadable or "there is no artifact that a runtime could load"])
     tokenizer = load_tokenizer(checkpoint.location)
     texts = [*map(Text, TEXTS), *_special_texts(tokenizer), *map(Text, MARKED_TEXTS)]
-    n_tokens, unchecked = _sample_length(candidate, checkpoint, model_map)
+    n_tokens, unchecked, lacking = _sample_length(candidate, checkpoint, model_map)
     n_last = min(SCORED, n_tokens // 2)
     sample = _sample(quality["corpus"], tokenizer, n_tokens, seed)
     scratch = work_dir / "runtime-logits.npy"
@@ -126,8 +147,9 @@ def _compared(
                 **options,
             )
             compared = compare_logits(own, found.logits) | {"tokens": n_tokens, "scored": n_last}
+        tokenized, ends = _of_source(source, checkpoint, tokenizer, texts, asked)
     except RuntimeUnavailable as error:
-        return judged(runtime, unchecked=[str(error)])
+        return judged(runtime, unchecked=[str(error)], lacking=runtime)
     except RuntimeFailed as error:
         return judged(runtime, failed=str(error))
     finally:
@@ -135,12 +157,29 @@ def _compared(
     return judged(
         found.runtime,
         texts=len(texts),
-        cuts=_other_cuts(tokenizer, texts, found),
-        ends=compare_ends(source_end_tokens(checkpoint.location), found.end_tokens, model_map, tokenizer),
+        cuts=_other_cuts(tokenizer, texts, tokenized, found.tokenized),
+        ends=compare_ends(ends, found.end_tokens, model_map, tokenizer),
         logits=compared,
-        limits=(MOST_KLD, MOST_ERROR) if runtime == "llama.cpp" else (max(MOST_KLD, quality["mean_kld"] or 0), None),
+        limits=(MOST_KLD, MOST_ERROR) if runtime == "llama.cpp" else _limits_of_directories(quality),
         unchecked=unchecked,
+        lacking=lacking,
     )
+
+
+def _limits_of_directories(quality: Mapping[str, Any]) -> tuple[float, float]:
+    return min(max(MOST_KLD, quality["mean_kld"] or 0), MOST_KLD_IN_16_BITS), MOST_ERROR_IN_16_BITS
+
+
+def _of_source(
+    source: Checkpoint, running: Checkpoint, tokenizer: Any, texts: Sequence[Text], asked: dict[str, Any]
+) -> tuple[list[list[int]], frozenset[int]]:
+    """The texts' tokens and the ends as the source has them: by transformers' tokenizer and the files of a checkpoint;
+    a GGUF by llama.cpp, as transformers takes over neither all of its ends nor where it puts spaces."""
+    if source.metadata is not None:
+        of_gguf = probe("llama.cpp", source.location, texts, [], 0, **asked)
+        return of_gguf.tokenized, of_gguf.end_tokens
+    tokenized = [tokenizer(text.text, add_special_tokens=text.special)["input_ids"] for text in texts]
+    return tokenized, source_end_tokens(running.location)
 
 
 def judged(
@@ -150,14 +189,16 @@ def judged(
     cuts: Sequence[dict[str, Any]] = (),
     ends: dict[str, Any] | None = None,
     logits: dict[str, Any] | None = None,
-    limits: tuple[float, float | None] = (MOST_KLD, MOST_ERROR),
+    limits: tuple[float, float] = (MOST_KLD, MOST_ERROR),
     unchecked: Sequence[str] = (),
+    lacking: int | str | None = None,
     failed: str | None = None,
 ) -> dict[str, Any]:
     """The findings with their verdict, None where nothing was checked, and a sentence for each that counts against it.
 
-    cuts, ends, logits: see _other_cuts, compare_ends and compare_logits. limits: of the divergence, and of the error
-    where that counts. failed: how the runtime failed.
+    cuts, ends, logits: see _other_cuts, compare_ends and compare_logits. limits: of the divergence and of the error.
+    lacking: the runtime, or the bytes of memory, that it would take to check the rest. failed: how the runtime failed.
+    Without logits nothing is said to agree.
     """
     wrong: list[str] = [] if failed is None else [f"it does not run the artifact: {failed}"]
     doubtful: list[str] = []
@@ -177,14 +218,14 @@ def judged(
     if logits is not None:
         kld, error = logits["mean_kld"], logits["relative_error"]
         most_kld, most_error = limits
-        if kld is None or kld > most_kld or (most_error is not None and error > most_error):
+        if kld is None or kld > most_kld or error > most_error:
             by = "no finite number" if kld is None else f"{kld:.3g} nats, and its logits by {error:.1%},"
             wrong.append(
                 f"its predictions diverge from our evaluation of the same artifact by {by} over the last"
                 f" {logits['scored']} of {logits['tokens']} tokens"
             )
-    checked = failed is not None or texts > 0
-    verdict = DISAGREES if wrong else DIFFERS if doubtful else AGREES if checked else None
+    agrees = None if logits is None else DIFFERS if doubtful else AGREES
+    verdict = DISAGREES if wrong else agrees
     return {
         "verdict": verdict,
         "runtime": runtime,
@@ -194,6 +235,7 @@ def judged(
         "ends": ends,
         "logits": logits,
         "unchecked": list(unchecked),
+        "lacking": lacking,
     }
 
 
@@ -223,28 +265,56 @@ def _special_texts(tokenizer: Any) -> list[Text]:
     return texts
 
 
-def _other_cuts(tokenizer: Any, texts: Sequence[Text], found: Probe) -> list[dict[str, Any]]:
+def _other_cuts(
+    tokenizer: Any, texts: Sequence[Text], source: Sequence[list[int]], runtime: Sequence[list[int]]
+) -> list[dict[str, Any]]:
     """The texts that the runtime cuts into other tokens than the source's tokenizer. known: where llama.cpp is known to
-    do so: in scripts with combining marks, and in the spaces beside special tokens, if it finds these themselves."""
+    do so: in scripts with combining marks, and in the first word beside a special token, for the space before it."""
     cuts, special = [], set(tokenizer.added_tokens_decoder)
-    for text, theirs in zip(texts, found.tokenized, strict=True):
-        ours = tokenizer(text.text, add_special_tokens=text.special)["input_ids"]
-        if ours != theirs:
-            first = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
-            cuts.append(
-                {
-                    "text": text.text,
-                    "known": text.text in MARKED_TEXTS
-                    or (not text.special and [t for t in ours if t in special] == [t for t in theirs if t in special]),
-                    "source": tokenizer.convert_ids_to_tokens(ours[first : first + 4]),
-                    "runtime": tokenizer.convert_ids_to_tokens(theirs[first : first + 4]),
-                }
-            )
+    for text, ours, theirs in zip(texts, source, runtime, strict=True):
+        if ours == theirs:
+            continue
+        first = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
+        known = text.text in MARKED_TEXTS
+        if not text.special and not known:
+            known = _later_words(tokenizer, ours, special) == _later_words(tokenizer, theirs, special)
+        cuts.append(
+            {
+                "text": text.text,
+                "known": known,
+                "source": tokenizer.convert_ids_to_tokens(ours[first : first + 4]),
+                "runtime": tokenizer.convert_ids_to_tokens(theirs[first : first + 4]),
+            }
+        )
     return cuts
 
 
-def _sample_length(candidate: Candidate, checkpoint: Checkpoint, model_map: ModelMap) -> tuple[int, list[str]]:
-    """Tokens of the sample, 0 where nothing can be run; and what is not checked for that reason."""
+def _later_words(tokenizer: Any, ids: Sequence[int], special: Collection[int]) -> list[Any]:
+    """The special tokens, and between them the words behind the first one of each part, as lists of tokens; words begin
+    with a space."""
+    found: list[Any] = []
+    n_words = 0
+    for index, token in zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True):
+        if index in special:
+            found.append(index)
+            n_words = 0
+            continue
+        begins = str(token)[:1] in _SPACES
+        if len(str(token)) == 1 and begins and n_words == 0:
+            continue  # the space alone that one of both puts in front
+        n_words += begins or n_words == 0
+        if n_words > 1:
+            found.append(token)
+    while found and str(found[-1]) in _SPACES:
+        found.pop()
+    return found
+
+
+def _sample_length(
+    candidate: Candidate, checkpoint: Checkpoint, model_map: ModelMap
+) -> tuple[int, list[str], int | None]:
+    """Tokens of the sample, 0 where nothing can be run; what is not checked for that reason; and the bytes of memory
+    that it would take."""
     window = sliding_window(checkpoint, model_map)
     wanted = SAMPLE_TOKENS
     if window is not None and window <= LONGEST_WINDOW:
@@ -258,8 +328,8 @@ def _sample_length(candidate: Candidate, checkpoint: Checkpoint, model_map: Mode
     needed = _needed_bytes(candidate, checkpoint, model_map, length)
     if needed > available:
         free = f"{candidate.runtime} takes {size_text(needed)} of memory, and {size_text(available)} are free"
-        return 0, [f"logits: {free}"]
-    return length, unchecked
+        return 0, [f"logits: {free}"], needed
+    return length, unchecked, None
 
 
 def _needed_bytes(candidate: Candidate, checkpoint: Checkpoint, model_map: ModelMap, n_tokens: int) -> int:

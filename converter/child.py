@@ -6,6 +6,7 @@ line, on stdout; what else its libraries write there is left out.
 
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -18,11 +19,13 @@ from typing import Any, NoReturn
 
 from calibration.control import Interrupted, ShouldStop
 
-UNAVAILABLE = 4
-"""A child's exit code when the runtime is not here, or cannot be called."""
+UNAVAILABLE, TROUBLED = 4, 5
+"""A child's exit codes when the runtime is not here, or cannot be called; and when the machine lacks what it takes."""
 
 # Ways to end that say nothing about the artifact: the kernel when memory runs out, a shutdown, a closed session.
-_ENDED_BY_SYSTEM = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
+_ENDED_BY_SYSTEM = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
+# What a runtime says when it gets no memory.
+_NO_MEMORY = re.compile(r"bad_alloc|failed to allocate|cannot allocate|unable to allocate|out of memory", re.IGNORECASE)
 _ATTEMPTS = 2
 _POLL_SECONDS = 0.2
 
@@ -135,6 +138,8 @@ def _lines(descriptor: int, name: str, patience: float, should_stop: ShouldStop)
 def _fail(code: int, said: list[str], name: str) -> NoReturn:
     if code == UNAVAILABLE:
         raise RuntimeUnavailable(said[-1] if said else f"{name} is not available")
+    if code == TROUBLED:
+        raise _Ended(f"{name} lacks what it takes: {said[-1] if said else 'it does not say what'}")
     if -code in _ENDED_BY_SYSTEM:
         raise _Ended(f"{name} was ended by {signal.Signals(-code).name}")
     ended = [f"{name} was ended by {signal.Signals(-code).name}"] if code < 0 else []
@@ -153,6 +158,9 @@ def quit_unavailable(error: Exception) -> NoReturn:
 
 
 def quit_failed(error: Exception) -> NoReturn:
-    """Of the child: end because the runtime refuses the artifact, with the reason in one line."""
-    print("; ".join(str(error).splitlines()) or type(error).__name__, file=sys.stderr)
-    sys.exit(1)
+    """Of the child: end with the reason in one line: the runtime refuses the artifact, or the machine lacks memory,
+    space or a right, which says nothing about the artifact."""
+    text = "; ".join(str(error).splitlines()) or type(error).__name__
+    print(text, file=sys.stderr)
+    of_system = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
+    sys.exit(TROUBLED if of_system or _NO_MEMORY.search(text) else 1)

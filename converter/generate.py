@@ -77,7 +77,7 @@ def _serve() -> None:
         model = LlamaCpp(request["artifact"], n_ctx=n_ctx, n_threads=1)
     except ImportError as error:
         quit_unavailable(error)
-    except ValueError as error:
+    except (ValueError, OSError, MemoryError) as error:
         quit_failed(error)
     with model, ExitStack() as stack, ThreadPoolExecutor(request["threads"]) as pool:
         answer({"end_tokens": sorted(model.end_tokens), "runtime": version_text()})

@@ -440,12 +440,16 @@ def _finished_report(work_dir: Path, job: Job, progress: Progress) -> dict[str, 
 
     A report without the quality or the tasks that are asked for now does not count: what it lacks is to be measured.
     """
+    from converter.agreement import may_be_completed
+
     path = work_dir / "report.json"
     if not is_kept(path, "report", progress):
         return None
     report = json.loads(path.read_bytes())
     tasks = report["tasks"] or {}
     if job.quality and None in (report["quality"], report["coherence"], report["agreement"]):
+        return None
+    if job.quality and may_be_completed(report["agreement"]):
         return None
     if job.lm_eval and (tasks.get("tasks"), tasks.get("limit")) != (list(job.lm_eval), job.lm_eval_limit):
         return None

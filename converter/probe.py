@@ -37,6 +37,10 @@ class Probe:
     logits: np.ndarray | None
 
 
+def is_installed(runtime: str) -> bool:
+    return installed() if runtime == "llama.cpp" else find_spec("compressed_tensors") is not None
+
+
 def probe(
     runtime: Runtime,
     artifact: Path,
@@ -53,10 +57,10 @@ def probe(
     sample: token ids, whose last n_last logits are computed; none for no logits. scratch: a file for them, which the
     caller deletes. Raises RuntimeUnavailable, RuntimeFailed, RuntimeTroubled and Interrupted, see child.converse.
     """
-    if runtime == "llama.cpp" and not installed():
-        raise RuntimeUnavailable("xllamacpp is not installed: pip install 'bitwright[llama-cpp]'")
-    if runtime == "transformers" and find_spec("compressed_tensors") is None:
-        raise RuntimeUnavailable("compressed-tensors is not installed: pip install compressed-tensors")
+    if not is_installed(runtime):
+        packages = {"llama.cpp": ("xllamacpp", "'bitwright[llama-cpp]'"), "transformers": ("compressed-tensors",) * 2}
+        package, install = packages[runtime]
+        raise RuntimeUnavailable(f"{package} is not installed: pip install {install}")
     request = {
         "runtime": runtime,
         "artifact": str(artifact),

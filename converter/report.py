@@ -260,8 +260,6 @@ def agreement_lines(agreement: Mapping | None) -> list[str]:
 
 def agreement_text(agreement: Mapping) -> str:
     """What the runtime computes beside our evaluation of the same artifact, and what was not looked at, for people."""
-    if agreement["verdict"] is None:
-        return f"not checked: {'; '.join(agreement['unchecked'])}"
     parts = []
     if agreement["texts"]:
         parts.append(f"{agreement['texts'] - len(agreement['cuts'])} of {agreement['texts']} texts cut alike")
@@ -274,7 +272,8 @@ def agreement_text(agreement: Mapping) -> str:
             f" {logits['top1_agreement']:.1%} over {logits['scored']} of {logits['tokens']} tokens"
         )
     parts += [f"not checked: {what}" for what in agreement["unchecked"]]
-    return f"{agreement['verdict']}: {'; '.join(parts or agreement['reasons'])}  ({agreement['runtime']})"
+    verdict = agreement["verdict"] or "not judged"
+    return f"{verdict}: {'; '.join(parts or agreement['reasons'])}  ({agreement['runtime']})"
 
 
 def coherence_line(coherence: dict) -> str:

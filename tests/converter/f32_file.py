@@ -2,14 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
 from gguf import GGUFWriter
 
 from converter.model_map import describe, read_rows
+from converter.rope import FREQUENCIES
 from converter.source import open_checkpoint
 
 
-def write_f32(directory: Path, path: Path, without: tuple[str, ...] = ()) -> None:
-    """All of the model map in F32, through gguf's own writer; but for the keys named."""
+def write_f32(
+    directory: Path, path: Path, without: tuple[str, ...] = (), factors: tuple[float, ...] | None = None
+) -> None:
+    """All of the model map in F32, through gguf's own writer; but for the keys named, and with these rope factors."""
     checkpoint = open_checkpoint(str(directory))
     model_map = describe(checkpoint)
     writer = GGUFWriter(path, model_map.architecture)
@@ -17,7 +21,10 @@ def write_f32(directory: Path, path: Path, without: tuple[str, ...] = ()) -> Non
         if key not in ("general.architecture", *without):
             writer.add_key_value(key, value.value, value.type, value.sub_type)
     for spec in model_map.tensors:
-        writer.add_tensor(spec.name, read_rows(checkpoint, spec, 0, spec.n_rows).reshape(spec.shape))
+        rows = read_rows(checkpoint, spec, 0, spec.n_rows).reshape(spec.shape)
+        if factors is not None and spec.name == FREQUENCIES:
+            rows = np.array(factors, np.float32)
+        writer.add_tensor(spec.name, rows)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -10,19 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from transformers import AutoTokenizer
 
 import converter.child
 import converter.probe
 from calibration.control import Interrupted, never
-from converter.agreement import SCORED, compare_logits, judged, runtime_agreement, sliding_window
-from converter.child import RuntimeTroubled
+from converter.agreement import SCORED, _other_cuts, compare_logits, judged, runtime_agreement, sliding_window
+from converter.calibrate import runnable
+from converter.child import TROUBLED, RuntimeFailed, RuntimeTroubled, quit_failed
 from converter.cli import main
 from converter.model_map import describe
+from converter.probe import Text
 from converter.progress import Progress
+from converter.report import agreement_text
 from converter.source import open_checkpoint
 from converter.target import Candidate
 from converter.verdict import EXIT_CODE, findings, is_severe, overall
 from converter.verify import DecodedArtifact
+from formats.errors import ConvertError
 from tests import tiny_models
 from tests.converter.f32_file import write_f32
 
@@ -47,7 +52,7 @@ def agreement(model: Path, artifact: Path, work_dir: Path, should_stop=never, we
     checkpoint = open_checkpoint(str(model))
     model_map = describe(checkpoint)
     work_dir.mkdir(exist_ok=True)
-    weights = weights or DecodedArtifact([artifact], model_map)
+    weights = weights or DecodedArtifact([artifact], runnable(checkpoint, model_map, work_dir)[1])
     return runtime_agreement(
         checkpoint,
         model_map,
@@ -160,20 +165,26 @@ def test_what_no_runtime_can_load_is_a_finding_and_what_is_absent_none(tiny, f32
     write_f32(tiny("llama-256"), broken, without=("llama.attention.layer_norm_rms_epsilon",))
     found = agreement(tiny("llama-256"), broken, tmp_path / "broken")
     assert found["verdict"] == "disagrees" and "does not run the artifact" in found["reasons"][0]
-    monkeypatch.setattr(converter.probe, "installed", lambda: False)
-    found = agreement(tiny("llama-256"), f32("llama-256"), tmp_path / "absent")
+    with monkeypatch.context() as patch:
+        patch.setattr(converter.probe, "installed", lambda: False)
+        found = agreement(tiny("llama-256"), f32("llama-256"), tmp_path / "absent")
+        assert agreement(tiny("llama-256"), f32("llama-256"), tmp_path / "absent") == found
     assert found["verdict"] is None and "xllamacpp is not installed" in found["unchecked"][0]
     assert overall(None, None, found) is None
+    assert agreement(tiny("llama-256"), f32("llama-256"), tmp_path / "absent")["verdict"] == "agrees"  # installed since
 
 
 def test_too_large_for_this_machine_is_said_and_the_rest_is_checked(tiny, f32, tmp_path, monkeypatch):
     class Memory:
         available = 1000
 
-    monkeypatch.setattr("converter.agreement.psutil.virtual_memory", Memory)
-    found = agreement(tiny("llama-256"), f32("llama-256"), tmp_path)
-    assert found["verdict"] == "agrees" and found["logits"] is None and found["texts"] > 10
-    assert found["unchecked"][0].startswith("logits: llama.cpp takes")
+    with monkeypatch.context() as patch:
+        patch.setattr("converter.agreement.psutil.virtual_memory", Memory)
+        found = agreement(tiny("llama-256"), f32("llama-256"), tmp_path)
+    assert found["verdict"] is None and found["logits"] is None and found["texts"] > 10 and not found["cuts"]
+    assert found["unchecked"][0].startswith("logits: llama.cpp takes") and found["lacking"] > 1000
+    assert "14 of 14 texts cut alike" in agreement_text(found) and "not judged" in agreement_text(found)
+    assert agreement(tiny("llama-256"), f32("llama-256"), tmp_path)["verdict"] == "agrees"  # there is memory now
 
 
 @pytest.mark.parametrize("n_kills", [1, 2])
@@ -203,6 +214,58 @@ def test_a_child_that_stands_still_is_given_up(monkeypatch):
     monkeypatch.setattr(converter.child.subprocess, "Popen", Sleeps)
     with pytest.raises(RuntimeTroubled, match=r"llama\.cpp stood still for 0 s, 2 times"):
         converter.child.converse("any", {}, 1, name="llama.cpp", patience=0.3, should_stop=never)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (MemoryError(), TROUBLED),
+        (OSError(28, "No space left on device"), TROUBLED),
+        (ValueError("llama.cpp cannot load m.gguf: std::bad_alloc"), TROUBLED),
+        (OSError("m does not appear to have a file named x"), 1),
+        (ValueError("wrong number of tensors"), 1),
+    ],
+)
+def test_want_of_memory_or_space_is_no_finding(error, code, monkeypatch):
+    with pytest.raises(SystemExit) as ended:
+        quit_failed(error)
+    assert ended.value.code == code
+
+    class Ends(converter.child.subprocess.Popen):
+        def __init__(self, _, **options):
+            super().__init__(["sh", "-c", f"echo the reason >&2; exit {code}"], **options)
+
+    monkeypatch.setattr(converter.child.subprocess, "Popen", Ends)
+    expected = RuntimeTroubled if code == TROUBLED else RuntimeFailed
+    with pytest.raises(expected, match="the reason"):
+        converter.child.converse("any", {}, 1, name="llama.cpp", patience=9, should_stop=never)
+
+
+@pytest.mark.parametrize("name", ["llama-llama3", "llama-yarn", "phi3-longrope", "mistral", "qwen2"])
+def test_a_gguf_as_the_source_is_judged_by_itself(tiny, f32, tmp_path, name):
+    """transformers reads neither the scaling of positions of a GGUF, nor all of its ends, nor where it puts spaces."""
+    found = agreement(f32(name), f32(name), tmp_path, weights=None)
+    assert found["verdict"] == "agrees" and not found["cuts"] and found["logits"]["relative_error"] < 1e-3
+
+
+def test_a_scaling_of_positions_that_is_not_understood_is_refused(tiny, tmp_path):
+    write_f32(tiny("llama-llama3"), tmp_path / "m.gguf", factors=(1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0))
+    with pytest.raises(ConvertError, match="leaves out rope_freqs"):
+        agreement(tmp_path / "m.gguf", tmp_path / "m.gguf", tmp_path)
+
+
+def test_other_words_in_a_conversation_are_no_known_difference(tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama-256"))
+    text = Text("<|im_start|>the quick brown fox<|im_end|> jumps over the lazy dog", special=False)
+    ours = tokenizer(text.text, add_special_tokens=False)["input_ids"]
+    begin, end = ours[0], tokenizer.convert_tokens_to_ids("<|im_end|>")
+    place = ours.index(end)
+    first_word = [*ours[:1], *tokenizer("x")["input_ids"], *ours[2:]]
+    others = [begin, *[77] * 10, end, *ours[place + 1 :]]
+    assert [cut["known"] for cut in _other_cuts(tokenizer, [text] * 2, [ours] * 2, [first_word, others])] == [
+        True,
+        False,
+    ]
 
 
 def test_it_stops_when_asked(tiny, f32, tmp_path):
