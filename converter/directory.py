@@ -11,12 +11,12 @@ from typing import Any
 
 from calibration.control import ShouldStop
 from converter.checkpoint import INDEX_NAME, LICENSE_PATTERNS, TEMPLATES, Checkpoint, model_files
-from converter.directory_artifact import RECIPE_NAME, read_recipe
+from converter.directory_artifact import RECIPE_NAME, listed_files, read_recipe
 from converter.job import REPLACEABLE
 from converter.ownership import Replaceable, check_free, foreign_entries, put_in_place, remove_replaced
 from converter.progress import Progress
 from converter.safetensors_layout import SafetensorsLayout, index_json
-from converter.write import JOURNAL, ArtifactWriter, PlanEncoder, written_sha256
+from converter.write import JOURNAL, ArtifactWriter, PlanEncoder, begins_as, continues, partial_path, written_sha256
 from formats.errors import ConvertError
 from formats.files import file_sha256, make_directory, remove, remove_tree, sync_directory
 from formats.journal import read_lines
@@ -70,14 +70,19 @@ def write_directory(
     journal, partial = work_dir / JOURNAL, partial_directory(output)
     replaceable = Replaceable(work_dir / REPLACEABLE)
     entries = {entry.name for layout in layouts for entry in layout.tensors}
-    recorded = {line["tensor"] for line in read_lines(journal)}
-    if output.exists() and recorded >= entries and not partial.exists() and _is_whole(output, recipe):
+    recorded = {line["tensor"]: line["sha256"] for line in read_lines(journal)}
+    if output.exists() and recorded.keys() >= entries and not partial.exists() and _is_whole(output, recipe):
         remove_replaced(output, replaceable)
         return finished_files(output)  # a run that was killed after the rename
     check_free([output], replaceable, directory=True)
+    names = [(layout, partial / layout.file_name) for layout in layouts]
+    weights = [(path, of) for of, name in names for path in (name, partial_path(name)) if path.exists()]
+    if not any(continues(path, of, recorded) for path, of in weights):
+        replaceable.check_growing(partial, bool(weights) and all(begins_as(path, of) for path, of in weights))
     if not journal.exists():
         remove_tree(partial)  # of a job that was given up
     make_directory(partial, "choose another --output")
+    replaceable.grows(partial)
     for path in filter(is_temporary, partial.iterdir()):
         remove(path)
     ArtifactWriter(encoder, layouts, partial, journal).write(progress, should_stop)
@@ -196,9 +201,8 @@ def _is_whole(output: Path, recipe: dict[str, Any]) -> bool:
     if not (output / RECIPE_NAME).is_file():
         return False
     stored = read_recipe(output)
-    files = stored.pop("files", [])
-    if stored != json.loads(json.dumps(recipe)):
+    files = listed_files(stored)
+    stored.pop("files", None)
+    if not files or stored != json.loads(json.dumps(recipe)):
         return False
-    return all(
-        (output / file["path"]).is_file() and file_sha256(output / file["path"]) == file["sha256"] for file in files
-    )
+    return all((output / path).is_file() and file_sha256(output / path) == sha256 for path, sha256 in files.items())

@@ -4,7 +4,7 @@ them."""
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from formats.plain import decode_bf16
 from formats.regular_file import read_json
 from formats.safetensors_file import StoredArray, read_header
 from formats.schemes import Scheme, get_scheme
+from formats.typed import is_a
 from formats.weight_scheme import Tensors
 from profiles.plan import Plan
 from profiles.target import KEPT
@@ -166,6 +167,21 @@ def read_recipe(directory: Path) -> dict[str, Any]:
     if not isinstance(recipe.get("recipe"), dict):
         raise ConvertError("its recipe is absent or damaged", str(path), remedy)
     return recipe
+
+
+def listed_files(recipe: dict[str, Any]) -> dict[str, str]:
+    """The SHA-256 of every file that the recipe lists, by its path in the directory; empty where the list is absent or
+    damaged, or leads out of the directory."""
+    files: Any = recipe.get("files")
+    if not is_a(files, list[dict[str, str | int]]):
+        return {}
+    listed = {file.get("path"): file.get("sha256") for file in files}
+    return listed if is_a(listed, dict[str, str]) and all(map(_stays_inside, listed)) else {}
+
+
+def _stays_inside(path: str) -> bool:
+    parts = PurePosixPath(path).parts
+    return bool(parts) and not path.startswith("/") and ".." not in parts and "\0" not in path
 
 
 def _describes_a_tensor(entry: Any) -> bool:

@@ -9,13 +9,14 @@ import fcntl
 import filecmp
 import json
 import os
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from converter.checkpoint import Checkpoint, metadata_files
-from converter.directory_artifact import RECIPE_NAME, read_recipe
+from converter.directory_artifact import RECIPE_NAME, listed_files, read_recipe
 from converter.job import Job
 from converter.progress import size_text
 from formats.errors import ConvertError
@@ -51,6 +52,35 @@ class Replaceable:
         identity = _identity(path if at is None else at)
         return identity is not None and identity in self._identities.get(str(path.absolute()), ())
 
+    def grows(self, partial: Path) -> None:
+        """The file or directory here is this job's, and grows until it is whole."""
+        if (identity := _growing_identity(partial)) not in self._identities.get(str(partial.absolute()), ()):
+            self._remember({partial: identity})
+
+    @property
+    def grown(self) -> list[Path]:
+        """Where this job has let something grow."""
+        return [Path(path) for path, found in self._identities.items() if any(i.startswith(_GROWING) for i in found)]
+
+    def check_growing(self, partial: Path, begins_as_ours: bool) -> None:
+        """Refuse what is where an artifact grows and is not of this job, unless nothing is in it: another job may
+        continue it. begins_as_ours: what this work directory knows to have been here begins as its artifact does, and
+        was copied or brought back since. Raises ConvertError."""
+        if not os.path.lexists(partial) or _is_empty(partial):
+            return
+        recorded = self._identities.get(str(partial.absolute()), ())
+        if _is_directory(partial) or (partial.is_file() and not partial.is_symlink()):
+            if _growing_identity(partial) in recorded or (begins_as_ours and partial in self.grown):
+                return
+            if partial.is_file() and not partial.stat().st_size:
+                return
+        raise ConvertError(
+            f"an unfinished artifact, or a file of that name, is in the way and not of this work directory:"
+            f" {_what(partial)}",
+            str(partial),
+            "another job may continue it: run that one's own command again, name another --output, or remove it",
+        )
+
     def put(self, new: Path, path: Path) -> None:
         """Give a new file its name, as put_in_place does; the job may replace it later on."""
         if (identity := _identity(new)) is not None:
@@ -63,6 +93,14 @@ class Replaceable:
         if self._store is not None and identities:
             with whole_file(self._store, "record of what may be replaced") as file:
                 file.write(json.dumps(self._identities, indent=1).encode())
+
+
+_GROWING = "growing-"
+
+
+def _growing_identity(partial: Path) -> str:
+    """What stays the same of a file or directory while it grows."""
+    return f"{_GROWING}{partial.lstat().st_ino}"
 
 
 def _identity(path: Path) -> str | None:
@@ -200,6 +238,7 @@ def locked_output(path: Path) -> Iterator[None]:
     lock = hidden_path(path, "lock")
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
+        _check_lock(lock)
         descriptor = _lock(lock)
     except BlockingIOError:
         raise ConvertError(
@@ -212,8 +251,21 @@ def locked_output(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
+        if _is_open(lock, descriptor) and not os.fstat(descriptor).st_size:
+            lock.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _check_lock(lock: Path) -> None:
+    """A lock is an empty file. Raises ConvertError for anything else of its name."""
+    with suppress(FileNotFoundError):
+        found = lock.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size:
+            raise ConvertError(
+                f"the lock of the output would take the place of {_what(lock)}, which this tool did not write",
+                str(lock),
+                "move it out of the way, or name another output with --output",
+            )
 
 
 def _lock(lock: Path) -> int:
@@ -221,7 +273,7 @@ def _lock(lock: Path) -> int:
 
     Where a file system has no locks nothing is held: then what was written is found out to be another's at the end."""
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_open(lock, descriptor):
@@ -318,8 +370,7 @@ def bring_back(path: Path, replaceable: Replaceable) -> None:
 def foreign_entries(directory: Path) -> list[str]:
     """What is in a directory that this tool wrote, and is none of the files that its recipe lists; a folder without any
     of them counts as one. Raises ConvertError for a damaged recipe."""
-    files = read_recipe(directory).get("files")
-    listed = {str(file.get("path")) for file in files if isinstance(file, dict)} if isinstance(files, list) else set()
+    listed = listed_files(read_recipe(directory))
     folders = {parent.as_posix() for name in listed for parent in PurePosixPath(name).parents}
     found, pending = [], [directory]
     while pending:

@@ -59,9 +59,9 @@ from converter.report import group_rows, source_bytes
 from converter.source import open_checkpoint
 from converter.target import Layout, Prepared, Surveyed, Target
 from converter.verdict import better_recipe, missed_target, overall, warning
-from converter.write import JOURNAL
+from converter.write import JOURNAL, partial_path
 from formats.errors import ConvertError
-from formats.files import remove_tree
+from formats.files import remove, remove_tree
 from formats.seals import write_sealed
 from profiles.evidence import Evidence
 
@@ -248,9 +248,15 @@ def _start_over(known: Surveyed, layouts: Sequence[Layout], work: WorkDirectory)
     """--fresh: forget what was done, and replace what is at the output now, once there is something in its place."""
     target, job = known.target, known.job
     outputs = {*target.outputs(job, layouts), *target.outputs(job, [])}
+    replaceable = Replaceable(work.path / REPLACEABLE)
+    grown = {*replaceable.grown, *map(partial_path, outputs)}
+    for path in grown:
+        replaceable.check_growing(path, begins_as_ours=False)
     for path in outputs:
-        bring_back(path, Replaceable(work.path / REPLACEABLE))
+        bring_back(path, replaceable)
         check_replaceable(path, target.is_directory)
+    for path in grown:
+        remove_tree(path) if path.is_dir() else remove(path)
     work.clear()
     work.claim(fingerprint(known), fresh=True)
     Replaceable(work.path / REPLACEABLE).allow(outputs)
@@ -259,8 +265,10 @@ def _start_over(known: Surveyed, layouts: Sequence[Layout], work: WorkDirectory)
 def _check_free(known: Surveyed, layouts: Sequence[Layout], work: WorkDirectory) -> None:
     """Before the artifact is begun nothing may be in its place; later on its own journal tells what is there."""
     if not (work.path / JOURNAL).exists():
-        replaceable = Replaceable(work.path / REPLACEABLE)
-        check_free(known.target.outputs(known.job, layouts), replaceable, known.target.is_directory)
+        replaceable, outputs = Replaceable(work.path / REPLACEABLE), known.target.outputs(known.job, layouts)
+        check_free(outputs, replaceable, known.target.is_directory)
+        for path in map(partial_path, outputs):
+            replaceable.check_growing(path, begins_as_ours=True)  # what it begins with is looked at when it is written
 
 
 def _known(surveyed: Surveyed, fresh: bool) -> Surveyed:

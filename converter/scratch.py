@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,18 +10,21 @@ from pathlib import Path
 
 from formats.files import remove_tree
 
-_PREFIX = ".bitwright-"
+_PREFIX = ".bitwright-scratch-"
+_NAME = re.compile(re.escape(_PREFIX) + r"[a-z0-9_]{8}")  # as tempfile.mkdtemp completes it
+_MARK = ".made-by-bitwright"
 
 
 @contextmanager
 def scratch_directory() -> Iterator[Path]:
     """A directory where temporary files go, removed in the end. Those that killed processes of this user have left are
-    removed now: a living one holds the lock of its own."""
+    removed now: they have our mark, or nothing, in them, and a living process holds the lock of its own."""
     for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        descriptor = _lock(left)
+        descriptor = _lock(left) if _NAME.fullmatch(left.name) else None
         if descriptor is not None:
             try:
-                remove_tree(left)
+                if _is_ours(left):
+                    remove_tree(left)
             finally:
                 os.close(descriptor)
     while True:
@@ -29,10 +33,16 @@ def scratch_directory() -> Iterator[Path]:
         if descriptor is not None:
             break  # otherwise another process took it for one that is left, before it was locked
     try:
+        (directory / _MARK).touch()
         yield directory
     finally:
         remove_tree(directory)
         os.close(descriptor)
+
+
+def _is_ours(directory: Path) -> bool:
+    mark = directory / _MARK
+    return (mark.is_file() and not mark.is_symlink()) or not any(directory.iterdir())
 
 
 def _lock(directory: Path) -> int | None:

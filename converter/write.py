@@ -88,6 +88,9 @@ class ArtifactWriter:
             if finished.issuperset(entry.name for entry in layout.tensors) and not path.exists():
                 done += sum(entry.n_bytes for entry in layout.tensors)
                 continue
+            if self.replaceable is not None:
+                open_file(path).close()
+                self.replaceable.grows(path)  # before anything is in it
             with open_file(path) as file:
                 if file.seek(0, os.SEEK_END) < len(layout.header):
                     file.seek(0)
@@ -131,8 +134,10 @@ class ArtifactWriter:
         for layout in self.layouts:
             final = self.directory / layout.file_name
             growing = partial_path(final)
-            if growing.exists():
-                sound = _sound_tensors(growing, layout, recorded)
+            if os.path.lexists(growing):
+                sound = _sound_tensors(growing, layout, recorded) if growing.is_file() else []
+                if self.replaceable is not None and not sound:
+                    self.replaceable.check_growing(growing, begins_as(growing, layout))
                 _tell_damage(growing, layout, recorded, len(sound), progress)
                 if not sound:
                     remove(growing)
@@ -187,6 +192,26 @@ def written_sha256(path: Path, layout: Layout, journal: Path) -> str:
             "leave it alone until the job is done, then write it again with --fresh, or to another --output",
         )
     return whole.hexdigest()
+
+
+def begins_as(path: Path, layout: Layout) -> bool:
+    """Whether a file begins with the header of the layout, or with as much of it as a kill or a power cut, which leaves
+    zeros, has let be written."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return layout.header.startswith(file.read(len(layout.header)).rstrip(b"\0"))
+
+
+def continues(path: Path, layout: Layout, recorded: dict[str, str]) -> bool:
+    """Whether the first tensor of the file is as the journal has it."""
+    entry, offset = layout.tensors[0], layout.offsets[0]
+    if not path.is_file() or entry.name not in recorded:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(layout.header)) == layout.header and (
+            _digest(file, offset, entry.n_bytes) == recorded[entry.name]
+        )
 
 
 def _tell_damage(path: Path, layout: Layout, recorded: dict[str, str], n_sound: int, progress: Progress) -> None:

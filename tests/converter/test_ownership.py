@@ -326,3 +326,71 @@ def test_a_report_is_of_its_own_jobs_files(tiny, tmp_path, monkeypatch, profile)
     done(*options, "--fresh", "--output", output, model)
     files = json.loads((default_work_dir(output) / "report.json").read_text())["artifact"]["files"]
     assert {Path(file["path"]).parent for file in files} <= {output, output.parent}
+
+
+@pytest.mark.parametrize("fresh", [[], ["--fresh"]])
+@pytest.mark.parametrize("kind", ["file", "directory", "link"])
+@pytest.mark.parametrize("ending", ["lock", "partial"])
+def test_files_of_others_beside_the_output_stay(tiny, tmp_path, ending, kind, fresh):
+    for output, options in (("m.gguf", PLAIN), ("m", ["--profile", "fp8", "--no-quality", *TEXT])):
+        foreign = hidden_path(tmp_path / output, ending)
+        precious = tmp_path / f"precious-{output}"
+        if kind == "directory":
+            foreign.mkdir()
+            precious = foreign / "x"
+        elif kind == "link":
+            foreign.symlink_to(precious)
+        else:
+            precious = foreign
+        precious.write_text("precious")
+        arguments = [*options, *fresh, "--output", tmp_path / output, tiny("llama")]
+        message = refused(*arguments)
+        assert str(foreign) in message and "--output" in message
+        assert precious.read_text() == "precious" and os.path.lexists(foreign)
+        assert not (tmp_path / output).exists()
+
+
+@pytest.mark.parametrize("profile", ["uniform-8bit", "fp8"])
+def test_what_another_job_has_begun_is_its_own(tiny, tmp_path, profile):
+    """Two work directories, one output: the second leaves what the first can continue; each is told what to do."""
+    model, output = tiny("llama"), tmp_path / ("m.gguf" if profile == "uniform-8bit" else "m")
+    options = {"calibration": "embedded", "samples": 128, "sequence_length": 16}
+    first = job(model, output, profile, work_dir=tmp_path / "first", **options)
+    second = job(model, output, profile, work_dir=tmp_path / "second", **options)
+    stop_in_encode(first)
+    growing = partial_path(output)
+    before = snapshot(growing) or growing.read_bytes()
+    for fresh in (False, True):
+        with pytest.raises(ConvertError, match="not of this work directory") as error:
+            run(second, QUIET, fresh=fresh)
+        assert error.value.where == str(growing)
+        assert (snapshot(growing) or growing.read_bytes()) == before
+    (tmp_path / "first" / "replaceable.json").unlink()  # what it holds is in the journal of the first
+    run(first, QUIET)
+    assert output.exists() and not growing.exists()
+
+
+@pytest.mark.parametrize("profile", ["uniform-8bit", "fp8"])
+def test_fresh_removes_what_its_own_job_has_begun(tiny, tmp_path, profile):
+    model, output = tiny("llama"), tmp_path / ("m.gguf" if profile == "uniform-8bit" else "m")
+    begun = job(model, output, profile, calibration="embedded", shard_bytes=60_000)
+    stop_in_encode(begun)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert any(name.endswith(".partial") for name in names)
+    run(job(model, output, profile, calibration="embedded"), QUIET, fresh=True)
+    assert {path.name for path in tmp_path.iterdir()} == {output.name, default_work_dir(output).name}
+
+
+DAMAGED_LISTS = [None, [1], [{"a": 1}], [{"path": 1, "sha256": "x"}], [{"path": "/etc/x", "sha256": "x"}], {}]
+
+
+def test_a_damaged_list_of_files_is_of_no_whole_directory(tiny, tmp_path):
+    arguments = ["--profile", "fp8", *TEXT, "--no-quality", "--output", tmp_path / "a", tiny("llama")]
+    done(*arguments)
+    recipe = tmp_path / "a" / "bitwright.json"
+    content = json.loads(recipe.read_text())
+    (tmp_path / "a.bitwright-work" / "report.json").unlink()
+    for files in (*DAMAGED_LISTS, [{"path": "../a/config.json", "sha256": "x"}]):
+        recipe.write_text(json.dumps(content | {"files": files}))
+        assert "is not of this job: a directory that this tool wrote" in refused(*arguments)
+        assert "did not write, and is not replaced" in refused("--fresh", *arguments)

@@ -1,5 +1,6 @@
 """Killed before any step that changes the disk and started again, a conversion ends as one that was never disturbed."""
 
+import shutil
 import tempfile
 from fnmatch import fnmatch
 
@@ -38,11 +39,16 @@ def test_split_is_killed_at_every_step(undisturbed, root):
 
 def test_what_a_killed_evaluation_has_left_goes_with_the_next(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    foreign = tmp_path / "bitwright-of-the-user"
-    foreign.mkdir()
+    foreign = [".bitwright-notes", ".bitwright-work", ".bitwright-scratch-notes", ".bitwright-scratch-my_notes"]
+    for name in foreign:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").touch()
     with scratch_directory() as living:
-        (left := tmp_path / ".bitwright-left").mkdir()
+        left, unmarked = tmp_path / ".bitwright-scratch-left_123", tmp_path / ".bitwright-scratch-left_456"
+        shutil.copytree(living, left)
         (left / "hidden-0.bin").write_bytes(bytes(1000))
+        unmarked.mkdir()
         with scratch_directory() as other:
-            assert living.is_dir() and other != living and not left.exists()
-    assert list(tmp_path.iterdir()) == [foreign]
+            assert living.is_dir() and other != living and not left.exists() and not unmarked.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(foreign)
+    assert all((tmp_path / name / "precious").exists() for name in foreign)
