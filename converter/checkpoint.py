@@ -13,6 +13,7 @@ from gguf.gguf_writer import GGUFValue
 
 from formats.encoding import check_finite
 from formats.errors import ConvertError
+from formats.names import is_text, printable
 from formats.regular_file import LARGEST_METADATA_BYTES, check_size, open_regular, read_whole
 from formats.safetensors_file import DTYPE_BITS
 
@@ -181,8 +182,9 @@ def metadata_files(directory: Path) -> list[Path]:
 def model_files(directory: Path, patterns: Sequence[str]) -> list[Path]:
     """Those files of a checkpoint, those in its folder of templates included, that the patterns name, by name.
 
-    Raises ConvertError for one that is no regular file, is larger than any of its kind, or is a link to a file that is
-    not the model's: what it names would be read, and copied into an artifact that others are given.
+    Raises ConvertError for one that has a name of no UTF-8, is no regular file, is larger than any of its kind, or is a
+    link to a file that is not the model's: what it names would be read, and copied into an artifact that others are
+    given.
     """
     found = []
     templates = directory / TEMPLATES
@@ -190,6 +192,12 @@ def model_files(directory: Path, patterns: Sequence[str]) -> list[Path]:
         name = path.relative_to(directory).as_posix()
         if not any(fnmatch(name, pattern) for pattern in patterns) or (path.is_dir() and name not in patterns):
             continue
+        if not is_text(name):
+            raise ConvertError(
+                "the file's name is no UTF-8, in which the files of an artifact are listed",
+                printable(str(path)),
+                "give it a name of UTF-8, or take it out of the model's directory",
+            )
         target = Path(os.path.realpath(path))  # unlike Path.resolve it bears links that lead to each other
         if not any(target.is_relative_to(root) for root in _roots(directory)):
             raise ConvertError(

@@ -11,7 +11,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
@@ -21,7 +21,7 @@ from converter.job import Job
 from converter.progress import size_text
 from formats.errors import ConvertError
 from formats.files import remove, remove_directory, rename, take_name
-from formats.names import LONGEST_NAME, hidden_path
+from formats.names import LONGEST_NAME, hidden_path, is_text, printable
 from formats.whole_file import whole_file
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -133,9 +133,14 @@ def inputs_of(job: Job, checkpoint: Checkpoint) -> list[Path]:
     return [location, *small, *sorted({tensor.file for tensor in checkpoint.tensors.values()}), *named]
 
 
-def check_places(inputs: Iterable[Path], outputs: Iterable[Path], work_dir: Path | None = None) -> None:
-    """Refuse an output that is an input or would hold one, and a work directory in which either lies: what is in it may
-    be deleted. Raises ConvertError."""
+def check_places(inputs: Collection[Path], outputs: Collection[Path], work_dir: Path | None = None) -> None:
+    """Refuse a path that is no UTF-8, an output that is an input or would hold one, and a work directory that holds
+    either: what is in it may be deleted. Raises ConvertError."""
+    for path in (*inputs, *outputs, *([work_dir] if work_dir is not None else [])):
+        if not is_text(str(path)):
+            raise ConvertError(
+                "the path is no UTF-8, in which the report and the recipe name it", printable(str(path)), "rename it"
+            )
     read, written = [(path, path.resolve()) for path in inputs], [(path, path.resolve()) for path in outputs]
     on_disk = {(found.st_dev, found.st_ino): path for path, _ in read if (found := _stat(path)) is not None}
     for output, place in written:

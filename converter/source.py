@@ -6,6 +6,7 @@ from pathlib import Path
 from converter import gguf_source, hub, safetensors_source
 from converter.checkpoint import Checkpoint
 from formats.errors import ConvertError
+from formats.names import is_text, printable
 
 # A snapshot in the Hub's cache.
 _SNAPSHOT = re.compile(r"/models--(?P<organization>[^/]+)--(?P<name>[^/]+)/snapshots/(?P<commit>[^/]+)$")
@@ -32,6 +33,12 @@ def open_checkpoint(model: str, *, metadata_only: bool = False, token: str | Non
 
 def _identity(directory: Path) -> tuple[str, str | None]:
     """Model id and revision: a snapshot in the Hub's cache is what the Hub calls it, any other directory its name."""
+    if not is_text(directory.name):
+        raise ConvertError(
+            "the name of the model's directory, which the artifact gives as the model's, is no UTF-8",
+            printable(str(directory)),
+            "rename it",
+        )
     snapshot = _SNAPSHOT.search(directory.as_posix())
     if snapshot is None:
         return directory.name or "model", None

@@ -6,6 +6,7 @@ from typing import Any
 
 from converter.checkpoint import DTYPE_BYTES, StoredTensor, metadata_files
 from converter.known_cases import refuse_adapter, refuse_without_config
+from converter.values import check_text
 from formats.errors import ConvertError
 from formats.regular_file import read_json
 
@@ -30,6 +31,7 @@ def read_config(directory: Path, model: str) -> dict[str, Any]:
         raise refuse_without_config(directory, model)
     refuse_adapter(directory, model)
     config = read_json(path)
+    check_text(config, str(path))
     if "transformers_weights" in config:
         raise ConvertError(
             f"the configuration names other weights than its directory has: {config['transformers_weights']!r}",

@@ -9,6 +9,7 @@ from gguf import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
 from formats.errors import ConvertError
+from formats.names import is_text, printable
 
 MAX_COUNT = 2**31 - 1
 """llama.cpp and its libraries count in 32 bits with a sign."""
@@ -36,6 +37,20 @@ def check_finite(config: Mapping[str, Any], where: str) -> None:
         path, value = pending.pop()
         if isinstance(value, float) and not math.isfinite(value):
             raise unusable(path, value, "which is no number to use", where)
+        if isinstance(value, dict):
+            pending += ((f"{path}.{key}", inner) for key, inner in value.items())
+        elif isinstance(value, list):
+            pending += ((path, inner) for inner in value)
+
+
+def check_text(config: Mapping[str, Any], where: str) -> None:
+    """Raises ConvertError for half of a surrogate pair anywhere in what was read of JSON, keys included: JSON can spell
+    it, and no file of UTF-8 can hold it."""
+    pending: list[tuple[str, Any]] = list(config.items())
+    while pending:
+        path, value = pending.pop()
+        if not is_text(path) or (isinstance(value, str) and not is_text(value)):
+            raise unusable(printable(path), value, "which is no text", where)
         if isinstance(value, dict):
             pending += ((f"{path}.{key}", inner) for key, inner in value.items())
         elif isinstance(value, list):

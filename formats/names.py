@@ -29,6 +29,21 @@ def safe_name(text: str, longest: int = LONGEST_NAME) -> str:
     return f"_{kept}" if _RESERVED.match(kept) else kept
 
 
+def is_text(name: str) -> bool:
+    """Whether it can be written as UTF-8, as what is said of a model is: half of a surrogate pair cannot, and in Python
+    a file's name that is no UTF-8 has such halves."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def printable(name: str) -> str:
+    """The same with escapes for what is no text."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def shortened(name: str, longest: int) -> str:
     """The name where it has at most that many bytes; else its beginning and its end, and between them a hash of all of
     it, so that no two names become one."""

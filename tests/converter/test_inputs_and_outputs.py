@@ -1,5 +1,6 @@
 """What a command reads is never what it writes, and a command replaces its own files alone."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -142,3 +143,26 @@ def test_a_split_replaces_no_file_that_comes_while_it_runs(tiny, tmp_path, monke
     assert "cannot be written" in refused("split", path, "--split-size", "60K")
     (second,) = tmp_path.glob("m-00002-of-*.gguf")
     assert second.read_text() == "precious"
+
+
+def test_what_is_no_utf_8_is_refused_before_the_work(tiny, tmp_path):
+    """Names of files, and what config.json says: at the end they would stand in reports and recipes."""
+    model, bad = tmp_path / "model", os.fsdecode(b"a\xff")
+    shutil.copytree(tiny("llama"), model)
+    fp8 = ["--profile", "fp8", "--no-quality"]
+    (model / f"LICENSE{bad}").touch()
+    assert "LICENSEa\\udcff" in refused(*fp8, "--output", tmp_path / "o", model)
+    (model / f"LICENSE{bad}").unlink()
+    for options, output in ((PLAIN, f"{bad}.gguf"), (fp8, bad), (fp8, f"{bad}/o"), (PLAIN, f"{bad}/o.gguf")):
+        assert "no UTF-8" in refused(*options, "--output", tmp_path / output, model)
+    assert "no UTF-8" in refused(*PLAIN, "--work-dir", tmp_path / bad, "--output", tmp_path / "o.gguf", model)
+    model.rename(tmp_path / bad)
+    for options, output in ((PLAIN, "o.gguf"), (fp8, "o")):
+        assert "a\\udcff" in refused(*options, "--output", tmp_path / output, tmp_path / bad)
+    (tmp_path / bad).rename(model)
+    config = json.loads((model / "config.json").read_text())
+    for note in ({"note": "\ud800"}, {"notes": [{"a\ud800": 1}]}):
+        (model / "config.json").write_text(json.dumps(config | note))
+        message = refused(*fp8, "--output", tmp_path / "o", model)
+        assert "note" in message and "which is no text" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
