@@ -13,6 +13,7 @@ from converter.tokens import (
     Vocabulary,
     added_tokens,
     added_type,
+    check_added,
     check_ids,
     check_token,
     check_unique,
@@ -59,7 +60,11 @@ def sentencepiece(files: TokenizerFiles, model: SentencePieceModel, vocab_size: 
     where = files.where("tokenizer.model")
     if not files.definition:
         _check_settings(model, where)
-    check_ids({piece: index for index, piece in enumerate(model.pieces)}, vocab_size, where)
+    pieces = {piece: index for index, piece in enumerate(model.pieces)}
+    check_ids(pieces, vocab_size, where)
+    newer = added_tokens(files)
+    legacy = {text: index for text, index in legacy_added_tokens(files).items() if index not in newer}
+    check_added(files, files.definition["model"]["vocab"] if files.definition else pieces, legacy)
     tokens, types = no_tokens(vocab_size)
     scores = [_NO_TOKEN_SCORE] * vocab_size
     n_pieces = len(model.pieces)
@@ -67,7 +72,7 @@ def sentencepiece(files: TokenizerFiles, model: SentencePieceModel, vocab_size: 
     for index, kind in enumerate(model.types):
         if kind == TokenType.USER_DEFINED:
             tokens[index] = _as_in_text(tokens[index])
-    added, notes = usable({index: {"content": text} for text, index in legacy_added_tokens(files).items()}, vocab_size)
+    added, notes = usable({index: {"content": text} for text, index in legacy.items()}, vocab_size)
     for index, token in added.items():
         tokens[index], types[index], scores[index] = token["content"], TokenType.USER_DEFINED, _ADDED_SCORE
     notes += _sentencepiece_notes(files, model)
@@ -87,6 +92,7 @@ def byte_fallback(files: TokenizerFiles, vocab_size: int) -> Vocabulary:
         rank.setdefault(left + right, order)
     vocabulary = files.definition["model"]["vocab"]
     check_ids(vocabulary, vocab_size, where)
+    check_added(files, vocabulary)
     tokens, types = no_tokens(vocab_size)
     scores = [_NO_TOKEN_SCORE] * vocab_size
     for text, index in vocabulary.items():

@@ -1,6 +1,6 @@
 """A vocabulary as llama.cpp wants it: what both kinds share, and byte-level BPE."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,7 @@ def byte_level(files: TokenizerFiles, vocab_size: int, pre: PreTokenizerName) ->
     definition = files.definition
     indices = definition["model"]["vocab"]
     check_ids(indices, vocab_size, where)
+    check_added(files, indices)
     added, added_notes = usable(added_tokens(files), vocab_size)
     tokens, types = no_tokens(vocab_size)
     for text, index in indices.items():
@@ -152,18 +153,51 @@ def prefix_contradiction(stated: bool, other: str) -> str:
 
 def added_tokens(files: TokenizerFiles) -> dict[int, dict[str, Any]]:
     """Added tokens by id: those of tokenizer_config.json, and of tokenizer.json, which is the one that runs."""
+    return dict((*_of_settings(files), *_of_definition(files)))
+
+
+def _of_settings(files: TokenizerFiles) -> Iterator[tuple[int, dict[str, Any]]]:
     where = files.where("tokenizer_config.json")
-    added = {}
     for key, token in (part(files.settings, "added_tokens_decoder", dict, where) or {}).items():
         if not isinstance(token, dict) or not (key.isdecimal() and len(key) < _LONGEST_ID):
             raise ConvertError(f"{token!r} with the id {key!r} is no token", where, "fetch the file again")
         check_token(token.get("content"), int(key), where)
-        added[int(key)] = token
+        yield int(key), token
+
+
+def _of_definition(files: TokenizerFiles) -> Iterator[tuple[int, dict[str, Any]]]:
     where = files.where("tokenizer.json")
     for token in objects(files.definition, "added_tokens", where):
         check_token(token.get("content"), token.get("id"), where)
-        added[token["id"]] = token
-    return added
+        yield token["id"], token
+
+
+def check_added(files: TokenizerFiles, vocabulary: Mapping[str, int], legacy: Mapping[str, int] | None = None) -> None:
+    """Raise ConvertError for an added token with another id than it gets: transformers does not go by the ids that are
+    stated. A token of the vocabulary keeps its id; others follow on the vocabulary, one after another.
+
+    vocabulary: ids of the model's own tokens. legacy: what added_tokens.json has.
+    """
+    stated = [("tokenizer.json", index, token["content"]) for index, token in _of_definition(files)]
+    settings = sorted(_of_settings(files), key=lambda entry: entry[0])
+    stated += [("tokenizer_config.json", index, token["content"]) for index, token in settings]
+    old = sorted((legacy or {}).items(), key=lambda entry: entry[1])
+    stated += [("added_tokens.json", index, text) for text, index in old]
+    given: dict[str, int] = {}
+    following = len(vocabulary)
+    for name, index, text in stated:
+        if text not in given:
+            given[text] = vocabulary.get(text, following)
+            following = max(following, given[text] + 1)
+        if given[text] != index:
+            own = next((own for own, taken in (*vocabulary.items(), *given.items()) if taken == index), None)
+            taken = "" if own in (None, text) else f", which is that of the token {own!r}"
+            raise ConvertError(
+                f"the added token {text!r} is stated with the id {index}{taken}; transformers gives it the id"
+                f" {given[text]}",
+                files.where(name),
+                "fetch the tokenizer's files again, or save them again where the model was trained",
+            )
 
 
 def added_type(text: str, token: Mapping[str, Any]) -> TokenType:

@@ -17,6 +17,7 @@ from converter.pre_tokenizer import PreTokenizerName, find_name
 from converter.tokenizer import tokenizer_metadata
 from formats.errors import ConvertError
 from scripts.smollm2 import save_tokenizer
+from tests import tiny_models
 from tests import tiny_tokenizers as tiny
 from tests.converter.tokenizer_checks import ALL_TEXTS, EXACT, TABLE, build, change_json, differing, load, values
 
@@ -175,7 +176,7 @@ def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path):
     ):
         tokenizer_metadata(tmp_path, n - 3)
     change_json(tmp_path / "tokenizer.json", lambda content: content["added_tokens"][-1].update(content="<|begin|>"))
-    with pytest.raises(ConvertError, match=r"same text '<\|begin\|>'"):
+    with pytest.raises(ConvertError, match=r"'<\|begin\|>' is stated with the id"):
         tokenizer_metadata(tmp_path, n)
 
 
@@ -255,3 +256,27 @@ def test_it_needs_neither_torch_nor_transformers():
     program = "import sys, converter.tokenizer; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("stated", [390, 400, 405])
+def test_added_tokens_have_the_ids_of_transformers(name, file, stated, tmp_path):
+    tiny_models.build(name, tmp_path)
+    token = {"content": "BAR", "special": False, "normalized": False, "lstrip": False, "rstrip": False}
+    token["single_word"] = False
+    if file == "tokenizer.json":
+        change_json(tmp_path / file, lambda content: content["added_tokens"].append({"id": stated, **token}))
+    else:
+        change_json(tmp_path / file, lambda content: content.update(added_tokens_decoder={str(stated): token}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    given = theirs.convert_tokens_to_ids("BAR")
+    if given == stated:
+        assert values(tmp_path, 410)["ggml.tokens"][stated] == "BAR"
+        return
+    with pytest.raises(ConvertError) as caught:
+        tokenizer_metadata(tmp_path, 410)
+    assert f"'BAR' is stated with the id {stated}" in caught.value.what
+    assert caught.value.what.endswith(f"transformers gives it the id {given}")
+    assert caught.value.where == str(tmp_path / file)
+    assert stated != 390 or f"that of the token {theirs.convert_ids_to_tokens(390)!r}" in caught.value.what
