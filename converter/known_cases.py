@@ -27,6 +27,17 @@ _RENAME = (
 )
 
 
+# Of the beginnings of names only.
+_REPLACE = (
+    'rename them: python -c "import pathlib as p, safetensors.torch as s; '
+    "[s.save_file({{'{to}' + k.removeprefix('{prefix}') if k.startswith('{prefix}') else k: v"
+    " for k, v in s.load(f.read_bytes()).items()}}, f, {{'format': 'pt'}})"
+    " for f in p.Path('{model}').glob('*.safetensors')]; "
+    "[f.write_text(f.read_text().replace(chr(34) + '{prefix}', chr(34) + '{to}'))"
+    " for f in p.Path('{model}').glob('*.index.json')]\""
+)
+
+
 @dataclass(frozen=True)
 class FileCase:
     """file: a pattern of names of files. what, remedy: of the error; {model} is what the user calls it."""
@@ -60,6 +71,7 @@ class NameCase:
     unknown: a regular expression that one of those fits which are stored and belong to no place. missing: one that all
     of those fit which are not stored. Empty: whatever there is. {layers} in them is one for the numbers of the
     configuration's layers, {stored_layers} and {stored_experts} for those of the stored ones.
+    complete: a case only where nothing is missing.
     what, remedy: of the error; besides {model} they may name {name}, the tensor it was found by, {prefix}, what of its
     name the expression's group has found, and {n_layers}.
     """
@@ -68,6 +80,7 @@ class NameCase:
     remedy: str
     unknown: str = ""
     missing: str = ""
+    complete: bool = False
 
 
 _NAMES = (
@@ -109,11 +122,13 @@ _NAMES = (
         "config.json has fewer experts (num_experts, num_local_experts) than are stored: {name!r}",
         "take config.json of the same model",
         r"\.experts\.\d+\.",
+        complete=True,
     ),
     NameCase(
         "config.json says that there are no biases, and {name!r} is stored, which transformers leaves out",
         'if the model was trained with it, say so in config.json ("attention_bias": true, "mlp_bias": true)',
         r"\.bias$",
+        complete=True,
     ),
     NameCase(
         "config.json has num_hidden_layers = {n_layers}, and not all are stored: {name!r} is missing",
@@ -167,6 +182,8 @@ def explain_names(
     numbers = {"{layers}": "|".join(map(str, range(n_layers)))}
     numbers |= {"{stored_layers}": found_in("layers"), "{stored_experts}": found_in("experts")}
     for case in _NAMES:
+        if case.complete and missing:
+            continue
         expression = case.missing or case.unknown
         for key, found in numbers.items():
             expression = expression.replace(key, f"(?:{found})")
@@ -177,6 +194,14 @@ def explain_names(
             said = {"model": model, "name": match.string, "n_layers": n_layers}
             said["prefix"] = match[1] if match.re.groups else ""
             return ConvertError(case.what.format(**said), model, case.remedy.format(**said))
+    if (beginnings := _beginnings(missing, unknown)) is not None:
+        to, prefix = beginnings
+        theirs = f"begin with {to}" if to else "do not"
+        return ConvertError(
+            f"the names begin with {prefix}, and transformers' {theirs}: {min(unknown)!r}",
+            model,
+            _REPLACE.format(model=model, to=to, prefix=prefix),
+        )
     if not missing:
         return ConvertError(
             f"{len(unknown)} tensors are unknown to the architecture {architecture}, the first is {min(unknown)!r}",
@@ -185,3 +210,20 @@ def explain_names(
         )
     others = f", and has {min(unknown)!r}, which belongs to no place" if unknown else ""
     return ConvertError(f"the checkpoint lacks the tensor {min(missing)!r}{others}", model, "fetch it again")
+
+
+def _beginnings(missing: Collection[str], unknown: Collection[str]) -> tuple[str, str] | None:
+    """The beginning that all missing names have, and the one that all unknown ones have in its place; None where they
+    differ in more, or within the layers."""
+    if not missing or not unknown:
+        return None
+    expected, found = _beginning(missing), _beginning(unknown)
+    same = {expected + name.removeprefix(found) for name in unknown} == set(missing)
+    return (expected, found) if same and found and "layers." not in expected else None
+
+
+def _beginning(names: Collection[str]) -> str:
+    """The parts, each with its dot, that all of the names begin with."""
+    first, last = min(names).split("."), max(names).split(".")
+    n_parts = next((i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first) - 1)
+    return "".join(f"{part}." for part in first[:n_parts])

@@ -132,9 +132,9 @@ class _Describer:
 
         Raises ConvertError for weights that are quantized, and for tensors that are not stored or belong to no place.
         """
-        used = {name: self.checkpoint.tensors[name] for name in self.stored.values()}
-        notes = check_unquantized(self.checkpoint.config, used, self.configuration.where)
         expected = {name for rule, layer in self._rules() for name in self._wanted(rule, layer)}
+        used = {own: self.checkpoint.tensors[own] for name, own in self.stored.items() if name in expected}
+        notes = check_unquantized(self.checkpoint.config, used, self.configuration.where)
         missing, unknown = expected - self.stored.keys(), self.stored.keys() - expected
         if unknown:
             self._refuse_switched_off()

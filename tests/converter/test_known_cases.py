@@ -71,6 +71,8 @@ def run_remedy(remedy: str, directory: Path) -> None:
         (prefixed("base_model.model."), "an adapter is part of the weights, and not merged"),
         (added("model.layers.0.self_attn.q_proj.lora_A.default.weight"), "an adapter is part of the weights"),
         (added("model.layers.0.mlp.up_proj.weight_scale"), "quantized already: .*weight_scale"),
+        (added("model.some_buffer", torch.int64), r"^1 tensors are unknown to .* the first is 'model\.some_buffer'"),
+        (added("model.layers.0.mlp.up_proj.weight_packed", torch.int32), "quantized already: .*weight_packed"),
         (added("score.weight"), r"classifies texts and generates none.*'score\.weight'"),
         (added("v_head.summary.weight"), r"a head for values .*'v_head\.summary\.weight'"),
         (added("model.layers.2.mlp.up_proj.weight"), "has 2 layers, and more are stored"),
@@ -121,6 +123,18 @@ def test_the_command_that_takes_a_prefix_off(tmp_path: Path) -> None:
     weight_map = {prefix + name: shard for shard, names in shards.items() for name in names}
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     run_remedy(refusal(directory).remedy, tmp_path)
+    assert described(directory).tensors == before
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2", "mixtral"])
+@pytest.mark.parametrize("prefix", ["transformer.", "model.model.", "_fsdp_wrapped_module.model."])
+def test_other_beginnings_and_the_command_that_renames(name: str, prefix: str, tmp_path: Path) -> None:
+    directory = build(tmp_path / "model", name)
+    before = described(directory).tensors
+    edit_weights(directory, lambda weights: {re.sub(r"^model\.", prefix, key): value for key, value in weights.items()})
+    error = refusal(directory)
+    assert error.what.startswith(f"the names begin with {prefix}, and transformers' begin with model.: '{prefix}")
+    run_remedy(error.remedy, tmp_path)
     assert described(directory).tensors == before
 
 
