@@ -24,7 +24,7 @@ COMPUTED = re.compile(r"\.rotary_emb(_local)?\.inv_freq$|(^|\.)position_ids$")
 _WITHOUT_HEAD = re.compile(r"^(?=(embed_tokens|layers|norm)\.)")
 
 # Without a value these mean that there is none, or that it follows from others; any other key then has its default.
-_MEANT_WITHOUT_VALUE = ("num_key_value_heads", "sliding_window")
+_MEANT_WITHOUT_VALUE = ("num_key_value_heads", "sliding_window", "rope_theta")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,13 @@ from formats.errors import ConvertError
 
 # What transformers reads for every architecture, and llama.cpp takes for granted in all.
 _REQUIRED_OF_ALL: dict[str, Any] = {"is_causal": True, "per_layer_config": {}}
+# What transformers takes null for; for a null that it refuses there is no default.
+_NULLABLE = (
+    *("num_key_value_heads", "sliding_window", "sliding_window_pattern", "partial_rotary_factor", "mlp_only_layers"),
+    *("rope_theta", "rope_local_base_freq", "use_bidirectional_attention", "attn_logit_softcapping"),
+)
+# Two keys of one value, of which an architecture has either.
+_EXPERTS = ("num_local_experts", "num_experts")
 # Names of transformers' for the same function.
 _SYNONYMS = {"swish": "silu"}
 
@@ -48,10 +55,12 @@ def configure(config: dict[str, Any], where: str, tensors: Mapping[str, StoredTe
     llama.cpp for this architecture."""
     check_finite(config, where)
     architecture = find_architecture(config, where)
-    values = architecture.completed(config)
+    _check_nulls(architecture, config, where)
+    values = architecture.completed(_with_own_key(architecture, config, where))
     rope = rope_parameters(values, architecture.rope_types, architecture.local_rope, where)
     values["partial_rotary_factor"] = number(rope, "partial_rotary_factor", where)
     _check_required(architecture, values, where)
+    _check_switches(architecture, values, where)
     dimensions = dimensions_of(architecture, values, where, tensors)
     _check_equal(architecture, values, dimensions, where)
     check_rope(rope, dimensions["rotary"], where)
@@ -85,6 +94,36 @@ def _notes(architecture: Architecture, rope: dict[str, Any], dimensions: dict[st
             f"the text: for texts of up to {original} tokens run it with a context no larger (-c {original})"
         )
     return tuple(notes)
+
+
+def _check_nulls(architecture: Architecture, config: Mapping[str, Any], where: str) -> None:
+    for key in architecture.requires | architecture.defaults:
+        if key in config and config[key] is None and key not in _NULLABLE:
+            raise unusable(key, None, "which transformers refuses", where)
+
+
+def _with_own_key(architecture: Architecture, config: dict[str, Any], where: str) -> dict[str, Any]:
+    """The configuration with the number of experts under the architecture's own key; transformers reads both."""
+    own = next((key for key in _EXPERTS if key in architecture.defaults), None)
+    stated = {key: config[key] for key in _EXPERTS if config.get(key) is not None}
+    if own is None or not stated:
+        return config
+    if len(stated) == 2 and len(set(map(repr, stated.values()))) == 2:
+        both = " and ".join(f"{key} = {value!r}" for key, value in stated.items())
+        raise ConvertError(
+            f"the configuration has {both}, which are two names of one value",
+            f"{where}: {own}",
+            "take the wrong one out of config.json",
+        )
+    others = {key: value for key, value in config.items() if key not in _EXPERTS}
+    return {**others, own: next(iter(stated.values()))}
+
+
+def _check_switches(architecture: Architecture, values: dict[str, Any], where: str) -> None:
+    """Raise ConvertError for a switch that is neither true nor false: transformers refuses it."""
+    for key, usual in (_REQUIRED_OF_ALL | architecture.requires | architecture.defaults).items():
+        if isinstance(usual, bool) and not isinstance(values.get(key, usual), bool):
+            raise unusable(key, values[key], "which is neither true nor false", where)
 
 
 def _check_required(architecture: Architecture, values: dict[str, Any], where: str) -> None:

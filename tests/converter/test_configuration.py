@@ -175,6 +175,43 @@ def test_biases_that_the_configuration_promises(tmp_path: Path) -> None:
         describe(open_checkpoint(str(directory)))
 
 
+@pytest.mark.parametrize(
+    ("edits", "said"),
+    [
+        ({"num_local_experts": 4, "num_experts": 8}, "num_local_experts = 4 and num_experts = 8"),
+        ({"num_local_experts": WITHOUT, "num_experts": 4}, ""),
+        ({"num_local_experts": 4, "num_experts": 4}, ""),
+    ],
+)
+def test_both_names_of_the_number_of_experts(edits: dict[str, Any], said: str, tmp_path: Path) -> None:
+    directory = write_variant(tmp_path / "model", "Mixtral", edits)
+    if said:
+        with pytest.raises(ConvertError, match=said):
+            describe(open_checkpoint(str(directory)))
+    else:
+        assert transformers.AutoConfig.from_pretrained(directory).num_local_experts == 4
+        assert describe(open_checkpoint(str(directory))).metadata["llama.expert_count"].value == 4
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("attention_bias", value) for value in ("true", 1, 0, None)),
+        *(("tie_word_embeddings", value) for value in ("false", 1, None)),
+        *((key, None) for key in ("rms_norm_eps", "rope_theta", "hidden_act", "max_position_embeddings")),
+    ],
+)
+def test_what_transformers_refuses_of_switches_and_null(key: str, value: Any) -> None:
+    directory, checkpoint, _, _ = base_model("Llama")
+    config = json.loads((directory / "config.json").read_text()) | {key: value}
+    if key == "rope_theta":
+        del config["rope_parameters"]
+    assert logits_with("Llama", config) is None
+    with pytest.raises(ConvertError) as caught:
+        describe(replace(checkpoint, config=config))
+    assert key in str(caught.value)
+
+
 # --- every attribute that transformers reads ---
 
 MODEL_TYPES = {"Gemma3": "gemma3", "Qwen3Moe": "qwen3_moe"} | {
