@@ -9,7 +9,9 @@ from calibration.control import ShouldStop
 from calibration.corpus import Corpus, corpus_title, load_corpus, resolve_corpus
 from calibration.imatrix_file import load_imatrix, save_imatrix
 from calibration.importance import ImportanceMatrix, compute_importance
+from converter.architecture import find_architecture
 from converter.checkpoint import Checkpoint
+from converter.configuration import dimensions_of
 from converter.hub import first_line
 from converter.job import Job
 from converter.kept import kept
@@ -239,6 +241,7 @@ def _save_as_directory(checkpoint: Checkpoint, directory: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     _restate_rope(checkpoint, model.config)
+    _restate_what_is_equal(checkpoint, model.config)
     unfinished = directory.with_name("source.unfinished")
     remove_tree(unfinished)
     tokenizer.save_pretrained(unfinished)
@@ -263,6 +266,16 @@ def _restate_rope(checkpoint: Checkpoint, config: Any) -> None:
     )
     if table.get("rope_type") == "longrope" and original is not None:
         config.original_max_position_embeddings = int(original.value)
+
+
+def _restate_what_is_equal(checkpoint: Checkpoint, config: Any) -> None:
+    """Give the configuration what llama.cpp takes for granted and a GGUF does not state: its reader has defaults."""
+    architecture = find_architecture(config.to_dict(), str(checkpoint.location))
+    values = architecture.completed(config.to_dict())
+    values.setdefault("partial_rotary_factor", 1.0)
+    dimensions = dimensions_of(architecture, values, str(checkpoint.location), checkpoint.tensors)
+    for key, equal in architecture.equal.items():
+        setattr(config, key, dimensions[equal.of_layers.get(dimensions["layers"], equal.dimension)])
 
 
 def _not_readable(gguf: Path, why: str) -> ConvertError:

@@ -336,3 +336,15 @@ def test_a_quantization_that_is_only_stated(
     assert f"calls the model quantized ({quantization['quant_method']})" in note
     dtype = "F16" if part == "whole" else "F32"
     assert re.search(f"stored whole, in {dtype}: they are converted as they are", note)
+
+
+def test_a_gguf_of_gemma_computes_with_the_scale_that_llama_cpp_takes(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """transformers' reader of GGUF leaves its default there, which is that of other sizes."""
+    write_f32(tiny("gemma3"), tmp_path / "model.gguf")
+    checkpoint = open_checkpoint(str(tmp_path / "model.gguf"))
+    opened, _ = runnable(checkpoint, describe(checkpoint), tmp_path)
+    tokens = np.random.default_rng(7).integers(3, VOCAB_SIZE, (1, 48))
+    expected, found = (transformers_logits(path, tokens) for path in (tiny("gemma3"), opened.location))
+    assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
