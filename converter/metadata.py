@@ -1,24 +1,25 @@
 """The artifact's key-value pairs that describe the model, with the keys and types that llama.cpp's converter writes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import yaml
 from gguf import GGUFType, GGUFValueType, GGUFWriter, Keys, Metadata, size_label
 from gguf.gguf_writer import GGUFValue
 
 from converter.checkpoint import Checkpoint
 from converter.configuration import Configuration
+from converter.front_matter import SenselessFrontMatter, front_matter_file, read_front_matter
 from converter.rope import rope_metadata
 from converter.values import float32, uint32
 from profiles.vocabulary import TensorSpec
 
-# All that gguf reads of a directory, and what it raises for front matter that makes no sense.
-_DESCRIPTIONS = ("README.md", "config.json", "generation_config.json")
-_SENSELESS = (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError)
+_CARD = "README.md"
+# All that gguf reads of a directory beside the card, and what it raises for entries of the card that make no sense.
+_DESCRIPTIONS = ("config.json", "generation_config.json")
+_SENSELESS = (ValueError, TypeError, AttributeError, KeyError)
 
 
 def model_metadata(
@@ -62,8 +63,8 @@ def source_card(checkpoint: Checkpoint) -> dict[str, Any]:
         card = {key: entry.value for key, entry in stated.items() if entry is not None}
     else:
         try:
-            card = Metadata.load_model_card(checkpoint.location)
-        except _SENSELESS:
+            card = read_front_matter(checkpoint.location / _CARD)
+        except SenselessFrontMatter:
             card = {}  # said with the plan
         card = {"license": checkpoint.config.get("license"), **card}
     known: dict[str, Any] = {}
@@ -83,25 +84,24 @@ def _general(
     the card where that makes no sense, which is to be noted."""
     tensors = list(tensors)
     try:
-        return _derived(checkpoint, gguf_name, tensors, _DESCRIPTIONS), []
+        return _derived(checkpoint, gguf_name, tensors, read_front_matter(checkpoint.location / _CARD)), []
     except _SENSELESS as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
-    others = [name for name in _DESCRIPTIONS if name != "README.md"]
-    note = f"README.md is left out, its front matter makes no sense: {why}"
-    return _derived(checkpoint, gguf_name, tensors, others), [note]
+    note = f"{_CARD} is left out, its front matter makes no sense: {why}"
+    return _derived(checkpoint, gguf_name, tensors, {}), [note]
 
 
 def _derived(
-    checkpoint: Checkpoint, gguf_name: str, tensors: Iterable[TensorSpec], files: Iterable[str]
+    checkpoint: Checkpoint, gguf_name: str, tensors: Iterable[TensorSpec], card: Mapping[str, Any]
 ) -> dict[str, GGUFValue]:
-    """By these of the checkpoint's files."""
+    """By the checkpoint's files, with this card."""
     writer = GGUFWriter(path=None, arch=gguf_name)
     writer.add_type(GGUFType.MODEL)
     for spec in tensors:
         # Only the shape counts here, for the number of parameters.
         writer.add_tensor_info(spec.name, spec.shape, np.dtype(np.float32), spec.n_weights * 4)
     counts = writer.get_total_parameter_count()
-    metadata = _load_metadata(checkpoint, counts[0], files)
+    metadata = _load_metadata(checkpoint, counts[0], card)
     if metadata.size_label is None:
         metadata.size_label = size_label(*counts)
     metadata.set_gguf_meta_model(writer)
@@ -117,16 +117,20 @@ def _texts(value: GGUFValue) -> GGUFValue:
     return value
 
 
-def _load_metadata(checkpoint: Checkpoint, n_parameters: int, files: Iterable[str]) -> Metadata:
+def _load_metadata(checkpoint: Checkpoint, n_parameters: int, card: Mapping[str, Any]) -> Metadata:
     """gguf reads names and sizes out of the directory's name, which in the Hub's cache is a commit hash: a directory of
-    the model's own name stands in for it."""
+    the model's own name stands in for it. The card in it is of our own making: gguf's reader follows every alias."""
     organization, _, name = checkpoint.model_id.rpartition("/")
     with TemporaryDirectory() as parent:
         directory = Path(parent) / name
         directory.mkdir()
-        for file in files:
+        for file in _DESCRIPTIONS:
             if (path := checkpoint.location / file).is_file():
                 (directory / file).symlink_to(path.resolve())
+        if card:
+            # Results of benchmarks are long, and tell gguf nothing.
+            told = {key: value for key, value in card.items() if key != "model-index"}
+            (directory / _CARD).write_text(front_matter_file(told), encoding="utf-8")
         metadata = Metadata.load(model_path=directory, total_params=n_parameters)
     if metadata.name is None:
         metadata.name = name

@@ -13,6 +13,7 @@ from urllib.parse import quote
 import yaml
 
 from calibration.corpus import EMBEDDED
+from converter.front_matter import SenselessFrontMatter, is_listable, parse_front_matter
 from converter.progress import size_text
 from converter.recipe import command_text, from_files
 from converter.report import agreement_text, figure, perplexity_change
@@ -41,6 +42,7 @@ def front_matter(
     if base_model is not None:
         entries |= {"base_model": base_model, "base_model_relation": "quantized"}
     entries |= {"quantized_by": owner, "library_name": "gguf"}
+    source_card = {key: value for key, value in source_card.items() if is_listable(value)}
     entries |= {key: source_card[key] for key in _INHERITED if source_card.get(key)}
     link = str(entries.get("license_link", "https:"))
     if base_model is not None and not link.startswith("http"):  # a file of the source's repository
@@ -80,13 +82,11 @@ def _merged_front_matter(found: re.Match[str] | None, entries: Mapping[str, Any]
     is set only where it is missing.
     """
     try:
-        present = (yaml.safe_load(found[1]) if found else None) or {}
-    except yaml.YAMLError as error:
+        present = parse_front_matter(found[1]) if found else {}
+    except SenselessFrontMatter as error:
         raise ConvertError(
-            f"the front matter of the card is no YAML: {' '.join(str(error).split())}", where, "mend it on the Hub"
+            f"the front matter of the card makes no sense: {error}", where, "mend it on the Hub"
         ) from None
-    if not isinstance(present, dict):
-        raise ConvertError("the front matter of the card has no entries", where, "mend it on the Hub")
     merged = dict(present)
     for key, value in entries.items():
         if key == "tags":

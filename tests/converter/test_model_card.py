@@ -173,6 +173,10 @@ def test_the_front_matter_takes_over_what_holds_for_a_quantization():
         "base_model": "Org/Ancestor",
         "datasets": ["a/b"],
     }
+    assert front_matter(None, {"tags": [["chat"]], "language": {"a": "en"}}, "me", calibrated=False)["tags"] == [
+        "gguf",
+        "bitwright",
+    ]
     assert front_matter("Org/Tiny", source, "me", calibrated=False) == {
         "base_model": "Org/Tiny",
         "base_model_relation": "quantized",
@@ -236,7 +240,9 @@ def test_marks_that_are_no_pair(existing):
         write_card(existing, ENTRIES, "words", "here")
 
 
-@pytest.mark.parametrize("front", ["a: [", "- a\n- b", "just words", "a: !!python/object:os.system {}"])
+@pytest.mark.parametrize(
+    "front", ["a: [", "- a\n- b", "just words", "a: !!python/object:os.system {}", "a: &a 1\nb: *a", "a: 2024-13-45"]
+)
 def test_front_matter_that_makes_no_sense(front):
     with pytest.raises(ConvertError, match="front matter"):
         write_card(f"---\n{front}\n---\nbody\n", ENTRIES, "words", "here")

@@ -5,15 +5,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
 import pytest
+from gguf import Metadata
 from safetensors.numpy import load_file, save_file
 
 from converter.architecture import architectures
+from converter.front_matter import front_matter_file, read_front_matter
 from converter.metadata import source_card
 from converter.model_map import describe, read_rows, restore
 from converter.source import open_checkpoint
@@ -244,7 +247,27 @@ def test_values_of_the_model_card_are_text_where_gguf_wants_text(llama: Path) ->
     write_f32(llama, llama / "written.gguf")
 
 
-@pytest.mark.parametrize("front_matter", ["a: [", "base_model: {a: b: c}", "license: [[1]]"])
+# Ten billion texts, by aliases; a number of base 60, which takes minutes to read.
+BOMB = "\n".join(["a: &a [x]", *(f"{to}: &{to} [{', '.join([f'*{of}'] * 10)}]" for of, to in pairwise("abcdefghijk"))])
+
+
+@pytest.mark.parametrize(
+    "front_matter",
+    [
+        "a: [",
+        "base_model: {a: b: c}",
+        "license: [[1]]",
+        "just words",
+        "tags: [[a]]",
+        "language: {a: b}",
+        "date: 2024-13-45",
+        f"{BOMB}\ntags: *k\nlanguage: *k",
+        f"a: {'[' * 5000}",
+        f"a: 1{':1' * 100_000}",
+        f"a: {'x' * (1 << 20)}",
+    ],
+    ids=lambda text: text[-20:],
+)
 def test_a_model_card_that_makes_no_sense_is_left_out(llama: Path, front_matter: str) -> None:
     without = describe_directory(llama)
     (llama / "README.md").write_text(f"---\n{front_matter}\n---\n")
@@ -254,6 +277,19 @@ def test_a_model_card_that_makes_no_sense_is_left_out(llama: Path, front_matter:
         "README.md is left out, its front matter makes no sense"
     ]
     assert source_card(open_checkpoint(str(llama))).keys() <= {"license"}
+
+
+def test_gguf_is_told_what_it_reads_of_a_model_card_itself(tmp_path: Path) -> None:
+    text = (
+        "license: mit\nlanguage:\n- en\n- no\ntags:\n\t- \U0001f600 - no\n\t- a\u0301\n\t- 'yes'\n\t- 2024-01-02\n"
+        f"model_description: {'long ' * 50}\nmodel-index:\n- name: results\nbase_model: [org/A, org/B]\n"
+    )
+    (tmp_path / "README.md").write_text(f"---\n{text}---\n# Words\n", encoding="utf-8")
+    expected = Metadata.load_model_card(tmp_path)
+    found = read_front_matter(tmp_path / "README.md")
+    assert found == expected and expected["language"] == ["en", "no"]
+    (tmp_path / "README.md").write_text(front_matter_file(found))
+    assert Metadata.load_model_card(tmp_path) == expected
 
 
 def test_unknown_architecture_names_the_nearest(llama: Path) -> None:
