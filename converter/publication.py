@@ -21,13 +21,13 @@ from converter.hub_repository import RepositoryFile
 from converter.job import default_work_dir, file_sha256
 from converter.progress import Progress, size_text
 from converter.recipe import profile_file
+from converter.records import PAGE, PLAN, REPORT, read_page, read_plan, read_report
 from converter.verify import artifact_files
 from formats.errors import ConvertError
 from formats.gguf_file import read_gguf
 
 RECIPES = "recipe"
-REPORT = "report.json"
-RECIPE_NAMES = (REPORT, "plan.json", "report.html")
+RECIPE_NAMES = (REPORT, PLAN, PAGE)
 """What lies there, beside the profile and what was measured of the model."""
 # The Hub asks for files of at most this size: larger ones are slow to fetch, and lost whole when it fails.
 LARGEST_FILE_BYTES = 20 * 1000**3
@@ -55,8 +55,8 @@ class FinishedArtifact:
 def load_artifact(first: Path, work_dir: Path | None, progress: Progress) -> FinishedArtifact:
     """The artifact that begins with this file, and its report. Reads every byte once, for the hashes.
 
-    Raises ConvertError for an artifact without a report, one that is not as its report says, and for files that are too
-    large for the Hub.
+    Raises ConvertError for an artifact without a report, a report that is not as it was written, an artifact that is
+    not as its report says, and for files that are too large for the Hub.
     """
     if first.is_dir():
         raise ConvertError(
@@ -71,11 +71,8 @@ def load_artifact(first: Path, work_dir: Path | None, progress: Progress) -> Fin
                 f"split it: convert split {first} --split-size 20GB",
             )
     work_dir = work_dir or default_work_dir(first.with_name(f"{_SHARD.sub('', first.stem)}.gguf"))
-    report = _read_json(work_dir / REPORT)
-    try:
-        described = {Path(file["path"]).name: file["sha256"] for file in report["artifact"]["files"]}
-    except (KeyError, TypeError):
-        raise ConvertError("this is no report of a conversion", str(work_dir / REPORT), "convert again") from None
+    report = read_report(work_dir)
+    described = {Path(file["path"]).name: file["sha256"] for file in report["artifact"]["files"]}
     total, done = sum(path.stat().st_size for path in paths), 0
     for path in paths:
         if described.get(path.name) != file_sha256(path):
@@ -86,26 +83,13 @@ def load_artifact(first: Path, work_dir: Path | None, progress: Progress) -> Fin
             )
         done += path.stat().st_size
         progress("check", done, total, "B")
-    if len(described) != len(paths):
+    if (n := len(report["artifact"]["files"])) != len(paths):
         raise ConvertError(
-            f"the report is of {len(described)} files, the artifact has {len(paths)}",
+            f"the report is of {n} files, the artifact has {len(paths)}",
             str(first),
             "name the first shard",
         )
     return FinishedArtifact(paths, work_dir, report, _plain_metadata(paths[0]))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ConvertError(
-            "the conversion's own record of this artifact is missing",
-            str(path),
-            "name its work directory with --work-dir, or convert again: the card states what was measured then",
-        ) from None
-    except ValueError:
-        raise ConvertError("the conversion's record is damaged", str(path), "convert again with --fresh") from None
 
 
 def _plain_metadata(path: Path) -> dict[str, Any]:
@@ -160,21 +144,20 @@ def files_to_publish(artifact: FinishedArtifact, report: dict[str, Any]) -> list
     ]
     directory = report["recipe_directory"]
     recipe = artifact.report["recipe"]
-    plan = {key: value for key, value in _read_json(artifact.work_dir / "plan.json").items() if key != "output"}
+    plan = {key: value for key, value in read_plan(artifact.work_dir).items() if key != "output"}
     if plan.get("plan_sha256") != artifact.report["plan_sha256"]:
         raise ConvertError(
             "the plan is not the one that the artifact was made by",
-            str(artifact.work_dir / "plan.json"),
+            str(artifact.work_dir / PLAN),
             "convert again",
         )
     texts = {
         REPORT: json.dumps(report, indent=1),
-        "plan.json": json.dumps(_without_places(plan, artifact), indent=1),
+        PLAN: json.dumps(_without_places(plan, artifact), indent=1),
         profile_file(recipe["profile"]): recipe["profile_toml"],
     }
-    html = artifact.work_dir / "report.html"
-    if html.exists():
-        texts[html.name] = _without_places(html.read_text(encoding="utf-8"), artifact)
+    if (page := read_page(artifact.work_dir)) is not None:
+        texts[PAGE] = _without_places(page, artifact)
     beside = [RepositoryFile.of_bytes(f"{directory}/{name}", text.encode()) for name, text in texts.items()]
     for key, what in MEASURED.items():
         if manifest := artifact.report[key]:

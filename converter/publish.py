@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from converter import model_card
+from converter.front_matter import LARGEST_CARD_BYTES
 from converter.hub_repository import (
     Changed,
     HubRepository,
@@ -23,7 +24,6 @@ from converter.publication import (
     MEASURED,
     RECIPE_NAMES,
     RECIPES,
-    REPORT,
     FinishedArtifact,
     files_to_publish,
     load_artifact,
@@ -31,10 +31,14 @@ from converter.publication import (
     repository_stem,
 )
 from converter.recipe import profile_file
+from converter.records import REPORT
 from formats.errors import ConvertError
+from formats.regular_file import LARGEST_METADATA_BYTES
 
 CARD = "README.md"
 _REPORTS = re.compile(rf"{RECIPES}/([^/]+)/{re.escape(REPORT)}")
+# What a card is not made of raises.
+_NO_REPORT = (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError, RecursionError)
 # How often somebody else may change the repository while we publish.
 _ROUNDS = 4
 
@@ -222,14 +226,23 @@ def _change(
     reports = _other_reports(repository, state, stem, base, finished, note) if state is not None else []
     deleted = _obsolete(repository, state, stem, report, files, target) if state is not None else []
     try:
-        existing = repository.read(CARD, state.commit).decode() if state is not None and CARD in present else None
+        existing = None
+        if state is not None and CARD in present:
+            existing = _fetch(repository, state, CARD, LARGEST_CARD_BYTES).decode()
     except UnicodeDecodeError:
         raise ConvertError("the card is no UTF-8 text", f"{repository.name}: {CARD}", "mend it on the Hub") from None
     entries = model_card.front_matter(
         base.model_id, base.card, repository.name.partition("/")[0], report["calibration"] is not None
     )
     reports = [report, *reports]
-    section = model_card.section(repository.name, base.model_id, reports, finished.has_chat_template)
+    try:
+        section = model_card.section(repository.name, base.model_id, reports, finished.has_chat_template)
+    except _NO_REPORT as error:  # the others have been tried
+        raise ConvertError(
+            f"the report lacks what the card says: {type(error).__name__} {error}",
+            str(finished.work_dir / REPORT),
+            "run the same conversion again, it makes it anew",
+        ) from None
     card = model_card.write_card(existing, entries, section, f"{repository.name}: {CARD}")
     files.append(RepositoryFile.of_bytes(CARD, card.encode()))
     sent = [file for file in files if file.path not in present or not present[file.path].same_as(file)]
@@ -267,16 +280,28 @@ def _other_reports(
 
 def _read_report(repository: HubRepository, state: RepositoryState, path: str) -> dict[str, Any]:
     """A report that was published before, with all that the card needs of it."""
+    content = _fetch(repository, state, path, LARGEST_METADATA_BYTES)
     try:
-        report = json.loads(repository.read(path, state.commit))
+        report = json.loads(content)
         model_card.section(repository.name, report["base_model"], [report], chat_template=True)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as error:
+    except _NO_REPORT as error:
         raise UnreadableReport(
             f"a report in the repository cannot be read: {type(error).__name__} {error}",
             f"{repository.name}: {path}",
             "publish that artifact again with --replace, or delete the file on the Hub",
         ) from None
     return report
+
+
+def _fetch(repository: HubRepository, state: RepositoryState, path: str, limit: int) -> bytes:
+    """A file of the repository. Raises ConvertError for more than `limit` bytes."""
+    if (size := state.files[path].n_bytes) > limit:
+        raise ConvertError(
+            f"the file has {size} bytes, and {limit} are the most for its kind",
+            f"{repository.name}: {path}",
+            "delete it on the Hub, or publish to another repository",
+        )
+    return repository.read(path, state.commit)
 
 
 def _obsolete(

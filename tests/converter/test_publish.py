@@ -25,6 +25,7 @@ from converter.cli import main
 from converter.job import default_work_dir, file_sha256
 from converter.progress import Progress
 from formats.errors import ConvertError
+from formats.seals import write_sealed
 from tests.converter.writable_hub import SIGNATURE, Account, Fault, Repository, WritableHub, serve
 
 ROOT = Path(__file__).parents[2]
@@ -67,8 +68,12 @@ def report_of(artifact: Path) -> Path:
 
 
 def edit_report(artifact: Path, **changes: Any) -> None:
-    report = json.loads(report_of(artifact).read_text())
-    report_of(artifact).write_text(json.dumps({**report, **changes}))
+    seal(report_of(artifact), {**json.loads(report_of(artifact).read_text()), **changes})
+
+
+def seal(path: Path, record: object) -> None:
+    """As a conversion writes its records."""
+    write_sealed(path, "report", json.dumps(record).encode())
 
 
 @pytest.fixture
@@ -430,9 +435,9 @@ def other_artifact(artifact: Path, stem: str) -> Path:
     report = json.loads(report_of(path).read_text())
     report["artifact"] = {"bytes": path.stat().st_size, "files": [described(path)]}
     report["recipe"]["plan_sha256"] = report["plan_sha256"] = "0" * 64
-    report_of(path).write_text(json.dumps(report))
+    seal(report_of(path), report)
     plan = default_work_dir(path) / "plan.json"
-    plan.write_text(json.dumps({**json.loads(plan.read_text()), "plan_sha256": "0" * 64}))
+    seal(plan, {**json.loads(plan.read_text()), "plan_sha256": "0" * 64})
     return path
 
 
@@ -563,13 +568,48 @@ def test_an_artifact_that_is_not_its_reports(hub, artifact, tmp_path):
     assert hub.writes() == []
 
 
+@pytest.mark.parametrize("name", ["report.json", "plan.json", "report.html"])
+def test_records_that_are_not_what_was_written_are_not_published(hub, artifact, name):
+    path = default_work_dir(artifact) / name
+    content = path.read_bytes()
+    for changed in (content[:-10], content.replace(b"balanced", b"unlawful"), b"{}", b"[]", None):
+        path.unlink()
+        if changed is None:
+            os.mkfifo(path)
+        else:
+            path.write_bytes(changed)
+        message = refused(artifact)
+        assert "not what was written there" in message and "it makes them anew" in message
+    assert hub.writes() == []
+
+
+def test_records_that_are_none_are_not_published(hub, artifact):
+    report = json.loads(report_of(artifact).read_text())
+    plan = default_work_dir(artifact) / "plan.json"
+    for record in ({}, [], {"artifact": report["artifact"]}, {**report, "verdict": "fine"}):
+        seal(report_of(artifact), record)
+        assert "this is no record of a conversion" in (message := refused(artifact)) or "no JSON object" in message
+    seal(report_of(artifact), {**report, "groups": [{}]})
+    assert "the report lacks what the card says" in refused(artifact)
+    seal(report_of(artifact), report)
+    seal(plan, [])
+    assert "no JSON object" in refused(artifact)
+    assert hub.writes() == []
+
+
+def test_a_card_that_is_no_tree_or_has_no_end_is_refused(hub, converted):
+    for card, message in ((b"---\na: &a [x]\nb: *a\n---\n", "anchors or aliases"), (b"x" * (1 << 20) + b"x", "bytes")):
+        hub.add(TO, private=True, files={"README.md": card})
+        assert message in refused(converted)
+
+
 def test_names_follow_the_convention(hub, artifact):
     work_dir = default_work_dir(artifact)
     mine = artifact.with_name("mine.gguf")
     artifact.rename(mine)
     report = json.loads((work_dir / "report.json").read_text())
     report["artifact"]["files"] = [described(mine)]
-    (work_dir / "report.json").write_text(json.dumps(report))
+    seal(work_dir / "report.json", report)
     shown = publish(mine, "--dry-run", "--work-dir", work_dir)
     assert shown["files"][0]["path"] == "Llama-113K-BALANCED_4BIT.gguf"
     assert "by the GGUF naming convention" in shown["notes"][-1]

@@ -1,12 +1,14 @@
 """`convert split`: the files are those that `convert --split-size` writes."""
 
 import json
+import os
 from pathlib import Path
 
 from click.testing import CliRunner, Result
 
 from converter.cli import main
 from converter.job import default_work_dir
+from formats.seals import is_sound, write_sealed
 
 
 def convert(*arguments: object) -> Result:
@@ -50,3 +52,40 @@ def test_what_cannot_be_split(tiny, tmp_path):
     assert "another file is there already" in convert("split", path, "--split-size", "60K").stderr
     assert "one of several splits" in convert("split", first, "--split-size", "30K").stderr
     assert "no size" in convert("split", path, "--split-size", "many").stderr
+
+
+def test_a_report_that_is_not_the_artifact_s_stops_before_a_byte_is_written(tiny, tmp_path):
+    path, other = tmp_path / "m.gguf", tmp_path / "other" / "m.gguf"
+    assert convert("--output", path, "--profile", "uniform-8bit", "--no-quality", tiny("llama")).exit_code == 0
+    assert convert("--output", other, "--profile", "uniform-4bit", "--no-quality", tiny("llama")).exit_code == 0
+    report = default_work_dir(path) / "report.json"
+    content = report.read_bytes()
+
+    def refused(*arguments: object) -> str:
+        done = convert("split", path, "--split-size", "60K", *arguments, "--verbose")
+        assert done.exit_code == 1 and [p.name for p in tmp_path.glob("*.gguf")] == ["m.gguf"]
+        return done.stderr
+
+    for changed in (content[:-10], content.replace(b"uniform-8bit", b"uniform-9bit"), b'{"a": 1}', b"[]", None):
+        report.unlink()
+        if changed is None:
+            os.mkfifo(report)
+        else:
+            report.write_bytes(changed)
+        assert "it makes them anew" in refused()
+    report.unlink()
+    for changed in (b'{"a": 1}', b"[]", b"{"):
+        write_sealed(report, "report", changed)
+        assert "it makes them anew" in refused()
+    write_sealed(report, "report", content)
+    assert "the report is of another artifact" in refused("--work-dir", default_work_dir(other))
+    # Of the artifact as it was split otherwise it is.
+    for size in ("60K", "60K", "40K"):
+        assert convert("split", path, "--split-size", size).exit_code == 0
+        assert is_sound(report)
+        shards = [Path(file["path"]) for file in json.loads(report.read_text())["artifact"]["files"]]
+        assert all(shard.exists() for shard in shards)
+    assert (
+        "the report is of another artifact"
+        in convert("split", other, "--split-size", "40K", "--work-dir", default_work_dir(path)).stderr
+    )
