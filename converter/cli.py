@@ -33,7 +33,13 @@ class DefaultGroup(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         keep_streams_usable()
-        return super().main(*args, **kwargs)
+        try:
+            with clear_errors():
+                return super().main(*args, **kwargs)
+        except ConvertError as error:  # of --help and --version; a command tells its own
+            click.echo(f"error: {error}", err=True)
+            give_up_stdout()
+            sys.exit(error.exit_code)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -367,6 +373,7 @@ def profiles() -> None:
 
 
 @profiles.command("list")
+@fails_clearly
 def list_profiles() -> None:
     """Every preset with what it does and when to use it, and every scheme, which is a profile, too."""
     from formats.schemes import SCHEMES

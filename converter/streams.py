@@ -7,7 +7,8 @@ from typing import Any
 
 
 def keep_streams_usable() -> None:
-    """For a command's process: stderr never fails, and no file of ours takes the number of a stream that is closed."""
+    """For a command's process: stderr never fails, an error of stdout names it, and no file of ours takes the
+    number of a stream that is closed."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
@@ -16,6 +17,10 @@ def keep_streams_usable() -> None:
     if sys.stderr is sys.__stderr__:  # else whoever runs us has put their own there
         raw = io.BufferedWriter(_Forgiving(), 1 << 13)
         sys.stderr = io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True)
+    if sys.stdout is sys.__stdout__ and sys.stdout is not None:
+        out = sys.stdout
+        named = io.BufferedWriter(_Stdout(1, "w", closefd=False), 1 << 13)
+        sys.stdout = io.TextIOWrapper(named, out.encoding, out.errors, line_buffering=out.line_buffering)
 
 
 def give_up_stdout() -> None:
@@ -24,6 +29,17 @@ def give_up_stdout() -> None:
         sys.stdout.flush()
     except (OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+class _Stdout(io.FileIO):
+    """The process's stdout, by its name in errors."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = "stdout"
+            raise
 
 
 class _Forgiving(io.RawIOBase):

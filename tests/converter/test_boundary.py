@@ -178,11 +178,12 @@ def test_a_stderr_that_fails_ends_no_job(model, tmp_path, redirection):
     assert (tmp_path / "m.gguf").read_bytes()[:4] == b"GGUF"
 
 
-def test_a_full_stdout_is_an_error(model):
-    command = f"{sys.executable} -m converter plan {model} >/dev/full"
+@pytest.mark.parametrize("arguments", ["plan {}", "profiles list", "--help", "plan --help", "--version"])
+def test_a_full_stdout_is_an_error(model, arguments):
+    command = f"{sys.executable} -m converter {arguments.format(model)} >/dev/full"
     done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
-    assert "No space left on device" in done.stderr and "Exception" not in done.stderr
+    assert "No space left on device" in done.stderr and "stdout" in done.stderr and "Exception" not in done.stderr
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
