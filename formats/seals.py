@@ -18,11 +18,23 @@ SEALS = "seals.jsonl"
 def sealed(path: Path) -> Iterator[Path]:
     """Where to write a file that takes its name, sealed, when the block ends well. The seal comes first: a file with
     this name is never without one. Raises ConvertError."""
-    draft = path.with_name(f".unsealed-{path.name}")
+    draft = _draft(path)
     yield draft
     append_line(path.with_name(SEALS), {"file": path.name, "sha256": file_sha256(draft)})
     rename(draft, path)
     sync_directory(path.parent)
+
+
+def finish(path: Path) -> None:
+    """Give a file that is sealed its name, where a kill came between the two. Raises ConvertError."""
+    draft = _draft(path)
+    if draft.is_file() and _seal(path) == file_sha256(draft):
+        rename(draft, path)
+        sync_directory(path.parent)
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f".unsealed-{path.name}")
 
 
 def write_sealed(path: Path, what: str, content: bytes) -> None:
