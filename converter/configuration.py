@@ -56,7 +56,7 @@ def configure(config: dict[str, Any], where: str, tensors: Mapping[str, StoredTe
     check_finite(config, where)
     architecture = find_architecture(config, where)
     _check_nulls(architecture, config, where)
-    values = architecture.completed(_with_own_key(architecture, config, where))
+    values = _with_one_key(architecture.completed(config), config, where)
     rope = rope_parameters(values, architecture.rope_types, architecture.local_rope, where)
     values["partial_rotary_factor"] = number(rope, "partial_rotary_factor", where)
     _check_required(architecture, values, where)
@@ -102,21 +102,20 @@ def _check_nulls(architecture: Architecture, config: Mapping[str, Any], where: s
             raise unusable(key, None, "which transformers refuses", where)
 
 
-def _with_own_key(architecture: Architecture, config: dict[str, Any], where: str) -> dict[str, Any]:
-    """The configuration with the number of experts under the architecture's own key; transformers reads both."""
-    own = next((key for key in _EXPERTS if key in architecture.defaults), None)
+def _with_one_key(values: dict[str, Any], config: dict[str, Any], where: str) -> dict[str, Any]:
+    """The values with the number of experts under one key, that of config.json where it has one: transformers reads
+    both in every architecture."""
     stated = {key: config[key] for key in _EXPERTS if config.get(key) is not None}
-    if own is None or not stated:
-        return config
+    if not stated:
+        return values
     if len(stated) == 2 and len(set(map(repr, stated.values()))) == 2:
         both = " and ".join(f"{key} = {value!r}" for key, value in stated.items())
         raise ConvertError(
             f"the configuration has {both}, which are two names of one value",
-            f"{where}: {own}",
+            f"{where}: {' and '.join(stated)}",
             "take the wrong one out of config.json",
         )
-    others = {key: value for key, value in config.items() if key not in _EXPERTS}
-    return {**others, own: next(iter(stated.values()))}
+    return {key: value for key, value in values.items() if key not in _EXPERTS or key in stated}
 
 
 def _check_switches(architecture: Architecture, values: dict[str, Any], where: str) -> None:
