@@ -6,7 +6,7 @@ from typing import Any, Literal
 from converter.verdict import COHERENT, FAILED, NOTICEABLE, SEVERE
 from formats.errors import ConvertError
 from formats.regular_file import LARGEST_METADATA_BYTES, read_json, read_whole
-from formats.seals import is_sound
+from formats.seals import is_sealed, was_sealed
 from formats.typed import is_a
 
 REPORT, PLAN, PAGE = "report.json", "plan.json", "report.html"
@@ -28,9 +28,10 @@ _REPORT = {
 }
 
 
-def read_report(work_dir: Path) -> dict[str, Any]:
-    """What was measured. Raises ConvertError as _read does."""
-    return _read(work_dir / REPORT, _REPORT)
+def read_report(work_dir: Path, may_lack_seal: bool = False) -> dict[str, Any]:
+    """What was measured. may_lack_seal: for who changes it, where a kill may have cost the journal of seals its end.
+    Raises ConvertError as _read does."""
+    return _read(work_dir / REPORT, _REPORT, may_lack_seal)
 
 
 def read_plan(work_dir: Path) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def read_page(work_dir: Path) -> str | None:
     return read_whole(path, LARGEST_METADATA_BYTES, _AGAIN).decode()
 
 
-def _read(path: Path, declared: Any) -> dict[str, Any]:
+def _read(path: Path, declared: Any, may_lack_seal: bool = False) -> dict[str, Any]:
     """Raises ConvertError for a record that is missing, is no regular file, was changed since, or is no such."""
     if not path.exists():
         raise ConvertError(
@@ -55,7 +56,8 @@ def _read(path: Path, declared: Any) -> dict[str, Any]:
             str(path),
             "name its work directory with --work-dir, or convert again: the card states what was measured then",
         )
-    _check_seal(path)
+    if is_sealed(path) or not may_lack_seal:
+        _check_seal(path)
     record = read_json(path, remedy=_AGAIN)
     if not _fits(record, declared):
         raise ConvertError("this is no record of a conversion", str(path), _AGAIN)
@@ -63,7 +65,7 @@ def _read(path: Path, declared: Any) -> dict[str, Any]:
 
 
 def _check_seal(path: Path) -> None:
-    if not is_sound(path):
+    if not was_sealed(path):
         raise ConvertError("the conversion's record is not what was written there", str(path), _AGAIN)
 
 

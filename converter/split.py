@@ -14,7 +14,7 @@ from converter.records import REPORT, read_report
 from formats.errors import ConvertError
 from formats.files import take_name
 from formats.gguf_file import EncodedTensor, GgufLayout, lay_out
-from formats.seals import finish, write_sealed
+from formats.seals import write_sealed
 from formats.whole_file import remove_temporary, whole_file
 
 _COPIED_AT_ONCE = 1 << 24
@@ -40,8 +40,7 @@ def split(artifact: Path, shard_bytes: int, work_dir: Path | None, progress: Pro
     work_dir = work_dir or default_work_dir(artifact)
     report = None
     if (work_dir / REPORT).exists():
-        finish(work_dir / REPORT)
-        report = read_report(work_dir)
+        report = read_report(work_dir, may_lack_seal=True)
         if not _is_of(report, artifact, tensors, lambda n_bytes: lay_out(artifact.name, metadata, entries, n_bytes)):
             raise ConvertError(
                 "the report is of another artifact", str(work_dir / REPORT), "name the artifact's own with --work-dir"

@@ -18,23 +18,11 @@ SEALS = "seals.jsonl"
 def sealed(path: Path) -> Iterator[Path]:
     """Where to write a file that takes its name, sealed, when the block ends well. The seal comes first: a file with
     this name is never without one. Raises ConvertError."""
-    draft = _draft(path)
+    draft = path.with_name(f".unsealed-{path.name}")
     yield draft
     append_line(path.with_name(SEALS), {"file": path.name, "sha256": file_sha256(draft)})
     rename(draft, path)
     sync_directory(path.parent)
-
-
-def finish(path: Path) -> None:
-    """Give a file that is sealed its name, where a kill came between the two. Raises ConvertError."""
-    draft = _draft(path)
-    if draft.is_file() and _seal(path) == file_sha256(draft):
-        rename(draft, path)
-        sync_directory(path.parent)
-
-
-def _draft(path: Path) -> Path:
-    return path.with_name(f".unsealed-{path.name}")
 
 
 def write_sealed(path: Path, what: str, content: bytes) -> None:
@@ -48,10 +36,20 @@ def is_sound(path: Path) -> bool:
     return path.is_file() and _seal(path) == file_sha256(path)
 
 
+def was_sealed(path: Path) -> bool:
+    """Whether the file is there, and what it was when it was sealed last or before: a kill may come between the seal
+    and the name of what takes its place."""
+    return path.is_file() and file_sha256(path) in _seals(path)
+
+
 def is_sealed(path: Path) -> bool:
     """Whether a file of this name was sealed, be it there or not."""
     return _seal(path) is not None
 
 
 def _seal(path: Path) -> str | None:
-    return {entry["file"]: entry["sha256"] for entry in read_lines(path.with_name(SEALS))}.get(path.name)
+    return next(reversed(_seals(path)), None)
+
+
+def _seals(path: Path) -> list[str]:
+    return [entry["sha256"] for entry in read_lines(path.with_name(SEALS)) if entry["file"] == path.name]
