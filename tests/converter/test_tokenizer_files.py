@@ -78,7 +78,7 @@ def test_a_model_without_its_parts(content, tmp_path):
         (lambda content: content["model"]["vocab"].update(x=-1), "'x' with the id -1 is no token"),
         (lambda content: content["model"]["vocab"].update(x="7"), "'x' with the id '7' is no token"),
         (lambda content: content["model"]["vocab"].update(x=True), "'x' with the id True is no token"),
-        (lambda content: content["model"]["vocab"].update({"\ud800": 3050}), "is no text"),
+        (lambda content: content["added_tokens"][-1].update(content="\ud800"), "is no text"),
         (lambda content: content["added_tokens"].append({"id": 5}), "None with the id 5 is no token"),
         (lambda content: content["added_tokens"].append("a"), "'added_tokens' is 'a', where an object is expected"),
         (lambda content: content["model"]["merges"].append("alone"), "a merge has not two parts"),
@@ -138,16 +138,20 @@ def whole_byte_level(directory: Path) -> None:
     )
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel()])
     tokenizer.save(str(directory / "tokenizer.json"))
-    change_json(directory / "tokenizer.json", lambda content: content["model"].update(_small(content["model"])))
+    change_json(directory / "tokenizer.json", _make_small)
     _whole(directory)
 
 
-def _small(model: dict[str, Any]) -> dict[str, Any]:
+def _make_small(content: dict[str, Any]) -> None:
     """The same BPE with a few merges only."""
+    model = content["model"]
     kept = [merge for merge in model["merges"][:30]]
     letters = {text: index for text, index in model["vocab"].items() if len(text) == 1 or text.startswith("<|")}
     merged = {left + right: model["vocab"][left + right] for left, right in kept}
-    return {"vocab": letters | merged, "merges": kept}
+    texts = sorted(letters | merged, key=(letters | merged).__getitem__)
+    model.update(vocab={text: index for index, text in enumerate(texts)}, merges=kept)
+    for index, token in enumerate(content["added_tokens"][2:], len(texts)):
+        token["id"] = index
 
 
 def whole_byte_fallback(directory: Path) -> None:
@@ -162,8 +166,9 @@ def whole_byte_fallback(directory: Path) -> None:
 
 
 def _whole(directory: Path) -> None:
+    last = json.loads((directory / "tokenizer.json").read_text())["added_tokens"][-1]["id"]
     settings = {
-        "added_tokens_decoder": {"1": {"content": "[one]", "special": True, "lstrip": True}},
+        "added_tokens_decoder": {str(last + 1): {"content": "[one]", "special": True, "lstrip": True}},
         "chat_template": [{"name": "default", "template": "a"}],
         "add_prefix_space": False,
         "add_bos_token": True,
