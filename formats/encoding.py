@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from formats.errors import ConvertError
+from bitwright.formats.errors import ConvertError
 
 SMALLEST_WEIGHT = np.float32(1e-8)
 

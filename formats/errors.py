@@ -19,6 +19,13 @@ class ConvertError(Exception):
         return f"{self.what}\n  where: {self.where}\n  remedy: {self.remedy}"
 
 
+class TryAgain(ConvertError):
+    """A failure of the moment, by the network or by another process: the same command may succeed later."""
+
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits.h, by which schedulers tell what to run again."""
+
+
 def nearest(name: str, known: list[str]) -> str:
     """The clause "did you mean ...?" for a misspelt name, or the list of known names."""
     import difflib

@@ -13,6 +13,8 @@ LONGEST_NAME = 255
 _KEPT_END = 48
 # Separators of some system, and what Windows refuses in a name.
 _FORBIDDEN = frozenset('/\\<>:"|?*')
+# Unicode categories of what no terminal shows as it is: control, format, surrogate, line and paragraph separators.
+_INVISIBLE = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])\s*(\.|$)", re.IGNORECASE)
 
 
@@ -22,9 +24,7 @@ def safe_name(text: str, longest: int = LONGEST_NAME) -> str:
 
     Separators, control characters and what Windows forbids become "-". The same text gives the same name.
     """
-    kept = "".join(
-        "-" if c in _FORBIDDEN or unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c for c in text
-    )
+    kept = "".join("-" if c in _FORBIDDEN or unicodedata.category(c) in _INVISIBLE else c for c in text)
     kept = shortened(kept.lstrip(".-~ ").rstrip(". "), longest - 1)
     return f"_{kept}" if _RESERVED.match(kept) else kept
 
@@ -40,8 +40,8 @@ def is_text(name: str) -> bool:
 
 
 def printable(name: str) -> str:
-    """The same with escapes for what is no text."""
-    return name.encode(errors="backslashreplace").decode()
+    """The same in one line, with escapes for what is no text and for what a terminal obeys or hides."""
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in _INVISIBLE else c for c in name)
 
 
 def shortened(name: str, longest: int) -> str:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from formats.block_format import BlockFormat, Effort
+from bitwright.formats.block_format import BlockFormat
+from bitwright.formats.choices import Effort
 
 RAISE = 4.0
 MOST_RAISES = 14

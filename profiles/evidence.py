@@ -20,7 +20,7 @@ class Evidence:
     identity: Mapping[str, str | int] = field(default_factory=dict)
 
     def corrected(self, factors: Mapping[str, float]) -> "Evidence":
-        """The same with the losses of these tensors multiplied."""
+        """This evidence with the losses of these tensors multiplied."""
         losses = {
             name: {f: loss * factors.get(name, 1.0) for f, loss in of_tensor.items()}
             for name, of_tensor in self.losses.items()

@@ -6,6 +6,8 @@ from typing import Literal
 
 from gguf.gguf_writer import GGUFValue
 
+from bitwright.profiles.layout import AS_STORED, Layout
+
 
 class Role(StrEnum):
     """The structural place of a tensor; profiles speak in roles, never in substrings of names."""
@@ -22,6 +24,21 @@ class Role(StrEnum):
     ATTENTION_VALUE = "attention_value"
     ATTENTION_QKV = "attention_qkv"
     ATTENTION_OUTPUT = "attention_output"
+    ATTENTION_GATE = "attention_gate"
+    ATTENTION_QUERY_DOWN = "attention_query_down"
+    ATTENTION_QUERY_UP = "attention_query_up"
+    ATTENTION_LATENT = "attention_latent"
+    ATTENTION_KEY_UP = "attention_key_up"
+    ATTENTION_VALUE_UP = "attention_value_up"
+    ATTENTION_KEY_VALUE_UP = "attention_key_value_up"
+    ATTENTION_INDEXER = "attention_indexer"
+    SSM_INPUT = "ssm_input"
+    SSM_OUTPUT = "ssm_output"
+    SSM_PARAMETERS = "ssm_parameters"
+    SSM_STEP = "ssm_step"
+    SSM_DECAY = "ssm_decay"
+    CONV_INPUT = "conv_input"
+    CONV_OUTPUT = "conv_output"
     MLP_GATE = "mlp_gate"
     MLP_UP = "mlp_up"
     MLP_GATE_UP = "mlp_gate_up"
@@ -32,23 +49,45 @@ class Role(StrEnum):
     SHARED_EXPERT_GATE = "shared_expert_gate"
     SHARED_EXPERT_UP = "shared_expert_up"
     SHARED_EXPERT_DOWN = "shared_expert_down"
+    PER_LAYER_EMBEDDING = "per_layer_embedding"
+    PER_LAYER_PROJECTION = "per_layer_projection"
+    MTP = "mtp"
+    SSM_STATE = "ssm_state"
+    CONV = "conv"
+    SINK = "sink"
+    POSITION = "position"
     OTHER = "other"
 
 
-# Tensors that runtimes compute with in float32, a few values each, and what is no part of the text model: never
-# quantized.
-UNQUANTIZED_ROLES = frozenset({Role.NORM, Role.BIAS, Role.ROPE, Role.ROUTER, Role.SCALE, Role.OTHER})
+UNQUANTIZED_ROLES = frozenset(
+    {
+        *(Role.NORM, Role.BIAS, Role.ROPE, Role.ROUTER, Role.SCALE),
+        *(Role.SSM_STATE, Role.CONV, Role.SINK, Role.POSITION, Role.OTHER),
+    }
+)
+"""Tensors that runtimes compute with in float32, a few values each, and what is no part of the text model: never
+quantized."""
 
-DOWN_ROLES = frozenset({Role.MLP_DOWN, Role.EXPERT_DOWN, Role.SHARED_EXPERT_DOWN})
-"""Projections from the neurons of an MLP back to the residual stream."""
+UP_OF_DOWN = {
+    Role.MLP_DOWN: Role.MLP_UP,
+    Role.EXPERT_DOWN: Role.EXPERT_UP,
+    Role.SHARED_EXPERT_DOWN: Role.SHARED_EXPERT_UP,
+}
+"""Projection from the neurons of an MLP back to the residual stream -> the one that the gate multiplies before it."""
 
-# How the rows of a stored matrix are made from the rows of the checkpoint's.
-#   none      as they are
-#   rotary    the two halves of every head's rows interleaved, as llama.cpp's rotary embedding pairs neighbours
-#   plus_one  every value + 1 (gemma stores the norm's deviation from one)
-#   constant  no source: the values are computed from the configuration (rope factors)
+DOWN_ROLES = frozenset(UP_OF_DOWN)
+
+EXPERT_ROLES = frozenset({Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN})
+"""Matrices of the experts that a router chooses among."""
+
+SHARED_EXPERT_ROLES = frozenset({Role.SHARED_EXPERT_GATE, Role.SHARED_EXPERT_UP, Role.SHARED_EXPERT_DOWN})
+"""Matrices of the expert that every token reaches."""
+
+# Where the values of a tensor come from.
+#   stored    from the checkpoint's tensors, as its layout says
+#   constant  no source: they are computed from the configuration (rope factors)
 #   scale     no source: the second-level scales of the matrices of the tensor before it, found when that is encoded
-Transform = Literal["none", "rotary", "plus_one", "constant", "scale"]
+Origin = Literal["stored", "constant", "scale"]
 
 
 @dataclass(frozen=True)
@@ -69,11 +108,15 @@ class TensorSpec:
     name: GGUF name, e.g. "blk.0.attn_q.weight".
     shape: slowest dimension first: (n_values,), (n_rows, n_columns) or (n_experts, n_rows, n_columns).
     sources: names of the checkpoint's tensors: one, or one per expert for a stacked tensor; none for a constant.
-    layer: index of the decoder layer, None outside of the layers.
-    n_heads: heads over which a rotary transform runs.
+    Several tensors may have a source in common, of which each takes a part.
+    layer: index of the decoder layer, None outside of the layers: as of those that predict several tokens (MTP).
+    layout: how it is made of each of its sources. stored_shape: of each of these; () where it is that of the tensor, or
+    of one matrix of a stacked one.
     constant: the values of a constant tensor, in order.
     rescaled: what is multiplied after the transform; the function of the network stays the same.
     scale_applied: the runtime multiplies products with it by its second-level scales, where it has some.
+    kept: the format that it keeps, of a tensor whose use nobody here knows; empty where a plan decides.
+    module: transformers' own name of its module, where the stored one is another; empty where they are the same.
     """
 
     name: str
@@ -81,11 +124,14 @@ class TensorSpec:
     role: Role
     layer: int | None = None
     sources: tuple[str, ...] = ()
-    transform: Transform = "none"
-    n_heads: int = 0
+    origin: Origin = "stored"
+    layout: Layout = AS_STORED
+    stored_shape: tuple[int, ...] = ()
     constant: tuple[float, ...] = ()
     rescaled: tuple[Rescaled, ...] = ()
     scale_applied: bool = False
+    kept: str = ""
+    module: str = ""
 
     @property
     def n_columns(self) -> int:
@@ -121,6 +167,7 @@ class ModelMap:
     metadata: the artifact's key-value pairs that describe the model and its tokenizer, in order of writing.
     source_notes: what of the checkpoint is left out or read otherwise than it says, a sentence each, for the plan.
     gguf_notes: the same of what llama.cpp will do otherwise than the checkpoint says.
+    predicts_tokens: whether the model has a head for the next token; not, where it embeds texts.
     """
 
     architecture: str
@@ -129,6 +176,7 @@ class ModelMap:
     metadata: dict[str, GGUFValue] = field(default_factory=dict)
     source_notes: tuple[str, ...] = ()
     gguf_notes: tuple[str, ...] = ()
+    predicts_tokens: bool = True
 
     @property
     def notes(self) -> tuple[str, ...]:

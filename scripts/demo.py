@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
-from converter.cli import main as convert
-from converter.llama_cpp import LlamaCpp
+from bitwright.converter.cli import main as convert
+from bitwright.converter.judge.llama_cpp import LlamaCpp
 from scripts.smollm2 import build
 
 PROMPT = "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n"
@@ -27,7 +27,7 @@ def generate(artifact: Path) -> str:
 @click.argument("directory", default="demo", type=click.Path(path_type=Path))
 def main(directory: Path) -> None:
     model = build(directory / "SmolLM2-135M-Instruct")
-    arguments = ["--profile", "mlp-low-precision", "--samples", "128", "--sequence-length", "256"]
+    arguments = ["--samples", "128", "--sequence-length", "256"]
     arguments += ["--output", str(directory), str(model)]
     click.echo(f"$ convert {' '.join(arguments)}")
     convert(arguments, standalone_mode=False)

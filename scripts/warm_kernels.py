@@ -4,10 +4,10 @@ import time
 
 import numpy as np
 
-from formats.feedback import feed_back
-from formats.moment_factor import factorize, unit_of
-from formats.registry import FORMATS
-from formats.schemes import SCHEMES
+from bitwright.formats.feedback.choose import feed_back
+from bitwright.formats.feedback.moment_factor import factorize, unit_of
+from bitwright.formats.registry import FORMATS
+from bitwright.formats.schemes.registry import SCHEMES
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     for block_format in FORMATS.values():
         if block_format.blocks is not None:
             factor = factors[unit_of(block_format)]
-            feed_back(block_format, rows, block_format.encode(rows, factor.importance, "fast"), factor, "fast")
+            feed_back(block_format, rows, block_format.encode(rows, factor.importance, "fast"), factor)
     for scheme in SCHEMES.values():
         scheme.encode(rows, importance)
     print(f"{len(FORMATS) + len(SCHEMES)} encoders are ready ({time.monotonic() - start:.1f} s)")

@@ -1,12 +1,18 @@
 """Models for every test: tiny random ones, and SmolLM2 as it is and 768 wide, built once in .cache."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from bitwright.converter.job.cache import DIRECTORY_VARIABLE, OFF
 from scripts import smollm2 as real_model
 from tests import tiny_models
+from tests.tiny_architectures import ALL_TINY_MODELS
+
+# Tests see what is computed, and what is computed again: those of the cache itself switch it on.
+os.environ[DIRECTORY_VARIABLE] = OFF
 
 _CACHE = Path(__file__).parent.parent / ".cache"
 
@@ -23,15 +29,15 @@ def smollm2_wide() -> Path:
     return real_model.build(_CACHE / "smollm2-wide", wide=True)
 
 
+@pytest.fixture
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own, switched on."""
+    directory = tmp_path / "cache"
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(directory))
+    return directory
+
+
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Callable[[str], Path]:
-    """tiny("qwen3") is the directory of that tiny model (see tests/tiny_models.py); not to be written to."""
-    root = tmp_path_factory.mktemp("tiny")
-
-    def build(name: str) -> Path:
-        directory = root / name
-        if not directory.exists():
-            tiny_models.build(name, directory)
-        return directory
-
-    return build
+def tiny() -> Callable[[str], Path]:
+    """tiny("qwen3") is the directory of that tiny model (see tests/tiny_architectures.py); not to be written to."""
+    return lambda name: tiny_models.checkpoint(name, ALL_TINY_MODELS[name])

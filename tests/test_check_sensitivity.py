@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from converter.model_map import describe
-from converter.source import open_checkpoint
-from formats.journal import read_lines
-from scripts.check_sensitivity import Encoded, Result, Results, Source, rank_correlation, report
-from tests.calibration.streaming import load_whole
-from tests.converter.test_sensitivity import build, importance_of, random_factors
+from bitwright.converter.model.model_map import describe
+from bitwright.converter.source.open import open_checkpoint
+from bitwright.formats.files.journal import read_lines
+from scripts.check.sensitivity import Encoded, Result, Results, Source, rank_correlation, report
+from tests.calibration.stream.streaming import load_whole
+from tests.converter.measure.test_sensitivity import build, importance_of, random_factors
 
 
 @pytest.mark.parametrize("name", ["token_embd.weight", "blk.0.attn_q.weight", "blk.3.ffn_up.weight", "output.weight"])
@@ -19,7 +19,7 @@ def test_the_divergence_is_that_of_the_whole_model(tiny, tmp_path, name):
     model_map = describe(checkpoint)
     tokens = np.random.default_rng(0).integers(3, 400, (5, 12)).astype(np.int32)
     source = Source(directory, tokens)
-    table = build(directory, tmp_path / "journal", formats=("Q2_K",), sampled_rows=1)
+    table = build(directory, tmp_path / "work", formats=("Q2_K",), sampled_rows=1)
     encoded = Encoded(checkpoint, model_map, importance_of(random_factors(model_map)), table)
     weights = encoded.weights(model_map.tensor(name), "Q2_K")
     divergence = source.divergence(weights, encoded.first_layer(model_map.tensor(name)))

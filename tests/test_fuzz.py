@@ -20,29 +20,32 @@ from gguf import GGMLQuantizationType, Keys
 from gguf.constants import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
-from calibration.activation_file import save_activations
-from calibration.activations import ActivationStatistics, CachedPeaks, MatrixInputs
-from calibration.chat_template import rendered
-from calibration.histogram import N_BINS, N_MAGNITUDES
-from calibration.imatrix_file import load_imatrix, save_imatrix
-from calibration.importance import ImportanceMatrix
-from calibration.sensitivity import save_sensitivity
-from converter.directory_artifact import RECIPE_NAME, DirectoryArtifact
-from converter.gguf_source import describe_gguf, open_gguf, open_parts
-from converter.inspect import inspect_file, inspect_text
-from converter.model_map import describe
-from converter.smooth_search import SmoothedGroup
-from converter.smoothed import Folding
-from converter.smoothing_file import Smoothing, save_smoothing
-from converter.source import open_checkpoint
-from converter.verify import artifact_files, artifact_tensors
-from formats.errors import ConvertError
-from formats.gguf_file import TensorEntry, lay_out
-from formats.journal import append_line, read_lines
-from formats.safetensors_file import NUMPY_DTYPES, header, read_header
-from formats.schemes import get_scheme
-from profiles.schema import load_profile, parse_profile
-from tests.calibration.test_sensitivity_file import table
+from bitwright.calibration.sensitivity.table import save_sensitivity
+from bitwright.calibration.statistics.activation_file import save_activations
+from bitwright.calibration.statistics.activations import ActivationStatistics, CachedPeaks, MatrixInputs
+from bitwright.calibration.statistics.histogram import N_BINS, N_MAGNITUDES
+from bitwright.calibration.statistics.imatrix_file import load_imatrix, save_imatrix
+from bitwright.calibration.statistics.importance import ImportanceMatrix
+from bitwright.calibration.text.chat_template import rendered
+from bitwright.converter.artifact.directory_record import RECIPE_NAME
+from bitwright.converter.directory.artifact import DirectoryArtifact
+from bitwright.converter.gguf.verify import artifact_files, artifact_tensors
+from bitwright.converter.model.gguf_map import describe_gguf
+from bitwright.converter.model.model_map import describe
+from bitwright.converter.report.inspect import inspect_file, inspect_text
+from bitwright.converter.smoothing.record import Smoothing, save_smoothing
+from bitwright.converter.smoothing.search import SmoothedGroup
+from bitwright.converter.smoothing.view import Folding
+from bitwright.converter.source.gguf import open_gguf, open_parts
+from bitwright.converter.source.open import open_checkpoint
+from bitwright.formats.errors import ConvertError
+from bitwright.formats.files.gguf import TensorEntry, lay_out
+from bitwright.formats.files.journal import append_line, read_lines
+from bitwright.formats.files.safetensors import header, read_header
+from bitwright.formats.files.stored_tensor import NUMPY_DTYPES
+from bitwright.formats.schemes.registry import get_scheme
+from bitwright.profiles.reading.schema import load_profile, parse_profile
+from tests.calibration.sensitivity.test_table import table
 
 ODD_VALUES: list[Any] = [
     *(None, True, False, 0, -1, 1, 2**31, 2**33, 2**63, 2**64, -(2**63), 10**12, 10**400, 0.5, 1e308, -0.0),
@@ -190,8 +193,8 @@ def test_safetensors_headers(tmp_path):
     path.write_bytes(header(shapes) + bytes(n_bytes))
 
     def read(path: Path) -> None:
-        for tensor in read_header(path)[0].values():
-            tensor.read()
+        for name, tensor in read_header(path)[0].items():
+            tensor.read(name)
 
     fuzz(path, read, 800, as_safetensors)
 
@@ -237,7 +240,7 @@ def test_gguf(tmp_path):
     fuzz(gguf(path, metadata, tensors), open_parts, 200)
 
 
-@pytest.mark.parametrize("name", ["importance.gguf", "importance.dat"])
+@pytest.mark.parametrize("name", ["imatrix.gguf", "importance.dat"])
 def test_importance_matrices(tmp_path, name):
     sums = {"blk.0.ffn_up.weight": np.ones((2, 32)), "blk.0.attn_q.weight": np.full((1, 8), 2.0)}
     counts = {key: np.full(len(values), 5) for key, values in sums.items()}

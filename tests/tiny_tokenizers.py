@@ -3,6 +3,8 @@
     byte_level(directory, pre_tokenizer)     tokenizer.json: BPE over bytes, any pre-tokenizer
     byte_fallback(directory, steps...)       tokenizer.json: BPE over characters with byte tokens
     sentencepiece(directory, **options)      tokenizer.model: SentencePiece, BPE unless told otherwise
+    word_pieces(directory, **settings)       vocab.txt: WordPiece, as BERT has it
+    unigram(directory, tokenizer_class)      SentencePiece's Unigram under the name of the class's family
     write_vocabulary(path, metadata)         a GGUF file that has a vocabulary only
 
 Each builder also writes the config files that a checkpoint has, and returns the library's own tokenizer.
@@ -13,9 +15,11 @@ import random
 from pathlib import Path
 from typing import Any
 
-import gguf
+from gguf import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from bitwright.formats.files.gguf import lay_out
 
 # Text that is nothing special to any definition.
 PLAIN_TEXTS = (
@@ -140,6 +144,38 @@ def sentencepiece(directory: Path, settings: dict[str, Any] | None = None, **opt
     return load_sentencepiece(directory)
 
 
+def word_pieces(directory: Path, lowercase: bool = True, **settings: Any) -> int:
+    """A vocab.txt and a tokenizer_config.json with these settings; returns the number of tokens."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=900, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([*PLAIN_TEXTS, *HARD_TEXTS], trainer)
+    texts = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "vocab.txt").write_text("".join(f"{text}\n" for text, _ in texts), encoding="utf-8")
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", **settings}))
+    (directory / "config.json").write_text('{"model_type": "bert"}')
+    return len(texts)
+
+
+def unigram(directory: Path, tokenizer_class: str, **options: Any) -> None:
+    """SentencePiece's Unigram and the config files of XLM-R ("XLMRobertaTokenizer") or T5 ("T5Tokenizer"). options: of
+    SentencePiece's trainer."""
+    of_t5 = tokenizer_class == "T5Tokenizer"
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1} if of_t5 else {}
+    defaults: dict[str, Any] = {
+        **{"model_type": "unigram", "vocab_size": 330, "byte_fallback": False, "split_digits": False},
+        **{"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
+        "allow_whitespace_only_pieces": False,
+    }
+    sentencepiece(directory, {"tokenizer_class": tokenizer_class}, **(defaults | ids | options))
+    name = "spiece.model" if of_t5 else "sentencepiece.bpe.model"
+    (directory / "tokenizer.model").rename(directory / name)
+    (directory / "config.json").write_text(json.dumps({"model_type": "t5" if of_t5 else "xlm-roberta"}))
+
+
 def load_sentencepiece(directory: Path) -> Any:
     """SentencePiece's own processor of the directory's tokenizer.model."""
     from sentencepiece import SentencePieceProcessor
@@ -157,10 +193,7 @@ def _save(tokenizer: Tokenizer, directory: Path, **special_tokens: str) -> Token
 
 def write_vocabulary(path: Path, metadata: dict[str, GGUFValue]) -> Path:
     """A GGUF file without tensors, which llama.cpp loads with `vocab_only`."""
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in metadata.items():
-        writer.add_key_value(key, value.value, value.type, value.sub_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    architecture = {"general.architecture": GGUFValue("llama", GGUFValueType.STRING)}
+    (layout,) = lay_out(path.name, architecture | metadata, [])
+    path.write_bytes(layout.header)
     return path

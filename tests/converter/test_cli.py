@@ -13,10 +13,10 @@ import psutil
 import pytest
 from click.testing import CliRunner, Result
 
-from calibration.imatrix_file import save_imatrix
-from calibration.importance import ImportanceMatrix
-from converter.cli import main
-from converter.job import WorkDirectory, default_work_dir
+from bitwright.calibration.statistics.imatrix_file import save_imatrix
+from bitwright.calibration.statistics.importance import ImportanceMatrix
+from bitwright.converter.cli import main
+from bitwright.converter.job.work_directory import WorkDirectory, default_work_dir
 
 
 def convert(*arguments: object) -> Result:
@@ -42,7 +42,7 @@ def single(tiny, tmp_path) -> Path:
 def test_help_is_fast_and_imports_nothing_heavy():
     code = (
         "import sys; sys.argv = ['convert', '--help']\n"
-        "from converter.cli import main\n"
+        "from bitwright.converter.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'numba', 'numpy', 'datasets', 'gguf'} & set(sys.modules)\n"
@@ -58,7 +58,7 @@ def test_help_is_fast_and_imports_nothing_heavy():
 def test_a_plan_needs_no_torch(tiny):
     code = (
         "import sys; sys.argv = ['convert', '--dry-run', sys.argv[1]]\n"
-        "from converter.cli import main\n"
+        "from bitwright.converter.cli import main\n"
         "try: main()\n"
         "except SystemExit as end: assert end.code == 0, end.code\n"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
@@ -88,20 +88,22 @@ def test_a_plan_explains_every_tensor(tiny):
 
 
 def test_split_artifacts_are_verified_and_inspected_as_one(tiny, tmp_path):
-    arguments = ["--profile", "uniform-8bit", "--no-quality", "--split-size", "200K"]
+    arguments = ["--profile", "uniform-8bit", "--judge", "off", "--split-size", "200K"]
     done = convert(*arguments, "--output", tmp_path / "m.gguf", "--json", tiny("llama-256"))
     assert done.exit_code == 0, done.stderr
     files = [file["path"] for file in json.loads(done.stdout)["artifact"]["files"]]
     assert len(files) > 2 and all(Path(file).stat().st_size < 600_000 for file in files)
     assert convert("verify", files[0], "--against", tiny("llama-256")).exit_code == 0
     assert json.loads(convert("inspect", "--json", files[0]).stdout)["files"] == len(files)
+    whole = json.loads(convert("inspect", "--json", files[0]).stdout)
+    assert json.loads(convert("inspect", "--json", files[1]).stdout) == whole  # any shard stands for all
     Path(files[1]).unlink()
     failed = convert("verify", files[0], "--against", tiny("llama-256"))
     assert failed.exit_code == 1 and "shard of the artifact is missing" in failed.stderr
 
 
 def test_the_recipe_is_in_the_artifact(tiny, tmp_path):
-    convert("--profile", "uniform-8bit", "--no-quality", "--output", tmp_path / "m.gguf", tiny("llama-256"))
+    convert("--profile", "uniform-8bit", "--judge", "off", "--output", tmp_path / "m.gguf", tiny("llama-256"))
     metadata = json.loads(convert("inspect", "--json", tmp_path / "m.gguf").stdout)["metadata"]
     assert metadata["bitwright.profile"] == "uniform-8bit"
     assert metadata["bitwright.source.model"] == "llama-256"
@@ -175,11 +177,11 @@ def nothing(model: Path) -> None:
         (absent_tensor, [], ["mlp.extra"]),
         (header_beyond_the_file, [], ["model-00001-of-", "header"]),
         (pickle_only, [], ["safetensors", "save_pretrained"]),
-        (unknown_architecture, [], ["lamma", "llama"]),
+        (unknown_architecture, [], ["lamma", "llama.cpp", "transformers"]),
         (remote_code, [], ["code"]),
         (unknown_tokenizer, [], ["--pre-tokenizer", "[aeiou]+|x"]),
         (no_tokenizer, [], ["tokenizer"]),
-        (nothing, ["--profile", "mlp-low-precison"], ["did you mean 'mlp-low-precision'?"]),
+        (nothing, ["--profile", "mlp-low-precison"], ["did you mean mlp-low-precision, "]),
         (nothing, ["--set", "mlp_down=Q4K"], ["unknown format 'Q4K'", "did you mean 'Q4_K'?"]),
         (nothing, ["--set", "mlp_dwn=Q4_K"], ["matches no tensor", "did you mean 'mlp_down'?"]),
         (nothing, ["--samples", "5"], ["128 to 1024"]),
@@ -237,7 +239,7 @@ def test_weights_that_are_no_numbers_are_named(single, tmp_path, value, name, ar
     weights[name].view(-1, 256)[-1, 17] = torch.tensor(value)
     row = weights[name].numel() // 256 - 1
     save_torch(weights, single / "model.safetensors", metadata={"format": "pt"})
-    options = ["--profile", "uniform-8bit", "--no-quality", "--output", tmp_path / "m.gguf"]
+    options = ["--profile", "uniform-8bit", "--judge", "off", "--output", tmp_path / "m.gguf"]
     failed = convert(*options, *arguments, single)
     assert failed.exit_code == 1
     assert f"the weight {value} is not a finite number" in failed.stderr
@@ -275,14 +277,14 @@ def test_a_format_that_needs_importance_is_refused_without_that_of_its_tensor(ti
 def test_the_importance_matrix_of_a_model_of_another_name_is_said(single, tmp_path):
     matrix = replace(importance_of((1, 256), "blk.0.attn_q.weight"), model="org/other")
     save_imatrix(tmp_path / "other.gguf", matrix)
-    options = ["--profile", "uniform-8bit", "--no-quality", "--output", tmp_path / "m.gguf"]
+    options = ["--profile", "uniform-8bit", "--judge", "off", "--output", tmp_path / "m.gguf"]
     done = convert("--imatrix", tmp_path / "other.gguf", *options, single)
     assert done.exit_code == 0
     assert "was computed of org/other" in done.stderr
 
 
 def test_another_jobs_work_directory_is_refused_with_the_difference(tiny, tmp_path):
-    arguments = ["--no-quality", "--work-dir", tmp_path / "work", "--output", tmp_path / "m.gguf", tiny("llama-256")]
+    arguments = ["--judge", "off", "--work-dir", tmp_path / "work", "--output", tmp_path / "m.gguf", tiny("llama-256")]
     assert convert("--profile", "uniform-8bit", *arguments).exit_code == 0
     failed = convert("--profile", "uniform-8bit", "--set", "token_embd*=F16", *arguments)
     assert failed.exit_code == 1
@@ -292,7 +294,7 @@ def test_another_jobs_work_directory_is_refused_with_the_difference(tiny, tmp_pa
 
 def test_a_file_that_is_not_ours_is_not_replaced(tiny, tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"precious")
-    arguments = ["--profile", "uniform-8bit", "--no-quality", "--output", tmp_path / "m.gguf", tiny("llama-256")]
+    arguments = ["--profile", "uniform-8bit", "--judge", "off", "--output", tmp_path / "m.gguf", tiny("llama-256")]
     failed = convert(*arguments)
     assert failed.exit_code == 1 and "not of this job" in failed.stderr
     assert (tmp_path / "m.gguf").read_bytes() == b"precious"
@@ -302,8 +304,8 @@ def test_a_file_that_is_not_ours_is_not_replaced(tiny, tmp_path):
 def test_two_processes_in_one_work_directory(tiny, tmp_path):
     output = tmp_path / "m.gguf"
     with WorkDirectory(default_work_dir(output)).locked():
-        failed = convert("--profile", "uniform-8bit", "--no-quality", "--output", output, tiny("llama-256"))
-    assert failed.exit_code == 1 and "another process is working" in failed.stderr
+        failed = convert("--profile", "uniform-8bit", "--judge", "off", "--output", output, tiny("llama-256"))
+    assert failed.exit_code == 75 and "another process is working" in failed.stderr
 
 
 def test_a_disk_too_small_is_noticed_before_any_work(tiny, tmp_path, monkeypatch):
@@ -319,14 +321,14 @@ def test_a_memory_too_small_is_noticed_before_any_work(tiny, tmp_path, monkeypat
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=1 << 20))
     failed = convert("--profile", "uniform-8bit", "--output", tmp_path / "m.gguf", tiny("llama-256"))
     assert failed.exit_code == 1
-    assert "1.00 MiB of memory are available" in failed.stderr and "--no-quality" in failed.stderr
+    assert "1.00 MiB of memory are available" in failed.stderr and "--judge", "off" in failed.stderr
 
 
 def test_a_disk_that_fills_up_loses_nothing(tiny, tmp_path):
     """A limit on file size stands in for the full disk: both are an OSError in the middle of writing."""
-    arguments = ["--profile", "uniform-8bit", "--no-quality", "--output", tmp_path / "m.gguf", tiny("llama-256")]
+    arguments = ["--profile", "uniform-8bit", "--judge", "off", "--output", tmp_path / "m.gguf", tiny("llama-256")]
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
-    code = limit + "import sys; from converter.cli import main; main(sys.argv[1:])"
+    code = limit + "import sys; from bitwright.converter.cli import main; main(sys.argv[1:])"
     failed = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
     )
@@ -346,7 +348,17 @@ def test_interrupt_finishes_the_layer_and_prints_how_to_resume(tiny, tmp_path):
 
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 2000)
-    command = [sys.executable, "-m", "converter", "--no-quality", "--samples", "128", "--sequence-length", "64"]
+    command = [
+        sys.executable,
+        "-m",
+        "bitwright.converter",
+        "--judge",
+        "off",
+        "--samples",
+        "128",
+        "--sequence-length",
+        "64",
+    ]
     command += ["--calibration", str(text), "--output", str(tmp_path / "m.gguf"), str(tiny("llama-256"))]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     checkpoint = tmp_path / "m.bitwright" / "calibration" / "stream.npz"
@@ -356,7 +368,7 @@ def test_interrupt_finishes_the_layer_and_prints_how_to_resume(tiny, tmp_path):
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "resume with: convert --no-quality --samples 128" in errors
+    assert "resume with: bitwright --judge off --samples 128" in errors
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     assert (tmp_path / "m.gguf").exists()
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from formats.files import Step, observed
+from bitwright.formats.files.disk import Step, observed
 
 State = dict[str, bytes | None]
 """Everything in a directory: relative path -> content, None for a directory."""

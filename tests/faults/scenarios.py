@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import converter
-from converter.progress import Progress
-from converter.split import split
-from tests.converter import planted_model
+from bitwright import converter
+from bitwright.converter.job.progress import Progress
+from bitwright.converter.split import split
+from tests.converter.gguf import planted_model
 from tests.faults.disk import Choice, State, read_state, restore
 
 WORK = "work"
@@ -47,7 +47,7 @@ SCENARIOS = {
     "protection": Scenario(
         "m.gguf", model="planted", points=10, options={"profile": "uniform-8bit", "overrides": ("mlp_down=Q2_K",)}
     ),
-    "judged": Scenario("m.gguf", points=6, options={"profile": "uniform-8bit", "quality": True}),
+    "judged": Scenario("m.gguf", points=6, options={"profile": "uniform-8bit", "judge": "full"}),
     "smoothed directory": Scenario("m", options={"profile": "smoothquant-w8a8", "alpha": "auto"}),
 }
 
@@ -72,8 +72,10 @@ def run(scenario: Scenario, models: dict[str, Path], root: Path, **options: Any)
             "samples": 128,
             "sequence_length": 8,
             "effort": "fast",
-            "quality": False,
+            "judge": "off",
             "quiet": True,
+            "analysis": "target_bpw" in scenario.options,
+            "error_feedback": "off",
             "threads": 1,
             "device": "cpu",
             **scenario.options,

@@ -17,7 +17,7 @@ TABLE: list[tuple[str, str, Kind | None, int]] = [
     ("plain", "calibration/stream.npz", ("rename", f"{WORK}/calibration/stream.npz"), 2),
     ("plain", "calibration/hidden-1.bin", ("rename", f"{WORK}/calibration/stream.npz"), 2),
     ("plain", "calibration/stream.npz", ENCODING, 0),
-    ("plain", "importance.gguf", ENCODING, 0),
+    ("plain", "imatrix.gguf", ENCODING, 0),
     ("plain", "seals.jsonl", ENCODING, 0),
     ("plain", "encoded.jsonl", ("rename", "m.gguf"), 0),
     ("plain", "../.m.gguf.partial", ("rename", "m.gguf"), 0),

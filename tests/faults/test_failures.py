@@ -2,7 +2,7 @@
 
 import pytest
 
-from formats.errors import ConvertError
+from bitwright.formats.errors import ConvertError
 from tests.faults import scenarios
 from tests.faults.disk import Kind, failing
 from tests.faults.scenarios import SCENARIOS, begin, check_same

@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 
 import pytest
 
-from converter.scratch import scratch_directory
+from bitwright.converter.job.scratch import scratch_directory
 from tests.faults import scenarios
 from tests.faults.disk import read_state, recorded, restore, sample
 from tests.faults.scenarios import SCENARIOS, check_same, split_again

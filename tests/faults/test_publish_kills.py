@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from converter.hub_repository import HubRepository
-from converter.progress import Progress
-from converter.publish import Target, publish
-from formats.files import observed
-from tests.converter.test_publish import ALICE, TO, TOKEN, here
-from tests.converter.writable_hub import WritableHub
+from bitwright.converter.job.progress import Progress
+from bitwright.converter.publishing.repository import HubRepository
+from bitwright.converter.publishing.stage import Target, publish
+from bitwright.formats.files.disk import observed
+from tests.converter.publishing.publishing import ALICE, TO, TOKEN, here
+from tests.converter.publishing.writable_hub import WritableHub
 from tests.faults import scenarios
 from tests.faults.disk import read_state
 from tests.faults.scenarios import SCENARIOS, WORK, begin
@@ -19,16 +19,17 @@ class Killed(BaseException):
     """Like a kill: nothing but the Hub and the disk remembers what was done."""
 
 
-@pytest.fixture(scope="module")
-def artifact(models, tmp_path_factory) -> Path:
+@pytest.fixture(scope="module", params=["plain", "smoothed directory"])
+def artifact(request, models, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("published") / "root"
     begin(root)
-    scenarios.run(SCENARIOS["plain"], models, root)
-    return root / "m.gguf"
+    scenarios.run(SCENARIOS[request.param], models, root)
+    return root / SCENARIOS[request.param].output
 
 
 def published(artifact: Path, hub: WritableHub) -> dict[str, bytes]:
-    publish(artifact, Target(TO, name="Tiny-113K-v1.0-Q4.gguf"), Progress(quiet=True), work_dir=artifact.parent / WORK)
+    name = None if artifact.is_dir() else "Tiny-113K-v1.0-Q4.gguf"
+    publish(artifact, Target(TO, name=name), Progress(quiet=True), work_dir=artifact.parent / WORK)
     return hub.files(TO)
 
 

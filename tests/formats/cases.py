@@ -146,7 +146,7 @@ CASES = (
     ),
     Case(
         "NVFP4",
-        # Without a second-level scale, as in ggml; tests/formats/test_fp4.py tests it with one.
+        # Without a second-level scale, as in ggml; tests/formats/blocks/test_fp4.py tests it with one.
         best=0.70,
         fast=0.85,
         # The scales 1, 1.125, 2**-9 and 448; in each sub-block the codes 0 .. 15.

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from formats.encoding import SMALLEST_WEIGHT, to_blocks
-from formats.errors import ConvertError
+from bitwright.formats.encoding import SMALLEST_WEIGHT, to_blocks
+from bitwright.formats.errors import ConvertError
 
 ROWS = np.arange(12, dtype=np.float32).reshape(2, 6)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from formats.names import LONGEST_NAME, hidden_path, safe_name, shortened
+from bitwright.formats.names import LONGEST_NAME, hidden_path, printable, safe_name, shortened
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,8 @@ def test_long_names_stay_different_and_fit_in_bytes():
     assert shortened("x" * 200, 200) == "x" * 200
     hidden = {hidden_path(Path("d") / name, "partial") for name in ("a" * 255, "a" * 254 + "b", "a")}
     assert len(hidden) == 3 and all(len(path.name) <= LONGEST_NAME and path.name.startswith(".a") for path in hidden)
+
+
+def test_what_a_terminal_obeys_or_hides_is_printed_as_escapes():
+    assert printable("модель v1.0.gguf") == "модель v1.0.gguf"
+    assert printable("a\nb\x1b[2J\u202ec\udcff") == r"a\nb\x1b[2J\u202ec\udcff"

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from formats import fp4
-from formats.pins import Pin, encode_pinned
-from formats.registry import FORMATS
+from bitwright.formats.blocks import fp4
+from bitwright.formats.pins import Pin, encode_pinned
+from bitwright.formats.registry import FORMATS
 from tests.formats.draws import draw, typical
 
 N_ROWS, SIGMA = 8, np.float32(0.02)

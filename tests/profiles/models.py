@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from formats.registry import FORMATS
-from profiles.evidence import Evidence
-from profiles.vocabulary import ModelMap, Role, TensorSpec
+from bitwright.formats.registry import FORMATS
+from bitwright.profiles.evidence import Evidence
+from bitwright.profiles.vocabulary import ModelMap, Role, TensorSpec
 
 N_LAYERS = 8
 WEIGHT = "blk.{}.{}.weight"

@@ -1,0 +1,101 @@
+"""An observer of the second moments of every input, and of its squares on the way; see statistics/second_moments.py."""
+
+import json
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+
+from bitwright.calibration.statistics.second_moments import (
+    EXPERT_BYTES,
+    held_out_share,
+    row_share,
+    thinned,
+    write_moments,
+)
+from bitwright.calibration.stream.micro_batches import is_held_out
+from bitwright.calibration.stream.observer import SquaredInputs
+from bitwright.calibration.stream.weights import HEAD
+
+GROUPS_KEY = "moment groups"
+
+
+class InputMoments(SquaredInputs):
+    """Also sums x x' of every distinct input of a layer, and writes it to the directory when the layer is done.
+
+    width: of the hidden states; experts whose inputs are as wide share one sum. n_tokens: of the text.
+    shared: "PARAMETER#MATRIX" -> the name of its moments. The output head, whose products are not computed in this
+    pass, has none. Sums are float32, of products of one micro-batch each, added up in their order. Of samples that are
+    held out rows are kept instead.
+    """
+
+    def __init__(self, directory: Path, width: int, n_tokens: int, expert_bytes: int = EXPERT_BYTES) -> None:
+        super().__init__()
+        self.directory, self.width, self.n_tokens, self.expert_bytes = directory, width, n_tokens, expert_bytes
+        self.holds_out = False
+        self.shared: dict[str, str] = {}
+        self._moments: dict[str, np.ndarray] = {}
+        self._rows: dict[str, list[np.ndarray]] = {}
+        self._shown: tuple[weakref.ref[torch.Tensor], str] | None = None
+
+    def fresh(self, first: int) -> Self:
+        observer = type(self)(self.directory, self.width, self.n_tokens, self.expert_bytes)
+        observer.holds_out = is_held_out(first)
+        return observer
+
+    def observe(
+        self, parameter: str, matrix: int, n_matrices: int, inputs: torch.Tensor, outputs: torch.Tensor | None
+    ) -> None:
+        super().observe(parameter, matrix, n_matrices, inputs, outputs)
+        name = f"{parameter}#{matrix}"
+        group = self._group(parameter, matrix, n_matrices, inputs.shape[-1])
+        if parameter == HEAD or group is None:
+            return
+        if self._shown is not None and self._shown[0]() is inputs:
+            self.shared[name] = self._shown[1]
+            return
+        self.shared[name], self._shown = group, (weakref.ref(inputs), group)
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        if self.holds_out:
+            self._rows.setdefault(group, []).append(rows[:: held_out_share(self.n_tokens)].cpu().numpy().copy())
+            return
+        # An expert that sums its own rows may have few.
+        rows = rows[:: row_share(self.n_tokens, rows.shape[1]) if group == parameter else 1]
+        product = (rows.T @ rows).cpu().numpy()
+        if group in self._moments:  # another expert of this layer
+            self._moments[group] += product
+        else:
+            self._moments[group] = product
+
+    def _group(self, parameter: str, matrix: int, n_matrices: int, n_columns: int) -> str | None:
+        if n_matrices == 1 or n_columns == self.width:
+            return parameter
+        return f"{parameter}#{matrix}" if 4 * n_matrices * n_columns**2 <= self.expert_bytes else None
+
+    def merge(self, other: Self) -> None:
+        super().merge(other)
+        self.shared |= other.shared
+        for group, rows in other._rows.items():
+            self._rows.setdefault(group, []).extend(rows)
+        for group, product in other._moments.items():
+            if group in self._moments:
+                self._moments[group] += product
+            else:
+                self._moments[group] = product
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """At the end of a layer, whose moments go to the disk before the checkpoint says that it is done."""
+        for group, moments in self._moments.items():
+            held_out = np.concatenate(self._rows.get(group, [np.empty((0, len(moments)), np.float32)]))
+            write_moments(self.directory, group, moments, thinned(held_out))
+        self._moments, self._rows = {}, {}
+        return super().to_arrays() | {GROUPS_KEY: np.array(json.dumps(self.shared))}
+
+    def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        sums = dict(arrays)
+        if GROUPS_KEY in sums:
+            self.shared = json.loads(str(sums.pop(GROUPS_KEY)))
+        super().load_arrays(sums)

@@ -1,0 +1,261 @@
+"""Layer streaming: take all samples through a model of any size with the weights of one decoder layer in memory.
+
+For every layer in turn all samples go through the layer's own forward, from one file of hidden states to the other;
+then the checkpoint is written and the layer's weights are freed. The next layer's weights load meanwhile.
+
+On a CPU every worker thread takes whole micro-batches through the layer, each on one core: no core waits for another
+inside of an operation, and the results do not depend on the number of threads.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bitwright.calibration.control import Interrupted, PassControl
+from bitwright.calibration.stream.anatomy.state import Layout
+from bitwright.calibration.stream.checkpointing import NOT_STARTED, HiddenStates, StreamCheckpoint
+from bitwright.calibration.stream.micro_batches import fitting_samples, most_samples, spans_of_samples
+from bitwright.calibration.stream.model import Arranged, LayerCall, LayerwiseModel
+from bitwright.calibration.stream.observer import NoStatistic, Observer, ProductTap, locate_matrices
+from bitwright.calibration.stream.streamable import StreamableModel
+from bitwright.calibration.stream.weights import HEAD, ParameterReader
+from bitwright.formats.errors import ConvertError
+
+
+class LayerStream(LayerwiseModel):
+    """One pass of a model over one set of tokens.
+
+    tokens: int [n_samples, sequence_length]. control: its work directory is this pass's alone.
+    observer: is shown every matrix product of the layers and, last, the inputs of the output head; one of caches (see
+    key_values) the keys and values, too. settings: what the observer's statistics depend on beside the model and the
+    tokens; a checkpoint of others is refused.
+    keep: every layer's input, for a pass back; otherwise only the last one is kept.
+    after: a finished stream that has kept them, over the same tokens, and the number of its layers whose weights are
+    the same: these are not run again, and the observer does not see them.
+    held_out_apart: no micro-batch has samples that are held out beside others, see micro_batches.is_held_out.
+    """
+
+    def __init__(
+        self,
+        streamable: StreamableModel,
+        tokens: np.ndarray,
+        control: PassControl,
+        *,
+        observer: Observer | None = None,
+        settings: Mapping[str, object] | None = None,
+        keep: bool = False,
+        after: "tuple[LayerStream, int] | None" = None,
+        held_out_apart: bool = False,
+    ):
+        super().__init__(streamable)
+        self.tokens, self.control, self.observer = tokens, control, observer or NoStatistic()
+        self.n_samples, self.sequence_length = tokens.shape
+        self._held_out_apart = held_out_apart
+        self._after, self._batch = after, most_samples(self.device, self.sequence_length)
+        self._arranged: Arranged | None = None
+        settings = dict(settings or {}) | ({} if after is None else {"layers taken over": after[1]})
+        self._checkpoint = self.open_checkpoint(control.work_dir, self.observer, settings, keep=keep)
+        self.layouts = {int(layers): Layout.from_json(of) for layers, of in self._checkpoint.notes.items()}
+
+    @property
+    def arranged(self) -> Arranged:
+        """What the model does with these samples."""
+        if self._arranged is None:
+            self._arranged = self.arrange(self.sequence_length)
+        return self._arranged
+
+    def run(self, stage: str = "calibrate") -> None:
+        """Take all samples through all layers, from wherever the checkpoint stands.
+
+        stage: what the progress calls it, whose unit is a token; one that is through half of the layers counts half.
+        Raises Interrupted after the layer during which the control came to say so.
+        """
+        self._checkpoint.tell_damage(self.control.progress)
+        if self._checkpoint.complete:
+            return
+        report = partial(self.report, stage, len(self.layers))
+        with self.workers() as pool, torch.no_grad():
+            if self._checkpoint.layers_done == NOT_STARTED:
+                if self._after is None:
+                    self._embed(pool)
+                else:
+                    self.layouts |= self._after[0].layouts
+                    self._commit(self._after[1])
+            if self._checkpoint.layers_done < len(self.layers):
+                self._through_layers(pool, report)
+            self._observe_head()
+
+    def hidden(self, layers_done: int) -> HiddenStates:
+        """The hidden states after that many layers of a finished run: with `keep` of any, otherwise the last ones."""
+        return self._checkpoint.hidden(layers_done)
+
+    def hidden_states(self, start: int, stop: int) -> torch.Tensor:
+        """Samples start to stop of a finished run after the last layer, before the final norm, on the device:
+        [stop - start, sequence_length, width]."""
+        return self.hidden(len(self.layers)).read(start, stop).to(self.device)
+
+    def weights_after_layers(self, arranged: Arranged) -> dict[str, torch.Tensor]:
+        """What is resident of the body's weights that are multiplied after the layers, by full name."""
+        weights, before = self.model.state_dict(), arranged.before
+        return {name: weights[name] for name in self.body.names if name not in before and not weights[name].is_meta}
+
+    def discard_hidden_states(self) -> None:
+        """Delete the large files of a finished run; what the observer collected stays."""
+        self._checkpoint.discard_hidden_states()
+
+    def open_checkpoint(
+        self, directory: Path, observer: Observer, settings: Mapping[str, object], *, keep: bool = False
+    ) -> StreamCheckpoint:
+        """The checkpoint of a pass over these samples, whose observer continues from there.
+
+        settings: what its results depend on beside weights, tokens, device and dtype.
+        """
+        fingerprint = {
+            "weights": self.identity,
+            "dtype": str(self.dtype),  # before the configuration, which states it among all else
+            "model configuration": hashlib.sha256(self.config.to_json_string(use_diff=False).encode()).hexdigest(),
+            "tokens": hashlib.sha256(np.ascontiguousarray(self.tokens, "<i8").tobytes()).hexdigest(),
+            "sequence length": self.sequence_length,
+            "device": self.device.type,
+            "micro-batch": self._batch,
+            "statistics": type(observer).__name__,
+            **settings,
+        }
+        checkpoint = StreamCheckpoint(directory, fingerprint, self.sequence_length, self.dtype, keep=keep)
+        observer.load_arrays(checkpoint.arrays)
+        return checkpoint
+
+    def for_all_samples(
+        self,
+        pool: ThreadPoolExecutor,
+        micro_batch: Callable[[int, int], None],
+        weights: Mapping[str, torch.Tensor],
+        observer: Observer,
+        batch: int,
+    ) -> Iterator[int]:
+        """Runs micro-batches of `batch` samples or fewer, from sample start to stop, in the pool; merges what the
+        products with these weights have shown in the order of the samples, and yields the samples done."""
+        owners = locate_matrices(weights)
+
+        def observed(span: tuple[int, int]) -> tuple[int, Observer]:
+            seen = observer.fresh(span[0])
+            with ProductTap(owners, seen), self.cache.shown_to(seen), self.computing(weights):
+                micro_batch(*span)
+            return span[1], seen
+
+        batch = fitting_samples(self.device, batch, lambda: observed((0, 1)))
+        # No more at once than the threads have to do: each holds what it has seen, as large as all statistics.
+        running: deque[Future[tuple[int, Observer]]] = deque()
+        try:
+            for span in self.micro_batches(batch):
+                running.append(pool.submit(observed, span))
+                if len(running) > self.threads:
+                    samples_done, seen = running.popleft().result()
+                    observer.merge(seen)
+                    yield samples_done
+            while running:
+                samples_done, seen = running.popleft().result()
+                observer.merge(seen)
+                yield samples_done
+        finally:
+            for future in running:
+                future.cancel()
+
+    def micro_batches(self, batch: int) -> list[tuple[int, int]]:
+        """(first sample, the one after the last) of each."""
+        return spans_of_samples(self.n_samples, batch, self._held_out_apart)
+
+    def report(self, stage: str, n_steps: int, step: int, samples_done: int) -> None:
+        """A token that is through half of the steps counts half."""
+        n_tokens = self.n_samples * self.sequence_length
+        done = round((step + samples_done / self.n_samples) / n_steps * n_tokens)
+        self.control.progress(stage, done, n_tokens, "tokens")
+
+    def _embed(self, pool: ThreadPoolExecutor) -> None:
+        if self.tokens.max() >= self.config.vocab_size:
+            raise ConvertError(
+                f"the text has the token {self.tokens.max()}, the model knows {self.config.vocab_size} tokens",
+                "tokenizer",
+                "fetch the tokenizer and config.json again, from the same revision",
+            )
+        states = self._checkpoint.hidden(0)
+
+        def micro_batch(start: int, stop: int) -> None:
+            with torch.inference_mode():
+                made, self.layouts[0] = first(self.token_tensor(start, stop))
+                states.write(start, made)
+
+        with self.first_states(self.arranged) as (weights, first):
+            for _ in self.for_all_samples(pool, micro_batch, weights, self.observer, self._batch):
+                pass
+        self._commit(0)
+
+    def token_tensor(self, start: int, stop: int) -> torch.Tensor:
+        """Tokens of samples start to stop, int64 on the device."""
+        return torch.from_numpy(self.tokens[start:stop].astype(np.int64)).to(self.device)
+
+    def _through_layers(self, pool: ThreadPoolExecutor, report: Callable[[int, int], None]) -> None:
+        calls = self.arranged.calls
+        with closing(self.layers_in_turn(range(self._checkpoint.layers_done, len(self.layers)))) as turns:
+            for index, weights in turns:
+                inputs = self._checkpoint.hidden(index)
+                if self._after is not None and self._after[1] == index:
+                    inputs = self._after[0].hidden(index)
+                micro_batch = partial(self._forward, calls[index], inputs, self._checkpoint.hidden(index + 1))
+                for samples_done in self.for_all_samples(pool, micro_batch, weights, self.observer, self._batch):
+                    report(index, samples_done)
+                self._commit(index + 1)
+                if self.control.should_stop():
+                    raise Interrupted(f"stopped after layer {index + 1} of {len(self.layers)}")
+
+    @torch.inference_mode()
+    def _forward(self, call: LayerCall, source: HiddenStates, target: HiddenStates, start: int, stop: int) -> None:
+        states, after = call(source.read(start, stop).to(self.device), self.layouts[call.index])
+        self.layouts[call.index + 1] = after
+        target.write(start, states)
+
+    def _observe_head(self) -> None:
+        """The head's inputs are its importance; its products, the vocabulary wide, need not be computed for that."""
+        arranged = self.arranged
+        with self.head_inputs() as head_inputs:
+            owners = locate_matrices(self.weights_after_layers(arranged))
+            for start, stop in self.micro_batches(self._batch):
+                seen = self.observer.fresh(start)
+                with ProductTap(owners, seen):
+                    inputs = head_inputs(self.hidden_states(start, stop))
+                if self.output is not None:
+                    seen.observe(HEAD, 0, 1, inputs, None)
+                self.observer.merge(seen)
+        self._commit(len(self.layers), complete=True)
+
+    def _commit(self, layers_done: int, complete: bool = False) -> None:
+        self._checkpoint.notes = {str(layers): layout.to_json() for layers, layout in self.layouts.items()}
+        self._checkpoint.commit(layers_done, self.observer.to_arrays(), complete)
+
+
+def stream_past(
+    observer: Observer,
+    streamable: StreamableModel,
+    tokens: np.ndarray,
+    control: PassControl,
+    *,
+    stage: str = "calibrate",
+    settings: Mapping[str, object] | None = None,
+    held_out_apart: bool = False,
+) -> ParameterReader:
+    """Run the model over the tokens, int [n_samples, sequence_length], for the observer alone, which then has seen
+    everything; settings, held_out_apart: as of LayerStream. The checkpoint stays, without its hidden states: with it a
+    second call returns at once. Returns what finds the stored tensors of the parameters that the observer names."""
+    stream = LayerStream(
+        streamable, tokens, control, observer=observer, settings=settings, held_out_apart=held_out_apart
+    )
+    stream.run(stage)
+    stream.discard_hidden_states()
+    return stream.parameters

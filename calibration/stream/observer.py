@@ -1,0 +1,241 @@
+"""Seeing every matrix product, by the identity of its weight, without touching the model's code."""
+
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, Protocol, Self
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+from bitwright.calibration.stream.checkpointing import flat_arrays, load_flat_arrays
+from bitwright.formats.errors import ConvertError
+
+
+class Observer(Protocol):
+    """A statistic over matrix products. `fresh` makes an empty one, to which a worker thread shows the products of one
+    micro-batch; these are merged in the order of the micro-batches, whatever the order in which they end."""
+
+    def fresh(self, first: int) -> Self:
+        """first: the first sample of the micro-batch."""
+
+    def observe(
+        self, parameter: str, matrix: int, n_matrices: int, inputs: torch.Tensor, outputs: torch.Tensor | None
+    ) -> None:
+        """inputs: [..., n_columns], multiplied with the transposed matrix of that index in the parameter; outputs:
+        [..., n_rows], that product, or None where it is not computed."""
+
+    def merge(self, other: Self) -> None: ...
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Everything collected so far, for a checkpoint. Called at the end of every layer: what the observer keeps
+        beside the checkpoint is on the disk when it returns, so that no kill parts the two."""
+
+    def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Continue from a checkpoint."""
+
+
+# A parameter, the index of a matrix in it, and how many it has; by the address of the matrix.
+Owner = tuple[str, int, int]
+Owners = dict[int, Owner]
+
+
+def locate_matrices(parameters: Mapping[str, torch.Tensor]) -> Owners:
+    """A slice of a 3-D parameter, which is how transformers calls an expert, is known by its address inside of it."""
+    owners: Owners = {}
+    for name, parameter in parameters.items():
+        matrices = parameter if parameter.dim() == 3 else parameter.unsqueeze(0)
+        owners |= {matrix.data_ptr(): (name, i, len(matrices)) for i, matrix in enumerate(matrices)}
+    return owners
+
+
+class Product(NamedTuple):
+    """A matrix product as models write it: inputs [..., n_columns], the matrix [n_rows, n_columns], a view of what is
+    stored in either orientation, and the bias [n_rows] that is added."""
+
+    inputs: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Product:
+    return Product(input, weight, bias)
+
+
+def _matmul(input: torch.Tensor, other: torch.Tensor) -> Product:
+    return Product(input, other.mT if other.dim() > 1 else other)
+
+
+def _mm(input: torch.Tensor, mat2: torch.Tensor) -> Product:
+    return Product(input, mat2.mT)
+
+
+def _addmm(input: torch.Tensor, mat1: torch.Tensor, mat2: torch.Tensor, **scales: float) -> Product:
+    return Product(mat1, mat2.mT, input)
+
+
+_EITHER_SIDE = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+_PRODUCTS: dict[Callable[..., Any], Callable[..., Product]] = {
+    torch.nn.functional.linear: _linear,
+    **dict.fromkeys(_EITHER_SIDE, _matmul),
+    **dict.fromkeys((torch.mm, torch.Tensor.mm, torch.bmm, torch.Tensor.bmm), _mm),
+    torch.addmm: _addmm,
+}
+
+
+class ProductMode(TorchFunctionMode):
+    """While active in a thread, sees each product with one of these matrices.
+
+    A product of all experts with one batch of rows each is taken apart: every expert's is a product of its own, over
+    the rows that are not all zero, which is how models mark tokens that go to other experts.
+    """
+
+    def __init__(self, owners: Owners):
+        super().__init__()
+        self.owners = owners
+
+    def product(self, owner: Owner, product: Product, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What stands for the product; compute: as torch does it. owner: the matrix."""
+        raise NotImplementedError
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+
+        def compute() -> Any:
+            return func(*args, **kwargs)
+
+        if func not in _PRODUCTS:
+            return compute()
+        product = _PRODUCTS[func](*args, **kwargs)
+        owner = self.owners.get(product.weight.data_ptr())
+        if owner is not None and product.weight.dim() == 2:
+            return self.product(owner, product, compute)
+        if owner is not None and product.weight.dim() == 3 and owner[1:] == (0, len(product.weight)):
+            return self._by_expert(owner, product)
+        if func in _EITHER_SIDE and product.inputs.dim() == 2 and product.weight.dim() > 1:
+            owner = self.owners.get(product.inputs.data_ptr())
+            if owner is not None:  # a matrix on the left, of inputs that are columns
+                turned = Product(product.weight, product.inputs)
+                return self.product(owner, turned, lambda: compute().mT).mT
+        return compute()
+
+    def _by_expert(self, owner: Owner, product: Product) -> torch.Tensor:
+        name, _, n_matrices = owner
+        outputs = []
+        for i, (inputs, weight) in enumerate(zip(product.inputs, product.weight, strict=True)):
+            rows = inputs.detach().any(-1).nonzero()[:, 0]
+            of_expert = inputs.new_zeros(len(inputs), len(weight))
+            if len(rows):
+                taken = Product(inputs[rows], weight)
+                computed = self.product((name, i, n_matrices), taken, partial(torch.mm, taken.inputs, weight.mT))
+                of_expert = of_expert.index_copy(0, rows, computed)
+            outputs.append(of_expert)
+        return torch.stack(outputs)
+
+
+class ProductNames(ProductMode):
+    """While active in a thread, collects the names of the parameters of such products in `seen`."""
+
+    def __init__(self, owners: Owners):
+        super().__init__(owners)
+        self.seen: set[str] = set()
+
+    def product(self, owner: Owner, product: Product, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        self.seen.add(owner[0])
+        return compute()
+
+
+class ProductTap(ProductMode):
+    """While active in a thread, shows the observer each product with one of these matrices."""
+
+    def __init__(self, owners: Owners, observer: Observer):
+        super().__init__(owners)
+        self.observer = observer
+
+    def product(self, owner: Owner, product: Product, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        outputs = compute()
+        self.observer.observe(*owner, product.inputs, outputs)
+        return outputs
+
+
+def refuse_not_finite(sums: np.ndarray, parameter: str) -> None:
+    """Raises ConvertError where inputs of a parameter's matrices were not finite; sums: of these, [..., n_columns]."""
+    if not np.isfinite(sums).all():
+        column = np.argwhere(~np.isfinite(sums))[0][-1]
+        raise ConvertError(
+            "the model computes values that are not finite",
+            f"column {column} of the inputs of {parameter}",
+            "check the weights; on a GPU try --device cpu, which computes in float32",
+        )
+
+
+class NoStatistic:
+    """Observes nothing: for a pass whose hidden states are all that is wanted."""
+
+    def fresh(self, first: int) -> Self:
+        return self
+
+    def observe(
+        self, parameter: str, matrix: int, n_matrices: int, inputs: torch.Tensor, outputs: torch.Tensor | None
+    ) -> None:
+        pass
+
+    def merge(self, other: Self) -> None:
+        pass
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        pass
+
+
+class SquaredInputs:
+    """Per matrix the sum of squared inputs of every column, and the rows they were summed over.
+
+    sums: parameter -> float64 [n_matrices, n_columns]; counts: parameter -> int64 [n_matrices]. Within a micro-batch
+    the sum is taken in float32 by torch's cascade summation, beyond it in float64.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, np.ndarray] = {}
+        self.counts: dict[str, np.ndarray] = {}
+        self._latest: tuple[weakref.ref[torch.Tensor], np.ndarray] | None = None
+
+    def fresh(self, first: int) -> Self:
+        return type(self)()
+
+    def observe(
+        self, parameter: str, matrix: int, n_matrices: int, inputs: torch.Tensor, outputs: torch.Tensor | None
+    ) -> None:
+        # Query, key and value are fed the same tensor, and so are gate and up: it is summed once. The reference is
+        # weak, so that micro-batches that wait to be merged keep no activations alive.
+        if self._latest is None or self._latest[0]() is not inputs:
+            squares = inputs.reshape(-1, inputs.shape[-1]).float().square()
+            self._latest = (weakref.ref(inputs), squares.sum(0).cpu().numpy().astype(np.float64))
+        self._add(parameter, matrix, n_matrices, self._latest[1], inputs.numel() // inputs.shape[-1])
+
+    def _add(self, parameter: str, matrix: int, n_matrices: int, squares: np.ndarray, n_rows: int) -> None:
+        if parameter not in self.sums:
+            self.sums[parameter] = np.zeros((n_matrices, squares.size))
+            self.counts[parameter] = np.zeros(n_matrices, np.int64)
+        self.sums[parameter][matrix] += squares
+        self.counts[parameter][matrix] += n_rows
+
+    def merge(self, other: Self) -> None:
+        for parameter, sums in other.sums.items():
+            refuse_not_finite(sums, parameter)
+            if parameter in self.sums:
+                self.sums[parameter] += sums
+                self.counts[parameter] += other.counts[parameter]
+            else:
+                self.sums[parameter], self.counts[parameter] = sums.copy(), other.counts[parameter].copy()
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        return flat_arrays({"sums": self.sums, "counts": self.counts})
+
+    def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        load_flat_arrays(arrays, {"sums": self.sums, "counts": self.counts})

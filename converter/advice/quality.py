@@ -1,0 +1,104 @@
+"""What is known of a plan's quality: a measured divergence from a report, a predicted one from a sensitivity table, or
+nothing but the command that measures it."""
+
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bitwright.converter.advice.plans import PricedPlan, Source
+from bitwright.formats.errors import ConvertError
+from bitwright.formats.files.regular_file import read_json
+from bitwright.formats.files.seals import is_sound
+
+Kind = Literal["measured", "predicted", "16 bits", "not measured"]
+Confidence = Literal["high", "medium", "low"]
+_CONFIDENCE: dict[Kind, Confidence] = {
+    "measured": "high",
+    "16 bits": "high",
+    "predicted": "medium",
+    "not measured": "low",
+}
+
+
+@dataclass(frozen=True)
+class Quality:
+    """kld: mean KL divergence from the source, in nats a token; perplexity: of the artifact; both None where nothing
+    is known. source: the report, or what a prediction rests on; for what is not measured the command that measures
+    it."""
+
+    kind: Kind
+    kld: float | None
+    perplexity: float | None
+    source: str
+
+    @property
+    def confidence(self) -> Confidence:
+        """high: measured on this model; medium: predicted from measurements of it; low: nothing was measured."""
+        return _CONFIDENCE[self.kind]
+
+    @property
+    def text(self) -> str:
+        return "-" if self.kld is None else f"{self.kld:.3g}" + ("*" if self.kind == "predicted" else "")
+
+
+class Reports:
+    """The reports of finished conversions of a model in some directories, and in the work directories within them."""
+
+    def __init__(self, source: Source, places: Iterator[Path]):
+        self._found: list[tuple[Path, dict[str, Any]]] = []
+        for path in dict.fromkeys(places):
+            report = _report(path)
+            if report is not None and report.get("model") == source.checkpoint.model_id:
+                self._found.append((path, report))
+
+    def of(self, priced: PricedPlan) -> tuple[Path, dict[str, Any]] | None:
+        """The report of this very plan, or of the profile on this model where the plan was adapted on the way."""
+        digest = priced.plan.digest()
+        same_plan = [entry for entry in self._found if entry[1].get("plan_sha256") == digest]
+        of_profile = [
+            entry
+            for entry in self._found
+            if entry[1].get("profile") == priced.profile and not entry[1].get("recipe", {}).get("overrides")
+        ]
+        measured = [entry for entry in (*same_plan, *of_profile) if entry[1].get("quality")]
+        return measured[0] if measured else None
+
+
+def report_places(model: str, work_dir: Path | None) -> Iterator[Path]:
+    """Where reports of a model may lie: the work directory that is named, those of the current directory, and those
+    beside a local model."""
+    if work_dir is not None:
+        yield work_dir / "report.json"
+    beside = Path(model).expanduser()
+    roots = [Path(), beside.parent] if beside.exists() else [Path()]
+    for root in roots:
+        for pattern in ("*.bitwright/report.json", "*.bitwright-work/report.json"):
+            yield from sorted(root.glob(pattern))
+
+
+def quality_of(priced: PricedPlan, source: Source, reports: Reports) -> Quality:
+    """Measured before predicted before nothing."""
+    if (found := reports.of(priced)) is not None:
+        path, report = found
+        quality = report["quality"]
+        return Quality("measured", quality.get("mean_kld"), quality.get("perplexity"), str(path))
+    if priced.is_plain:
+        return Quality("16 bits", 0.0, None, "every matrix keeps 16 bits or more")
+    if (predicted := priced.plan.predicted_kld) is not None:
+        return Quality("predicted", predicted, None, "the sensitivity table")
+    command = shlex.join(["convert", "--profile", priced.profile, source.model])
+    return Quality("not measured", None, None, f"{command} measures it")
+
+
+def _report(path: Path) -> dict[str, Any] | None:
+    """The report, if it is what a conversion has written."""
+    try:
+        if not is_sound(path):
+            return None
+        report = read_json(path, remedy="")
+    except (ConvertError, OSError, json.JSONDecodeError):
+        return None
+    return report if isinstance(report, dict) else None

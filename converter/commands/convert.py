@@ -1,0 +1,187 @@
+"""`convert MODEL`: the whole conversion, and what may follow it."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bitwright.converter.commands.outcome import fails_clearly, this_command
+from bitwright.converter.commands.parameters import MainCommand, json_option, option, options_of, quiet_option
+from bitwright.converter.commands.plan import build_job, print_plan
+from bitwright.converter.commands.publish import card_options
+from bitwright.converter.job.options import HUB, OUTPUT
+from bitwright.formats.errors import ConvertError
+from bitwright.formats.typed import ABSENT, Absent
+
+if TYPE_CHECKING:
+    from bitwright.converter.job.progress import Progress
+    from bitwright.converter.publishing.stage import Target
+    from bitwright.converter.report.data import OnMachine
+
+# The largest file that the Hub asks for.
+HUB_FILE_SIZE = "20GB"
+# What a ladder decides itself, or what is one artifact's own.
+_OF_ONE_ARTIFACT = ("profile", "target_size", "target_bpw", "target_kld", "work_dir")
+
+
+@click.command("convert-model", cls=MainCommand, hidden=True)
+@click.argument("model")
+@options_of("convert")
+@option("--ladder", metavar="RUNGS", help="Make several artifacts: profiles, sizes and 4.5bpw, with commas between.")
+@option("--push-to", group=HUB, metavar="ORG/NAME", help="Publish it then in this repository, split at 20 GB.")
+@card_options
+@option("--lora-gguf", group=OUTPUT, is_flag=True, help="Write a LoRA GGUF of an adapter for llama.cpp, and no model.")
+@option("--advise", metavar="NAME|this", help="Take the profile that `convert advise` recommends for a machine.")
+@option("--dry-run", group=OUTPUT, is_flag=True, help="Print the plan with its exact size, and write nothing.")
+@option("--fresh", group=OUTPUT, is_flag=True, help="Forget what an earlier run has done, and replace its output.")
+@option("--strict", is_flag=True, help="End with exit code 3 when the model is damaged.")
+@json_option
+@quiet_option
+@fails_clearly
+def convert_model(
+    dry_run: bool,
+    fresh: bool,
+    strict: bool,
+    lora_gguf: bool,
+    quiet: bool,
+    ladder: str | None,
+    advise: str | None,
+    as_json: bool,
+    push_to: str | None,
+    public: bool,
+    base_model: str | None,
+    shard_bytes: str | None,
+    **options: Any,
+) -> None:
+    """Convert MODEL."""
+    if ladder is not None:
+        if dry_run or strict or lora_gguf or push_to is not None:
+            raise ConvertError(
+                "a ladder is neither planned alone nor judged or published as a whole",
+                "--ladder with --dry-run, --strict, --lora-gguf or --push-to",
+                "plan a rung with `convert plan --profile RUNG`, publish each with `convert publish`",
+            )
+        climb_ladder(ladder, fresh, as_json, quiet, shard_bytes=shard_bytes, **options)
+        return
+    machine: OnMachine | Absent = ABSENT
+    if advise is not None:
+        options["profile"], machine = advised(advise, options)
+    job = build_job(**options, shard_bytes=shard_bytes or (HUB_FILE_SIZE if push_to is not None else None))
+    if lora_gguf:
+        from bitwright.converter.lora_gguf import write_lora_gguf
+
+        written = write_lora_gguf(job.model, job.base, job.output)
+        click.echo(json.dumps({"path": str(written)}) if as_json else f"wrote {written}")
+        return
+    target = None
+    if push_to is not None:
+        from bitwright.converter.publishing.stage import Target, preflight
+
+        target = Target(push_to, public, base_model)
+        preflight(target, job.shard_bytes, lambda line: click.echo(line, err=True))
+    elif public or base_model is not None:
+        raise ConvertError("nothing is published", "--public, --base-model", "say where: --push-to org/name")
+    if dry_run:
+        print_plan(job, as_json, None)
+        return
+    if strict and options["judge"] == "off":
+        raise ConvertError("--strict judges what --judge off leaves out", "--strict", "leave out one of the two")
+    from bitwright.converter.boundary.interrupts import Stop
+    from bitwright.converter.job.progress import Progress
+    from bitwright.converter.pipeline import run
+    from bitwright.converter.report.text import report_text
+    from bitwright.converter.report.verdict import EXIT_CODE, is_damaged, verdict_line
+
+    progress = Progress(quiet)
+    try:
+        with Stop().on_interrupt() as should_stop:
+            prepared, report = run(job, progress, should_stop, fresh, machine)
+        if not as_json:
+            click.echo(report_text(report, prepared.plan, verdict_line(report)))
+        if strict and report.not_judged:
+            raise ConvertError(
+                "the system kept ending the runtime, so the artifact could not be judged",
+                report.artifact.first.path,
+                "free some memory and run the same command again; the artifact is complete",
+            )
+        damaged, shown = strict and is_damaged(report.verdict), report.to_dict()
+        if target is not None and not damaged:
+            location = report.artifact.location
+            shown["published"] = push(location, prepared.run.work_dir, target, progress, as_json)
+        elif target is not None:
+            progress.say(f"not published in {target.repository}: --strict, and the model is damaged")
+    finally:
+        progress.close()
+    if as_json:
+        click.echo(json.dumps(shown))
+    if damaged:
+        sys.exit(EXIT_CODE)
+
+
+def advised(hardware: str, options: dict[str, Any]) -> "tuple[str, OnMachine]":
+    """The profile that is recommended for a machine, and what the report is to say of it. Raises ConvertError where
+    none is, and for a profile that is named as well."""
+    from bitwright.converter.advice.on_machine import on_machine
+    from bitwright.converter.advice.request import request_of
+    from bitwright.converter.advice.stage import advise
+
+    if options["profile"] is not None:
+        raise ConvertError("--advise chooses the profile", "--profile", "leave out one of the two")
+    names = ("from_quantized", "base", "sensitivity", "work_dir")
+    advice = advise(request_of(options["model"], hardware=hardware, **{name: options[name] for name in names}))
+    if advice.best is None:
+        raise ConvertError(advice.reason, f"--advise {hardware}", f"convert advise --hardware {hardware} tells more")
+    click.echo(f"{advice.best.profile} for {advice.machine.name}: {advice.reason}", err=True)
+    return advice.best.profile, on_machine(advice, advice.best)
+
+
+def push(
+    location: Path, work_dir: Path | None, target: "Target", progress: "Progress", as_json: bool
+) -> dict[str, Any]:
+    """Publish the artifact that has just been converted: the directory, or the GGUF that begins with this file."""
+    from bitwright.converter.publishing.outcome import outcome_text
+    from bitwright.converter.publishing.stage import publish as publish_artifact
+
+    result = publish_artifact(location, target, progress, work_dir=work_dir)
+    if not as_json:
+        click.echo("\n" + outcome_text(result))
+    return result
+
+
+def climb_ladder(rungs: str, fresh: bool, as_json: bool, quiet: bool, **options: Any) -> list[Path]:
+    """Write every rung, print what came out, and return where the artifacts are. options: those of a job."""
+    for name in _OF_ONE_ARTIFACT:
+        if options.pop(name, None) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConvertError("a rung says this for each artifact", f"--ladder, {flag}", f"leave {flag} out")
+    from bitwright.converter.boundary.interrupts import Stop
+    from bitwright.converter.job.progress import Progress
+    from bitwright.converter.ladder import PAGE, SUMMARY, climb, parse_rungs
+    from bitwright.converter.report.text import ladder_text
+
+    directory = Path(options.pop("output") or ".")
+    model, overrides = options.pop("model"), options.pop("overrides")
+    progress = Progress(quiet)
+    try:
+        with Stop().on_interrupt() as should_stop:
+            reports = climb(
+                model,
+                parse_rungs(rungs),
+                directory,
+                progress,
+                should_stop,
+                fresh,
+                overrides=overrides,
+                command=this_command(),
+                **options,
+            )
+    finally:
+        progress.close()
+    if as_json:
+        click.echo(json.dumps([report.to_dict() for report in reports]))
+    else:
+        click.echo(ladder_text(reports))
+        click.echo(f"compared in {directory / PAGE}, {directory / SUMMARY}")
+    return [report.artifact.location for report in reports]

@@ -1,0 +1,29 @@
+"""`convert verify`: an artifact's tensors beside those of its source."""
+
+import json
+from pathlib import Path
+
+import click
+
+from bitwright.converter.commands.outcome import fails_clearly
+from bitwright.converter.commands.parameters import PATH, against_option, json_option, quiet_option
+
+
+@click.command(short_help="Hold every tensor of an artifact against its source.")
+@click.argument("artifact", type=PATH)
+@against_option
+@json_option
+@quiet_option
+@fails_clearly
+def verify(artifact: Path, model: str, as_json: bool, quiet: bool) -> None:
+    """Decode every tensor of ARTIFACT, of a GGUF with the gguf package, and hold it against its source."""
+    from bitwright.converter.job.progress import Progress
+    from bitwright.converter.judge.open import verify_artifact
+    from bitwright.converter.report.text import error_table
+
+    progress = Progress(quiet)
+    try:
+        errors = verify_artifact(artifact, model, progress)
+    finally:
+        progress.close()
+    click.echo(json.dumps([error.to_dict() for error in errors]) if as_json else error_table(errors))

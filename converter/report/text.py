@@ -1,0 +1,224 @@
+"""What a conversion cost and what it bought: lines and tables for people."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bitwright.calibration.evaluation.quality import QualityReport
+from bitwright.converter.artifact.tensor_errors import TensorError
+from bitwright.converter.report.data import Agreement, Coherence, Feedback, Report
+from bitwright.converter.report.run_lines import local_lines
+from bitwright.profiles.planning.plan import Plan
+from bitwright.profiles.planning.summary import tensor_groups
+from bitwright.profiles.sizes import size_text
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A text table: first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        return "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        )
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def plan_text(plan: Plan, file_bytes: int) -> str:
+    """The plan by groups of tensors, with the exact size of the artifact."""
+    rows = [
+        [
+            group.group,
+            " ".join(f"{name}x{n}" for name, n in group.formats.items()),
+            f"{group.weights / 1e6:.1f} M",
+            size_text(group.bytes),
+            f"{group.bits_per_weight:.2f}",
+            f"{group.share:.1%}",
+        ]
+        for group in tensor_groups(plan)
+    ]
+    text = table(["group", "formats", "weights", "bytes", "bits/weight", "share"], rows)
+    size = f"{file_bytes} bytes ({size_text(file_bytes)}), {plan.bits_per_weight:.3f} bits per weight"
+    return "\n".join([text, "", f"{plan.profile}: {size}", *prediction_lines(plan)])
+
+
+def prediction_lines(plan: Plan) -> list[str]:
+    """What was measured promises, and how near the best choice a budget's is; nothing where nothing was measured."""
+    if plan.predicted_kld is None:
+        return []
+    lines = [f"predicted mean KL divergence: {plan.predicted_kld:.4g} nats a token"]
+    if plan.spent is not None:
+        lines.append(plan.spent.text)
+    return lines
+
+
+def explanation(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of a plan, with the reason of each; what was measured of them, where anything was."""
+    measured = any(row["predicted_loss"] is not None for row in rows)
+    cells = []
+    for row in rows:
+        shape = "x".join(map(str, row["shape"]))
+        loss = "" if row["predicted_loss"] is None else f"{row['predicted_loss']:.2e}"
+        numbers = [str(row["bytes"]), f"{row['bits_per_weight']:.2f}", *([loss] if measured else [])]
+        cells.append([row["tensor"], shape, row["format"], *numbers, row["reason"]])
+    return table(["tensor", "shape", "format", "bytes", "bits", *(["loss"] if measured else []), "reason"], cells)
+
+
+def figure(value: float | None, form: str) -> str:
+    """A measured figure for people, in this format; None stands for one that is not finite."""
+    return "not finite" if value is None else format(value, form)
+
+
+def perplexity_change(quality: QualityReport) -> str:
+    """By which share the perplexity is another than the source's, for people."""
+    perplexity, of_source = quality.perplexity, quality.source_perplexity
+    return figure(None if perplexity is None or of_source is None else perplexity / of_source - 1, "+.1%")
+
+
+def figures_text(quality: QualityReport) -> str:
+    """What a grade rests on, in half a line."""
+    return (
+        f"KLD {figure(quality.mean_kld, '.4f')}, same top token {quality.top1_agreement:.1%},"
+        f" perplexity {perplexity_change(quality)}"
+    )
+
+
+def loss_text(quality: QualityReport) -> str:
+    """The divergence and the perplexity in half a sentence."""
+    perplexities = f"perplexity {figure(quality.source_perplexity, '.2f')} -> {figure(quality.perplexity, '.2f')}"
+    if quality.mean_kld is None:
+        return (
+            f"the predictions diverge: they are not finite in {quality.not_finite} of {quality.tokens} places,"
+            f" {perplexities}"
+        )
+    return f"mean KL divergence {quality.mean_kld:.3f}, {perplexities}"
+
+
+def report_text(report: Report, plan: Plan, verdict: str) -> str:
+    """The report for people. verdict: what is said first."""
+    source, artifact = report.source.bytes, report.artifact.bytes
+    lines = [verdict, "", plan_text(plan, artifact), ""]
+    lines.append(f"size         {size_text(source)} -> {size_text(artifact)}, {report.compression_ratio:.2f}x smaller")
+    if report.quality is not None:
+        lines += quality_lines(report.quality)
+        if report.promises:
+            promises = (f"{kld:.4g} {what}" for what, kld in report.promises.items())
+            lines.append(f"promised     mean KLD {', '.join(promises)}")
+    lines += agreement_lines(report.agreement)
+    if report.coherence is not None:
+        lines.append(coherence_line(report.coherence))
+    for task, metrics in report.tasks.results.items() if report.tasks is not None else ():
+        lines.append(f"{task:<12} " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    decoder, worst = " by gguf" if report.artifact.kind == "gguf" else "", report.largest_error
+    lines.append(
+        f"verified     {len(report.errors)} tensors decoded{decoder}; largest weighted error"
+        f" {worst.weighted_error:.4f} ({worst.tensor}, {worst.format})"
+    )
+    if (coverage := report.super_weight_coverage) is not None:
+        within = f", {coverage.within} of them within {coverage.tolerance:.0%}" if coverage.confirmed else ""
+        lines.append(f"super weights {coverage.confirmed or 'none'}{within}")
+    if scales := report.kv_cache:
+        largest = max(scales, key=lambda scale: scale.absmax)
+        lines.append(f"kv cache     FP8, {len(scales)} scales; the largest is {largest.scale:.4g} ({largest.tensor})")
+    if report.feedback is not None:
+        lines.append(f"feedback     {feedback_text(report.feedback)}")
+    lines.append("time         " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items()))
+    lines += [f"written      {file.path}  sha256 {file.sha256}" for file in report.artifact.files]
+    lines.append(f"report       {report.page}, {report.path}")
+    lines += labelled_lines("run it", local_lines(report.artifact, report.artifact.location))
+    return "\n".join(lines)
+
+
+def labelled_lines(label: str, lines: Sequence[str]) -> list[str]:
+    """Lines of which the first has a label."""
+    return [f"{label if i == 0 else '':<12} {line}" for i, line in enumerate(lines)]
+
+
+def ladder_text(reports: Sequence[Report]) -> str:
+    """A line for each artifact of a ladder, the largest first."""
+    rows = []
+    for report in sorted(reports, key=lambda report: -report.artifact.bytes):
+        quality = report.quality
+        measured = ["", "", ""]
+        if quality is not None:
+            kld, perplexity = figure(quality.mean_kld, ".4f"), figure(quality.perplexity, ".2f")
+            measured = [kld, perplexity, f"{quality.top1_agreement:.1%}"]
+        size, bits = size_text(report.artifact.bytes), f"{report.bits_per_weight:.2f}"
+        rows.append([report.artifact.location.name, size, bits, *measured, report.verdict or "not measured"])
+    return table(["artifact", "size", "bits", "mean KLD", "perplexity", "top-1", "verdict"], rows)
+
+
+def feedback_text(feedback: Feedback) -> str:
+    """What error feedback did, for people."""
+    if feedback.plain_error is None:
+        return "for no matrix: nothing could be held out to judge by"
+    return (
+        f"kept by {feedback.kept} of {feedback.matrices} matrices; output error on held-out inputs"
+        f" {feedback.plain_error:.5f} -> {feedback.feedback_error:.5f} on average"
+    )
+
+
+def error_table(errors: Sequence[TensorError]) -> str:
+    """The error of every tensor for people."""
+    rows = [[e.tensor, e.format, f"{e.relative_error:.6f}", f"{e.weighted_error:.6f}"] for e in errors]
+    return table(["tensor", "format", "relative error", "weighted error"], rows)
+
+
+def quality_lines(quality: QualityReport) -> list[str]:
+    """Perplexity, divergence and the words that were found, for people."""
+    lines = [
+        f"perplexity   {figure(quality.source_perplexity, '.3f')} -> {figure(quality.perplexity, '.3f')}",
+        f"divergence   mean KLD {figure(quality.mean_kld, '.4f')}, 99.9 % {figure(quality.kld_99_9, '.3f')}, same"
+        f" top token {quality.top1_agreement:.1%}  ({quality.tokens} tokens of {quality.corpus})",
+    ]
+    if quality.words:
+        lines.append(
+            f"next word    {quality.source_next_word_accuracy:.1%} -> {quality.next_word_accuracy:.1%} of"
+            f" {quality.words} words found"
+        )
+    return lines
+
+
+def cache_lines(evaluation: Mapping[str, Any]) -> list[str]:
+    """How the divergence grows with the text where keys and values were kept in a format; nothing otherwise."""
+    if "kv" not in evaluation:
+        return []
+    lines = [f"keys and values in {evaluation['kv']}; mean KLD after so many tokens:"]
+    for span in evaluation["by_position"]:
+        kld = "not finite" if span["mean_kld"] is None else f"{span['mean_kld']:.4f}"
+        lines.append(f"  {span['first'] + 1} to {span['last'] + 1}: {kld}")
+    return lines
+
+
+def agreement_lines(agreement: Agreement | None) -> list[str]:
+    """The same as a line of a report, none where the runtime was not asked."""
+    return [] if agreement is None else [f"runtime      {agreement_text(agreement)}"]
+
+
+def agreement_text(agreement: Agreement) -> str:
+    """What the runtime computes beside our evaluation of the same artifact, and what was not looked at, for people."""
+    parts = []
+    if agreement.texts:
+        parts.append(f"{agreement.texts - len(agreement.cuts)} of {agreement.texts} texts cut alike")
+    if agreement.ends is not None:
+        missing = agreement.ends.missing
+        parts.append(f"no end at {', '.join(missing)}" if missing else "ends where the source does")
+    if (logits := agreement.logits) is not None:
+        parts.append(
+            f"runtime agreement: mean KLD {figure(logits.mean_kld, '.2g')}, same top token"
+            f" {logits.top1_agreement:.1%} over {logits.scored} of {logits.tokens} tokens"
+        )
+    parts += [f"not checked: {what}" for what in agreement.unchecked]
+    verdict = agreement.verdict or "not judged"
+    return f"{verdict}: {'; '.join(parts or agreement.reasons)}  ({agreement.runtime})"
+
+
+def coherence_line(coherence: Coherence) -> str:
+    """The guard's finding for people."""
+    shortened = [coherence.runtime_note[key] for key in ("shortened", "source") if key in coherence.runtime_note]
+    return (
+        f"generation   {coherence.verdict}: {coherence.whole} of {len(coherence.prompts)} answers hold together; of"
+        f" {coherence.greedy_prompts} continuations {coherence.greedy_agreement:.0%} equal the source's over"
+        f" {coherence.greedy_tokens} tokens, {coherence.greedy_common_prefix:.1f} tokens alike on average"
+        f"  ({'; '.join((coherence.runtime, *shortened))})"
+    )

@@ -1,0 +1,51 @@
+"""A checkpoint as it reads when it is smoothed: by its tensors' own names, for encoders and for the layer stream."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+
+from bitwright.converter.source.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, eq=False)
+class Folding:
+    """What becomes of one tensor. values: of a vector, those in the place of the stored ones, float32 like them. rows,
+    columns: of a matrix, factors float32 [n_rows] and [n_columns], None for none."""
+
+    values: np.ndarray | None = None
+    rows: np.ndarray | None = None
+    columns: np.ndarray | None = None
+
+    def apply(self, stored: np.ndarray, rows: slice | np.ndarray) -> np.ndarray:
+        """These rows of the tensor, float32, from what is stored of them. A vector is whole."""
+        if self.values is not None:
+            return self.values.copy()
+        if self.rows is not None:
+            stored = stored * self.rows[rows, None]
+        return stored if self.columns is None else stored * self.columns
+
+
+@dataclass(frozen=True)
+class SmoothedCheckpoint(Checkpoint):
+    """foldings: checkpoint tensor -> what becomes of it; all others read as they are stored.
+
+    `tensors` says what lies in the files, so bytes that are copied from there are the source's: read through `read`.
+    Norms hold values of their stored dtype, and the matrices make up for what rounding them has changed. A matrix, a
+    router or a bias that is stored in 16 bits again is rounded once more.
+    """
+
+    foldings: Mapping[str, Folding] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, foldings: Mapping[str, Folding]) -> "SmoothedCheckpoint":
+        return cls(**{f.name: getattr(checkpoint, f.name) for f in fields(Checkpoint)}, foldings=foldings)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        stored = super().read(name, start, stop)
+        folding = self.foldings.get(name)
+        return stored if folding is None else folding.apply(stored, slice(start, stop))
+
+    def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
+        stored, folding = super().read_rows(name, rows), self.foldings.get(name)
+        return stored if folding is None else folding.apply(stored, rows)
