@@ -86,6 +86,10 @@ class Encoder:
     def rows(self) -> tuple[PlannedTensor, ...]:
         return self.plan.tensors
 
+    def planned(self, name: str) -> PlannedTensor | None:
+        """The row of the tensor of this name."""
+        return self._by_name.get(name)
+
     def __enter__(self) -> Self:
         self._pool = ThreadPoolExecutor(self.threads)
         return self

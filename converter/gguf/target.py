@@ -26,6 +26,7 @@ from bitwright.converter.gguf.protect import (
     protection_notes,
     refuse_protection,
 )
+from bitwright.converter.gguf.reuse import ReusingEncoder
 from bitwright.converter.gguf.verify import gguf_candidate, verify
 from bitwright.converter.job.job import Job
 from bitwright.converter.job.recipe import PROTECTION_RESERVE
@@ -118,8 +119,11 @@ class GgufTarget:
         feedback = open_feedback(run, prepared.plan)
         with Encoder(run.checkpoint, prepared.plan, prepared.importance, run.job.n_threads, feedback) as encoder:
             replaceable = Replaceable(run.work_dir / REPLACEABLE)
-            writer = ArtifactWriter(encoder, layouts, run.output.parent, run.work_dir / JOURNAL, replaceable)
-            return writer.write(run.progress, run.should_stop)
+            reusing = ReusingEncoder(encoder, run)
+            writer = ArtifactWriter(reusing, layouts, run.output.parent, run.work_dir / JOURNAL, replaceable)
+            paths = writer.write(run.progress, run.should_stop)
+            reusing.say_reused()
+            return paths
 
     def verify(
         self, adapted: Adapted[Plan, Protected], paths: list[Path]

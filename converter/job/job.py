@@ -136,6 +136,17 @@ class Job:
         metadata=option("Let a preset spend its bytes by measured sensitivity; without it, its rules decide."),
     )
 
+    published: bool = field(
+        default=True,
+        metadata=option(
+            "Use an importance matrix and a sensitivity table that come with the model.",
+            identity=None,
+            recipe="never",
+            group=CALIBRATION,
+        ),
+    )
+    """They are named in the job then as if they had been given, and tell it from another."""
+
     calibration: str | None = field(
         default=None,
         metadata=option(
