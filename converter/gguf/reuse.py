@@ -64,8 +64,8 @@ class ReusingEncoder:
         feedback = self._taken[name].feedback
         return {_KEY: self._key(planned)} | ({} if feedback is None else {_FEEDBACK: feedback})
 
-    def say_reused(self) -> None:
-        """How many tensors were copied, where any were."""
+    def finish(self) -> None:
+        """Say how many tensors were copied, where any were."""
         if self._taken:
             n_bytes = sum(donor.stored.n_bytes for donor in self._taken.values())
             say(self.run.progress, f"{len(self._taken)} tensors ({n_bytes:,} bytes) are those of earlier artifacts")

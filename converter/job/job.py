@@ -244,6 +244,13 @@ class Job:
     """Under the second moments of the inputs, which takes a calibration even where an importance matrix is given; but
     by default no model runs for that alone."""
 
+    sequential: bool = field(
+        default=False,
+        metadata=option(
+            "Choose the codes of a layer by its inputs in the artifact, whose layers before are encoded; a GGUF's."
+        ),
+    )
+
     pre_tokenizer: str | None = field(
         default=None,
         metadata=option("The pre-tokenizer by llama.cpp's name, where it cannot be recognised.", "NAME", group=OUTPUT),
@@ -417,7 +424,7 @@ class Job:
     def feedback(self) -> FeedbackLevel | None:
         """How long codes are chosen together; None for leaving that out. See `feedback_is_asked_for`."""
         if self.error_feedback is None:
-            return "quick" if self.imatrix is None else None
+            return "quick" if self.imatrix is None or self.sequential else None
         return None if self.error_feedback == "off" else self.error_feedback
 
     @property
