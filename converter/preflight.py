@@ -55,7 +55,7 @@ def preflight(run: Run, files: Files, collects_moments: bool, needs: Collection[
     check_runs(run.checkpoint, needs, run.model_map.predicts_tokens)
     _check_writable(run.output.parent, "--output")
     _check_writable(run.work_dir, "--work-dir")
-    in_sequence = run.job.sequential and run.job.feedback is not None
+    in_sequence = run.job.in_sequence and run.job.feedback is not None
     widths = [*moment_widths(run.model_map).values()] if collects_moments or in_sequence else []
     _check_space(run, files, widths, bool(needs))
     _check_memory(run, widths, bool(needs))
@@ -99,7 +99,9 @@ def _check_memory(run: Run, widths: list[list[int]], runs: bool) -> None:
     weights: Counter[int | None] = Counter()
     for tensor in run.model_map.tensors:
         weights[tensor.layer] += tensor.n_weights
-    streamed = 2 * max((n for layer, n in weights.items() if layer is not None), default=0)
+    # Tuned, a layer is there in its two parts as well, with the gradients of each thread's sample.
+    copies = 2 if not job.tune else 5 + job.n_threads
+    streamed = copies * max((n for layer, n in weights.items() if layer is not None), default=0)
     resident = 0 if not runs else streamed if run.checkpoint.location.is_dir() else sum(weights.values())
     # Square matrices of a layer's inputs: the sums, and what each thread has just added up.
     squares = max((sum(n * n for n in layer) for layer in widths), default=0) * (2 + job.n_threads)
@@ -128,7 +130,7 @@ def _check_space(run: Run, files: Files, widths: list[list[int]], runs: bool) ->
         states += gradient_work_bytes(ANALYSIS_SAMPLES, ANALYSIS_SEQUENCE_LENGTH, width, model_map.n_layers)
     restored = 0 if run.checkpoint.location.is_dir() or not runs else 4 * sum(t.n_weights for t in model_map.tensors)
     moments = sum(map(moment_bytes, widths))
-    if job.sequential and widths:  # those of one layer at a time; the encoded layers wait until all are there
+    if job.in_sequence and widths:  # those of one layer at a time; the encoded layers wait until all are there
         moments = max(map(moment_bytes, widths)) + expected
     needs.append(("the work directory", run.work_dir, states + restored + moments + _SMALL_FILES))
     by_device: dict[int, list[tuple[str, Path, int]]] = {}

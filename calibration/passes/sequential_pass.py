@@ -2,89 +2,198 @@
 
 With one layer resident the samples, as the artifact's layers before have left them, go through the layer twice: as it
 is, so that the second moments of its inputs are seen, and then with its weights as they have been encoded under these
-moments, which gives the inputs of the next one (as GPTQ does it; Frantar et al. 2022).
+moments, which gives the inputs of the next one (as GPTQ does it; Frantar et al. 2022). Where the encoded layers are
+tuned, some samples go along as the source's layers leave them: what the source makes of these is the tuning's target.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from bitwright.calibration.control import Interrupted, PassControl
 from bitwright.calibration.passes.importance_pass import moment_groups
+from bitwright.calibration.passes.layer_tuning import LayerTask, Place, TunableBlocks, TunedBlocks, tune
 from bitwright.calibration.passes.moment_observer import InputMoments
 from bitwright.calibration.places import MatrixNames
 from bitwright.calibration.statistics.second_moments import write_index
 from bitwright.calibration.stream.forward import LayerStream
-from bitwright.calibration.stream.observer import NoStatistic
+from bitwright.calibration.stream.micro_batches import spans_of_samples
+from bitwright.calibration.stream.observer import NoStatistic, Observer
 from bitwright.calibration.stream.streamable import StreamableModel
 from bitwright.calibration.stream.weights import WeightSource
 from bitwright.formats.files.disk import remove_tree
 
-EncodeLayer = Callable[[frozenset[str]], None]
-"""Called with the names of the stored tensors of a layer, whose moments are in the directory then; when it returns,
-reading these tensors from the encoded weights gives what they have become."""
+TUNING_SAMPLES = 128
+"""Samples that a layer is tuned on at most, two of 32 of them held out."""
+
+
+class EncodedLayers(Protocol):
+    """What encodes one layer after the other."""
+
+    def encode(self, stored: frozenset[str]) -> WeightSource:
+        """A layer of these stored tensors, whose moments are in the directory: its weights as they are encoded, under
+        these names."""
+
+    def tunable(self) -> Sequence[TunableBlocks]:
+        """Of this layer, the blocks whose scales can be moved."""
+
+    def tuned(self, result: Mapping[int, TunedBlocks]) -> WeightSource:
+        """The layer's weights as they are stored with scales moved; result: by the index among the tunable ones."""
+
+    def finish(self, errors: tuple[float, float] | None) -> None:
+        """Keep the layer. errors: on held-out samples before and after its tuning; what was moved is kept where that
+        falls. None for a layer that was not tuned."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How layers are tuned: in so many steps, on draws by this seed."""
+
+    steps: int
+    seed: int = 0
 
 
 class SequentialStream(LayerStream):
-    """Takes the samples through the layers, each of which `encode_layer` encodes on the way.
+    """Takes the samples through the layers, each of which is encoded on the way.
 
-    encoded: the weights as far as they are encoded, under the checkpoint's names; those of the source otherwise.
     moments_dir: holds the second moments of one layer at a time, whose names for tensors are by `names`.
-    settings: whatever decides how layers are encoded: a checkpoint of others is refused.
+    settings: whatever decides how layers are encoded: a checkpoint of others is refused. tuning: None for none.
     """
 
     def __init__(
         self,
         streamable: StreamableModel,
-        encoded: WeightSource,
         tokens: np.ndarray,
         control: PassControl,
         *,
         names: MatrixNames,
         moments_dir: Path,
-        encode_layer: EncodeLayer,
+        encoded: EncodedLayers,
         settings: Mapping[str, object],
+        tuning: Tuning | None = None,
     ):
-        super().__init__(streamable, tokens, control, settings=settings, held_out_apart=True)
-        self.names, self.moments_dir, self.encode_layer = names, moments_dir, encode_layer
-        self.encoded_parameters = self.parameters.of(encoded)
+        self.names, self.moments_dir, self.encoded, self.tuning = names, moments_dir, encoded, tuning
+        self.n_artifact = len(tokens)
+        self.n_tuned = min(TUNING_SAMPLES, len(tokens)) if tuning is not None else 0
+        settings = {**settings, "tuning": None if tuning is None else [tuning.steps, tuning.seed]}
+        super().__init__(streamable, np.concatenate([tokens, tokens[: self.n_tuned]]), control, settings=settings)
+        self._span = slice(0, self.n_samples)
 
     @property
     def layers_done(self) -> int:
         """Layers whose encoding a checkpoint counts on."""
         return max(self._checkpoint.layers_done, 0)
 
+    def micro_batches(self, batch: int) -> list[tuple[int, int]]:
+        """Of the samples whose turn it is, those that are held out apart."""
+        first, last = self._span.start, self._span.stop
+        spans = spans_of_samples(last - first, batch, held_out_apart=True)
+        return [(first + start, first + stop) for start, stop in spans]
+
     def _through_layers(self, pool: ThreadPoolExecutor, report: Callable[[int, int], None]) -> None:
         calls = self.arranged.calls
         with closing(self.layers_in_turn(range(self._checkpoint.layers_done, len(self.layers)))) as turns:
             for index, weights in turns:
                 states = self._checkpoint.hidden(index), self._checkpoint.hidden(index + 1)
-                micro_batch = partial(self._forward, calls[index], *states)
+                forward = partial(self._forward, calls[index], *states)
                 remove_tree(self.moments_dir)
-                moments = InputMoments(self.moments_dir, self.config.hidden_size, self.tokens.size)
-                for samples_done in self.for_all_samples(pool, micro_batch, weights, moments, self._batch):
-                    report(index, samples_done // 2)
+                moments = InputMoments(
+                    self.moments_dir, self.config.hidden_size, self.n_artifact * self.sequence_length
+                )
+                self._take(slice(0, self.n_artifact), pool, forward, weights, moments)
+                self._take(slice(self.n_artifact, self.n_samples), pool, forward, weights, NoStatistic())
+                report(index, self.n_samples // 2)
                 moments.to_arrays()  # writes them
                 write_index(self.moments_dir, moment_groups(moments, self.names, self.parameters))
-                self.encode_layer(self._stored(weights))
-                for name, weight in weights.items():
-                    weight.copy_(self.encoded_parameters.read(name, weight, self.device))
-                for samples_done in self.for_all_samples(pool, micro_batch, weights, NoStatistic(), self._batch):
-                    report(index, (self.n_samples + samples_done) // 2)
+                self._set(weights, self.encoded.encode(self._stored(weights)))
+                self.encoded.finish(self._tune(pool, index, weights))
+                self._take(slice(0, self.n_artifact), pool, forward, weights, NoStatistic())
+                report(index, self.n_samples)
                 self._commit(index + 1)
                 if self.control.should_stop():
                     raise Interrupted(f"stopped after layer {index + 1} of {len(self.layers)}")
         remove_tree(self.moments_dir)
 
+    def _take(
+        self,
+        samples: slice,
+        pool: ThreadPoolExecutor,
+        forward: Callable[[int, int], None],
+        weights: Mapping[str, torch.Tensor],
+        observer: Observer,
+    ) -> None:
+        """Some samples through the resident layer."""
+        self._span = samples
+        for _ in self.for_all_samples(pool, forward, weights, observer, self._batch):
+            pass
+        self._span = slice(0, self.n_samples)
+
+    def _tune(
+        self, pool: ThreadPoolExecutor, index: int, weights: Mapping[str, torch.Tensor]
+    ) -> tuple[float, float] | None:
+        """Tune the encoded layer that is resident, and leave it as it is to be stored; see EncodedLayers.finish."""
+        places = self._places(weights)
+        if self.tuning is None:
+            return None
+        blocks = {i: each for i, each in enumerate(self.encoded.tunable()) if each.stored in places}
+        if not blocks:
+            return None
+        layer, prefix = self.layers[index], self._names[self.layers[index]]
+        parameters = {f"{prefix}.{name}": parameter for name, parameter in layer.named_parameters()}
+        task = LayerTask(
+            self.arranged.calls[index],
+            parameters,
+            places,
+            self._checkpoint.hidden(index),
+            self._checkpoint.hidden(index + 1),
+            self.n_artifact,
+            self.n_tuned,
+            self.layouts[index],
+            self.layouts[index + 1],
+        )
+        before = {name: weight.clone() for name, weight in weights.items()}
+        error = task.held_out_error(pool)
+        layer.requires_grad_(True)
+        with torch.enable_grad():
+            tuned = tune(task, list(blocks.values()), self.tuning.steps, self.tuning.seed + index, pool)
+        layer.requires_grad_(False)
+        self._set(weights, self.encoded.tuned(dict(zip(blocks, tuned, strict=True))))
+        after = task.held_out_error(pool)
+        if after >= error:
+            for name, weight in weights.items():
+                weight.copy_(before[name])
+        return error, after
+
+    def _set(self, weights: Mapping[str, torch.Tensor], source: WeightSource) -> None:
+        """Give the resident layer other weights."""
+        parameters = self.parameters.of(source)
+        for name, weight in weights.items():
+            weight.copy_(parameters.read(name, weight, self.device))
+
     def _stored(self, weights: Mapping[str, torch.Tensor]) -> frozenset[str]:
         """The names under which a layer's weights are stored."""
         matrices = (self.parameters.matrices(name) for name in weights)
         return frozenset(name for of_parameter in matrices for names in of_parameter for name in names)
+
+    def _places(self, weights: Mapping[str, torch.Tensor]) -> dict[str, Place]:
+        """Where stored tensors are in the layer's parameters, of those that are stored whole, or a matrix each, and as
+        they are computed with."""
+        places = {}
+        for name, weight in weights.items():
+            matrices = self.parameters.matrices(name)
+            if self.parameters.may_be_exchanged(name) or any(len(names) > 1 for names in matrices):
+                continue
+            n_rows = weight.numel() // weight.shape[-1] if weight.dim() > 1 else 1
+            for i, (stored,) in enumerate(matrices):
+                places[stored] = Place(name, i * n_rows // len(matrices))
+        return places
 
     def _observe_head(self) -> None:
         """Nothing of the head is to be known."""

@@ -70,6 +70,10 @@ class ParameterReader:
             raise _lacking(parameter)
         return found
 
+    def may_be_exchanged(self, parameter: str) -> bool:
+        """Whether its matrices may be stored with rows and columns exchanged."""
+        return self._stored(parameter).exchanged
+
     def places(self, parameter: str, n_matrices: int, names: MatrixNames) -> Iterator[tuple[Place, slice, int]]:
         """Where a parameter's statistics go, for everything in names that is stored in it: the place, the matrices of
         the parameter, and which of the blocks of as many rows each of these is made of."""

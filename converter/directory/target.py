@@ -296,6 +296,7 @@ def _refuse_options(job: Job) -> None:
         "--lm-eval": bool(job.lm_eval),
         "--mtp drop": job.mtp == "drop",
         "--sequential": job.sequential,
+        "--tune": job.tune > 0,
     }
     for option, given in refused.items():
         if given:

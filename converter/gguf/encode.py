@@ -105,9 +105,9 @@ class Encoder:
         """
         if planned.tensor.origin == "scale":
             weight = self._by_name[planned.tensor.name.removesuffix(".scale") + ".weight"]
-            yield np.array(self._scales(weight), "<f4").view(np.uint8)
+            yield np.array(self.scales(weight), "<f4").view(np.uint8)
             return
-        scales = self._scales(planned)  # before the pool is full of chunks that wait for them
+        scales = self.scales(planned)  # before the pool is full of chunks that wait for them
         self.outcomes.pop(planned.tensor.name, None)
         if self.feedback is None or not wants_feedback(planned):
             yield from self._encode_chunks(_chunks(planned), scales)
@@ -138,7 +138,7 @@ class Encoder:
         block_format, n_columns = get_format(planned.format), planned.tensor.n_columns
         row_bytes = block_format.row_bytes(n_columns)
         rows = np.concatenate([block_format.decode(data.reshape(-1, row_bytes)) for data in encoded])
-        if scales := self._scales(planned):
+        if scales := self.scales(planned):
             matrices = rows.reshape(planned.tensor.n_matrices, -1)
             matrices *= np.array(scales, np.float32)[:, None]
         return rows
@@ -183,7 +183,7 @@ class Encoder:
         except ConvertError as error:
             raise ConvertError(error.what, f"{chunk.where}: {error.where}", error.remedy) from None
 
-    def _scales(self, planned: PlannedTensor) -> list[float]:
+    def scales(self, planned: PlannedTensor) -> list[float]:
         """The second-level scale of every matrix, the source's where it has one, or else from the largest magnitude of
         its weights; empty for a tensor that has none."""
         name, tensor_scale = planned.tensor.name, get_format(planned.format).tensor_scale

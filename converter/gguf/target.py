@@ -46,6 +46,8 @@ from bitwright.profiles.planning.protect import looks_for_super_weights
 from bitwright.profiles.planning.summary import fallback_lines, mtp_lines, unscaled_lines
 from bitwright.profiles.vocabulary import ModelMap, Role
 
+_LEAST_TUNING_TOKENS = 1024
+
 
 class GgufTarget:
     def describe(self, job: Job, checkpoint: Checkpoint) -> ModelMap:
@@ -192,17 +194,23 @@ def refuse_starved(plan: Plan, importance: ImportanceMatrix | None) -> None:
 
 
 def _in_sequence(job: Job, plan: Plan) -> bool:
-    return job.sequential and plan.error_feedback is not None
+    return job.in_sequence and plan.error_feedback is not None
 
 
 def _refuse_options(job: Job) -> None:
     """Options that say something of a directory's activations, for a profile that makes a GGUF; sequential inputs for
     codes that are chosen without any."""
-    if job.sequential and job.feedback is None:
+    if job.in_sequence and job.feedback is None:
         raise ConvertError(
             "without error feedback no code depends on the inputs of its layer",
-            "--sequential --no-error-feedback",
+            f"{'--tune' if job.tune else '--sequential'} --no-error-feedback",
             "leave one of them out",
+        )
+    if job.tune and job.samples * job.sequence_length < _LEAST_TUNING_TOKENS:
+        raise ConvertError(
+            f"{job.samples} samples of {job.sequence_length} tokens are too few to tune a layer on",
+            f"--tune {job.tune}",
+            f"give at least {_LEAST_TUNING_TOKENS} tokens: --samples, --sequence-length",
         )
     options = {"--alpha": job.alpha, "--activation-scales": job.activation_scales}
     given = ", ".join(option for option, value in options.items() if value is not None)

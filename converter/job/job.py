@@ -251,6 +251,16 @@ class Job:
         ),
     )
 
+    tune: int = field(
+        default=0,
+        metadata=option(
+            "Move the scales of every encoded layer towards what the source computes, in so many steps, such as 64; a"
+            " GGUF's, in sequence. [default: 0]",
+            "STEPS",
+            least=0,
+        ),
+    )
+
     pre_tokenizer: str | None = field(
         default=None,
         metadata=option("The pre-tokenizer by llama.cpp's name, where it cannot be recognised.", "NAME", group=OUTPUT),
@@ -424,8 +434,13 @@ class Job:
     def feedback(self) -> FeedbackLevel | None:
         """How long codes are chosen together; None for leaving that out. See `feedback_is_asked_for`."""
         if self.error_feedback is None:
-            return "quick" if self.imatrix is None or self.sequential else None
+            return "quick" if self.imatrix is None or self.in_sequence else None
         return None if self.error_feedback == "off" else self.error_feedback
+
+    @property
+    def in_sequence(self) -> bool:
+        """Whether layers are encoded one after the other, on a pass over the model of their own."""
+        return self.sequential or self.tune > 0
 
     @property
     def feedback_is_asked_for(self) -> bool:

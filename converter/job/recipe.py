@@ -47,6 +47,10 @@ def recipe(
     if plan.error_feedback:
         entries |= {"error_feedback": plan.error_feedback, "error_feedback.damping": f"{DAMPING:g}"}
         entries["error_feedback.order"] = ORDER
+        if job.in_sequence:
+            entries["error_feedback.inputs"] = "the artifact's"
+        if job.tune:
+            entries["tuning.steps"] = job.tune
     if importance is not None:
         entries |= {
             "calibration.model": importance.model or "",

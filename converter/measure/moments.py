@@ -12,7 +12,7 @@ def collects_moments(run: Run, plan: Plan | None) -> bool:
     """Whether second moments are collected with the importance; before there is a plan, as far as it is known. Those of
     sequential inputs are collected while the layers are encoded."""
     wanted = run.job.feedback if plan is None else plan.error_feedback
-    return wanted is not None and not run.job.sequential
+    return wanted is not None and not run.job.in_sequence
 
 
 def moments_dir(run: Run, plan: Plan | None) -> Path | None:

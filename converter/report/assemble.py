@@ -10,6 +10,7 @@ from bitwright.calibration.evaluation.quality import QualityReport
 from bitwright.converter.artifact.feedback import feedback_report
 from bitwright.converter.artifact.target import Adapted, Prepared
 from bitwright.converter.artifact.tensor_errors import TensorError
+from bitwright.converter.artifact.tuning import tuning_report
 from bitwright.converter.job.identity import tool_identity
 from bitwright.converter.job.recipe import calibration_manifest, recipe, reproducing_arguments, sensitivity_manifest
 from bitwright.converter.measure.evidence import sensitivity_path
@@ -84,6 +85,7 @@ def assemble(
         "feedback": feedback_report(prepared.run, plan),
         "uniform": target.uniform_sizes(prepared),
         "tasks": measured.tasks,
+        **({} if (tuning := tuning_report(prepared.run)) is None else {"tuning": tuning}),
         **adapted.report,
     }
     # As it was decided, wherever importance comes from the next time.

@@ -170,6 +170,16 @@ class Feedback:
 
 
 @dataclass(frozen=True)
+class TunedLayers:
+    """layers, kept: how many were tuned, and are stored so. ratio: the geometric mean of what is left of their squared
+    output error on held-out samples, None without any."""
+
+    layers: int
+    kept: int
+    ratio: float | None
+
+
+@dataclass(frozen=True)
 class Smoothing:
     """alpha: as it was asked for. left: GGUF tensors whose inputs nothing makes up for."""
 
@@ -338,6 +348,7 @@ class Report:
     super_weight_coverage: Coverage | None
     protection: tuple[Protected, ...]
     feedback: Feedback | None
+    tuning: TunedLayers | Absent = ABSENT
     smoothing: Smoothing | Absent | None = ABSENT
     activations: tuple[TensorInputs, ...] | Absent | None = ABSENT
     precision: tuple[PrecisionChoice, ...] | Absent = ABSENT

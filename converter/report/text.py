@@ -5,7 +5,7 @@ from typing import Any
 
 from bitwright.calibration.evaluation.quality import QualityReport
 from bitwright.converter.artifact.tensor_errors import TensorError
-from bitwright.converter.report.data import Agreement, Coherence, Feedback, Report
+from bitwright.converter.report.data import Agreement, Coherence, Feedback, Report, TunedLayers
 from bitwright.converter.report.run_lines import local_lines
 from bitwright.profiles.planning.plan import Plan
 from bitwright.profiles.planning.summary import tensor_groups
@@ -122,6 +122,8 @@ def report_text(report: Report, plan: Plan, verdict: str) -> str:
         lines.append(f"kv cache     FP8, {len(scales)} scales; the largest is {largest.scale:.4g} ({largest.tensor})")
     if report.feedback is not None:
         lines.append(f"feedback     {feedback_text(report.feedback)}")
+    if tuning := report.tuning:
+        lines.append(f"tuning       {tuning_text(tuning)}")
     lines.append("time         " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items()))
     lines += [f"written      {file.path}  sha256 {file.sha256}" for file in report.artifact.files]
     lines.append(f"report       {report.page}, {report.path}")
@@ -156,6 +158,12 @@ def feedback_text(feedback: Feedback) -> str:
         f"kept by {feedback.kept} of {feedback.matrices} matrices; output error on held-out inputs"
         f" {feedback.plain_error:.5f} -> {feedback.feedback_error:.5f} on average"
     )
+
+
+def tuning_text(tuning: TunedLayers) -> str:
+    """What tuning did, for people."""
+    left = "" if tuning.ratio is None else f"; {tuning.ratio:.3f} of their output error on held-out samples is left"
+    return f"kept by {tuning.kept} of {tuning.layers} layers{left}"
 
 
 def error_table(errors: Sequence[TensorError]) -> str:
