@@ -27,7 +27,7 @@ from bitwright.converter.gguf.protect import (
     refuse_protection,
 )
 from bitwright.converter.gguf.reuse import ReusingEncoder
-from bitwright.converter.gguf.sequential import SequencedEncoder, encode_in_sequence
+from bitwright.converter.gguf.sequence.encoding import SequencedEncoder, encode_in_sequence
 from bitwright.converter.gguf.verify import gguf_candidate, verify
 from bitwright.converter.job.job import Job
 from bitwright.converter.job.recipe import PROTECTION_RESERVE

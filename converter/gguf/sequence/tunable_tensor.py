@@ -84,7 +84,7 @@ class TunableTensor:
             units[:, 0] *= steps
             if minima is not None:
                 units[:, 1] *= minima
-            packed = blocks.pack(parts._replace(units=_float16(units)))  # type: ignore[union-attr, arg-type]
+            packed: np.ndarray = blocks.pack(parts._replace(units=_float16(units)))  # type: ignore[union-attr, arg-type]
         else:
             point: PointParts = parts._replace(d=_float16(parts.d * steps))
             packed = blocks.pack(point)  # type: ignore[union-attr, arg-type]
