@@ -186,12 +186,16 @@ def refuse_starved(plan: Plan, importance: ImportanceMatrix | None) -> None:
 
 
 def _refuse_options(job: Job) -> None:
-    """Options that say something of a directory's activations, for a profile that makes a GGUF."""
-    options = {"--alpha": job.alpha, "--activation-scales": job.activation_scales}
+    """Options that say something of a directory, for a profile that makes a GGUF."""
+    options = {
+        "--alpha": job.alpha,
+        "--activation-scales": job.activation_scales,
+        "--tensor-parallel": job.tensor_parallel,
+    }
     given = ", ".join(option for option, value in options.items() if value is not None)
     if given:
         raise ConvertError(
-            f"the profile {job.profile.name!r} writes a GGUF, whose activations nothing quantizes beforehand",
+            f"the profile {job.profile.name!r} writes a GGUF for llama.cpp, and that is for a directory for vLLM",
             given,
             "leave it out, or name a profile for a safetensors directory, see `convert profiles list`",
         )

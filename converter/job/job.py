@@ -217,6 +217,19 @@ class Job:
         metadata=option(f"How static scales of activations are found. [default: {DEFAULT_METHOD}]", group=DIRECTORIES),
     )
 
+    tensor_parallel: int | None = field(
+        default=None,
+        metadata=option(
+            "Refuse a plan that vLLM cannot cut over so many GPUs.",
+            "GPUS",
+            least=1,
+            identity=None,
+            recipe="never",
+            group=DIRECTORIES,
+        ),
+    )
+    """vLLM's --tensor-parallel-size. It changes nothing in the plan."""
+
     effort: Effort = field(
         default="best",
         metadata=option("How long the encoders search for the best codes.", shows_default=True, identity=None),
