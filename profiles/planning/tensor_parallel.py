@@ -1,12 +1,12 @@
 """Whether vLLM can cut the matrices of a plan over several GPUs (`--tensor-parallel-size`).
 
-vLLM cuts the matrices that lead into attention or an MLP by their outputs (its ColumnParallelLinear), and those that lead
-out of them by their inputs (RowParallelLinear). It wants
+vLLM cuts the matrices that lead into attention or an MLP by their outputs (its ColumnParallelLinear), and those that
+lead out of them by their inputs (RowParallelLinear). It wants
 
-    heads     the attention heads divided by the GPUs; heads of keys and values divided, too, or where there are fewer of
-              them than GPUs, the GPUs divided by them: each is then copied
-    outputs   the same number of them on every GPU, and of schemes with blocks of rows whole blocks
-    inputs    the same number of them on every GPU, and whole groups: a GPU has the scales of its own columns alone
+    heads     as many attention heads on every GPU; of keys and values, too, or where there are fewer of these heads
+              than GPUs, as many GPUs for each, which has a copy
+    outputs   as many on every GPU, and whole blocks in schemes with blocks of rows
+    inputs    as many on every GPU, and whole groups: a GPU has the scales of its own columns alone
 
 Embeddings and output heads are padded, and what comes before the heads of latent attention is copied: neither is cut.
 """
@@ -65,9 +65,7 @@ def check_tensor_parallel(plan: ModulePlan, heads: Heads, n_gpus: int) -> None:
     if not uneven and not misfits:
         return
     serving = [
-        n
-        for n in range(1, 2 * n_gpus + 1)
-        if not any(_uneven_heads(plan, heads, n)) and not _misfits(plan, heads, n)
+        n for n in range(1, 2 * n_gpus + 1) if not any(_uneven_heads(plan, heads, n)) and not _misfits(plan, heads, n)
     ]
     remedy = f"use {' or '.join(map(str, serving))} GPU{'s' if serving != [1] else ''}"
     if not uneven and all(misfit.remedies for misfit in misfits):
@@ -118,22 +116,21 @@ def _why(row: PlannedModule, scheme: Scheme | None, heads: Heads, n_gpus: int) -
     role, (n_rows, n_columns) = row.tensor.role, row.tensor.shape[-2:]
     of = row.format if scheme is None else scheme.name
     if role in _BY_INPUTS:
-        if n_columns % n_gpus:
-            return f"{n_columns} columns"
-        multiple = 1 if scheme is None else _columns_together(scheme)
-        if n_columns // n_gpus % multiple:
-            return f"each GPU has {n_columns // n_gpus} of {n_columns} columns, and {of} needs a multiple of {multiple}"
-        return ""
+        return _uneven(n_columns, n_gpus, "columns", of, 1 if scheme is None else _columns_together(scheme))
     n_parts = _BY_OUTPUTS.get(role)
     if n_parts is None:
         return ""
-    n_rows //= n_parts
     n_cuts = min([n_gpus, *(heads.keys if role in _KEYS_AND_VALUES else ())])  # a head is copied, and never cut
-    if n_rows % n_cuts:
-        return f"{n_rows} rows"
     block = None if scheme is None else scheme.weights.block_structure
-    if block is not None and n_rows // n_cuts % block[0]:
-        return f"each GPU has {n_rows // n_cuts} of {n_rows} rows, and {of} needs a multiple of {block[0]}"
+    return _uneven(n_rows // n_parts, n_cuts, "rows", of, 1 if block is None else block[0])
+
+
+def _uneven(n: int, n_cuts: int, what: str, of: str, multiple: int) -> str:
+    """Why so many rows or columns cannot be cut into equal parts of whole multiples; empty where they can."""
+    if n % n_cuts:
+        return f"{n} {what}"
+    if n // n_cuts % multiple:
+        return f"each GPU has {n // n_cuts} of {n} {what}, and {of} needs a multiple of {multiple}"
     return ""
 
 

@@ -59,9 +59,10 @@ def test_blocks_of_rows_are_whole_on_every_gpu():
 
 
 def test_words_of_packed_integers_are_whole_on_every_gpu():
-    assert "each GPU has 6 of 12 columns, and W8A16_CHANNEL needs a multiple of 4" in refused(
-        "W8A16_CHANNEL", 2, mlp=12
-    ).what
+    assert (
+        "each GPU has 6 of 12 columns, and W8A16_CHANNEL needs a multiple of 4"
+        in refused("W8A16_CHANNEL", 2, mlp=12).what
+    )
 
 
 def test_what_is_kept_has_to_divide_too():
