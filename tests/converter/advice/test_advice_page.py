@@ -18,6 +18,9 @@ OVERHANG = """[...document.querySelectorAll("svg.figure")].flatMap(svg => {
     }).map(each => each.textContent);
 })"""
 
+CUT_TABLES = """[...document.querySelectorAll(".scroll")].filter(table => table.scrollWidth > table.clientWidth)
+    .map(table => table.getAttribute("aria-label"))"""
+
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
@@ -43,6 +46,7 @@ def test_it_fits_every_screen_and_loads_nothing(page):
                 assert shown.console == [] and [url for url in shown.requests if not url.startswith("file:")] == []
                 assert shown.evaluate("document.documentElement.scrollWidth") <= width
                 assert shown.evaluate(OVERHANG) == []
+                assert shown.evaluate(CUT_TABLES) == []
 
 
 def test_the_command_writes_it(page, tmp_path):
