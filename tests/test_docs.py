@@ -13,6 +13,7 @@ from bitwright.converter.cli import main
 from bitwright.converter.job.cache import DIRECTORY_VARIABLE
 from bitwright.profiles.mixes import MIXES
 from bitwright.profiles.reading.schema import parse_profile, preset_names
+from scripts import api_reference
 
 GUIDE = Path(__file__).parent.parent / "docs" / "guide.md"
 
@@ -34,7 +35,7 @@ def test_the_guide(in_a_directory_with_a_model):
     assert len(commands) >= 10
     for command in commands:
         program, *arguments = shlex.split(command)
-        assert program == "convert"
+        assert program == "bitwright"
         done = CliRunner().invoke(main, arguments)
         assert done.exit_code == 0, f"{command}\n{done.stderr}"
         assert done.stdout, command
@@ -131,3 +132,10 @@ def test_the_sizes_of_models_are_those_of_their_bits():
         assert abs(MIXES[mix].bits - float(bits)) < 0.06
         for billions, size in zip((1, 3, 8, 14, 32, 70), sizes.split(" | "), strict=True):
             assert float(size) == pytest.approx(billions * 1e9 * float(bits) / 8 / 2**30, abs=0.06)
+
+
+def test_the_api_reference_is_what_the_docstrings_say():
+    """Where this fails: python -m scripts.api_reference."""
+    text = api_reference.PAGE.read_text()
+    assert text == api_reference.reference()
+    assert all(f"### {name}" in text for name in ("convert", "plan", "advise", "evaluate", "publish", "inspect"))

@@ -1,4 +1,4 @@
-"""`convert advise MODEL`: which artifact for this machine, how fast, how good, and why."""
+"""`bitwright advise MODEL`: which artifact for this machine, how fast, how good, and why."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`convert imatrix`: the importance matrix alone, and what else is measured of a model."""
+"""`bitwright imatrix`: the importance matrix alone, and what else is measured of a model."""
 
 from pathlib import Path
 from typing import Any

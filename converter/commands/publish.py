@@ -1,4 +1,4 @@
-"""`convert publish`: an artifact on the Hub."""
+"""`bitwright publish`: an artifact on the Hub."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from bitwright.converter.job.options import HUB
 
 
 def card_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of publishing that `convert MODEL --push-to` and `convert publish` share."""
+    """The options of publishing that `bitwright MODEL --push-to` and `bitwright publish` share."""
     command = option("--public", group=HUB, is_flag=True, help="Publish for everybody to see. [default: private]")(
         command
     )

@@ -1,4 +1,4 @@
-"""`convert split`: an artifact in several files."""
+"""`bitwright split`: an artifact in several files."""
 
 from pathlib import Path
 

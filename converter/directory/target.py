@@ -310,7 +310,7 @@ def _check_smoothing(run: Run) -> None:
         f"the profile {run.job.profile.name!r} moves outliers of inputs into weights, and no data file says what feeds"
         f" the matrices of the architecture {run.checkpoint.config.get('model_type')!r}",
         "--alpha" if run.job.alpha is not None else f"--profile {run.job.profile.name}",
-        "take a profile that smooths nothing: fp8, or W8A8; `convert architectures` tells what works for which",
+        "take a profile that smooths nothing: fp8, or W8A8; `bitwright architectures` tells what works for which",
     )
 
 
@@ -328,5 +328,5 @@ def _refuse_options(job: Job) -> None:
             raise ConvertError(
                 f"{option} is for a GGUF, and the profile {job.profile.name!r} makes a safetensors directory",
                 option,
-                "leave it out, or name a profile whose target is a GGUF; `convert profiles list` tells",
+                "leave it out, or name a profile whose target is a GGUF; `bitwright profiles list` tells",
             )

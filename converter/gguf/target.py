@@ -197,5 +197,5 @@ def _refuse_options(job: Job) -> None:
         raise ConvertError(
             f"the profile {job.profile.name!r} writes a GGUF for llama.cpp, and that is for a directory for vLLM",
             given,
-            "leave it out, or name a profile for a safetensors directory, see `convert profiles list`",
+            "leave it out, or name a profile for a safetensors directory, see `bitwright profiles list`",
         )

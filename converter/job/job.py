@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 SAMPLES_RANGE = (128, 1024)
 
-# Options of `convert imatrix`, too.
+# Options of `bitwright imatrix`, too.
 _BOTH = ("convert", "imatrix")
 
 
@@ -399,7 +399,7 @@ class Job:
                 raise ConvertError(
                     f"the profile {profile.name!r} has no rules that decide without a measurement",
                     ", ".join(filter(None, ("--no-analysis", where))),
-                    "leave --no-analysis out, or name a preset that has: `convert profiles list` describes each",
+                    "leave --no-analysis out, or name a preset that has: `bitwright profiles list` describes each",
                 )
         if self.refine and (profile.budget is None or not profile.budget.has_goal):
             raise ConvertError(

@@ -1,4 +1,4 @@
-"""`convert profiles`: the presets, and the check of a profile of one's own."""
+"""`bitwright profiles`: the presets, and the check of a profile of one's own."""
 
 import json
 from pathlib import Path

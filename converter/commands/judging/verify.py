@@ -1,4 +1,4 @@
-"""`convert verify`: an artifact's tensors beside those of its source."""
+"""`bitwright verify`: an artifact's tensors beside those of its source."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The page of `convert advise --plot`, in a real browser."""
+"""The page of `bitwright advise --plot`, in a real browser."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def page(tmp_path_factory):
 def test_it_shows_time_speed_and_roof(page):
     text = page.read_text()
     assert text.count("<svg") == 3 and "on the roofline" in text and "over the context" in text
-    assert "convert --profile" in text and "<script" not in text
+    assert "bitwright --profile" in text and "<script" not in text
     for group in ("attention weights", "MLP weights", "keys and values", "overhead"):
         assert group in text
 
