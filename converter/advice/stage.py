@@ -306,8 +306,8 @@ class _Advisor:
             yield f"the model was made for {context} tokens, and {self.context} are asked for"
         for kv in sorted({candidate.kv for candidate in order} - {"F16", "BF16", "F32"}):
             yield (
-                f"what keys and values in {kv} cost is measured by bitwright evaluate FILE --against {self.request.model}"
-                f" --kv {kv}"
+                f"what keys and values in {kv} cost is measured by bitwright evaluate FILE --against"
+                f" {self.request.model} --kv {kv}"
             )
         if any(candidate.runtime == "vLLM" and candidate.decode for candidate in order):
             yield (

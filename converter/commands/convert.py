@@ -29,8 +29,8 @@ _OF_ONE_ARTIFACT = ("profile", "target_size", "target_bpw", "target_kld", "work_
 @click.command("convert-model", cls=MainCommand, hidden=True)
 @click.argument("model")
 @options_of("convert")
-@option("--ladder", metavar="RUNGS", help="Make several artifacts: profiles, sizes and 4.5bpw, with commas between.")
-@option("--push-to", group=HUB, metavar="ORG/NAME", help="Publish it then in this repository, split at 20 GB.")
+@option("--ladder", metavar="RUNGS", help="Make several artifacts: profiles, sizes or 4.5bpw, comma-separated.")
+@option("--push-to", group=HUB, metavar="ORG/NAME", help="Publish the result in this repository, split at 20 GB.")
 @card_options
 @option("--lora-gguf", group=OUTPUT, is_flag=True, help="Write a LoRA GGUF of an adapter for llama.cpp, and no model.")
 @option("--advise", metavar="NAME|this", help="Take the profile that `bitwright advise` recommends for a machine.")

@@ -1,5 +1,5 @@
-"""The command `bitwright inspect`: what an artifact, or a file that was measured of a model, says of itself, and pictures
-of it."""
+"""The command `bitwright inspect`: what an artifact, or a file that was measured of a model, says of itself, and
+pictures of it."""
 
 import json
 import os

@@ -18,7 +18,14 @@ from bitwright.converter.report.pictures import Cell, bits_figure, by_layer_and_
 from bitwright.converter.report.run_lines import local_lines
 from bitwright.converter.report.svg import MARK, Figure, bars, columns_chart, short
 from bitwright.converter.report.templates import templates
-from bitwright.converter.report.text import agreement_text, feedback_text, figure, figures_text, perplexity_change
+from bitwright.converter.report.text import (
+    agreement_text,
+    corpus_text,
+    feedback_text,
+    figure,
+    figures_text,
+    perplexity_change,
+)
 from bitwright.converter.report.verdict import MEANINGS, findings, missed_target
 from bitwright.profiles.mixes import MIXES
 from bitwright.profiles.planning.labels import mix_bits
@@ -35,6 +42,7 @@ _TEMPLATES = templates(
     "bitwright.converter.report",
     {
         "agreement_text": agreement_text,
+        "corpus": corpus_text,
         "feedback_text": feedback_text,
         "figures_text": figures_text,
         "fmt": figure,
