@@ -64,7 +64,7 @@ def test_every_preset_is_described():
     assert all(f"`{name}`" in text for name in preset_names())
 
 
-PAGES = [*GUIDE.parent.glob("*.md"), GUIDE.parent.parent / "README.md"]
+PAGES = [*GUIDE.parent.rglob("*.md"), GUIDE.parent.parent / "README.md"]
 _FOLDERS = ("converter", "formats", "calibration", "profiles", "scripts", "tests", "docs")
 
 
@@ -108,13 +108,12 @@ def test_the_picture_of_the_architecture_has_every_room():
 def test_every_page_is_in_the_index():
     docs = GUIDE.parent
     text = (docs / "index.md").read_text()
-    named = set(re.findall(r"\]\(([\w-]+\.md)", text))
-    assert named == {path.name for path in docs.glob("*.md")} - {"index.md"}
+    named = set(re.findall(r"\]\(([\w/-]+\.md)", text))
+    assert named == {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")} - {"index.md"}
 
 
 def test_links_between_pages_lead_somewhere():
-    root = GUIDE.parent.parent
-    for page in (root / "README.md", *GUIDE.parent.glob("*.md")):
+    for page in PAGES:
         for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
             path, _, anchor = link.partition("#")
             target = page.parent / path if path else page

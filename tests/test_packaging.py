@@ -102,14 +102,14 @@ def test_the_commands_of_the_readme_run_from_the_wheel(programs, tmp_path, tiny)
     install, *commands = [shlex.split(line, comments=True) for line in block]
     assert install == ["pip", "install", "bitwright"] and len(commands) == 3
     for command in commands:
-        # On little text, and the second and the third unjudged: that is the same code as the first one's.
-        quick = ["--samples", "128", "--sequence-length", "16"]
+        # To be quick; the second and the third are unjudged, as that is the same code as the first one's.
+        quick = ["--samples", "128", "--sequence-length", "16", "--no-error-feedback"]
         quick += ["--judge", "off"] if command != commands[0] else []
         done = run(programs, [*command, *quick], tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         assert "Verdict: " in done.stdout
-    assert len([*tmp_path.glob("*.gguf")]) == 2 and (tmp_path / "Model-113K-quantized.w8a8" / "config.json").is_file()
-    assert (tmp_path / "Model-113K-BW-Q4_K_M.bitwright" / "report.html").is_file()
+    assert len([*tmp_path.glob("*.gguf")]) == 2 and len([*tmp_path.glob("*.bitwright*/report.html")]) == 3
+    assert (tmp_path / "Model-113K-quantized.w8a8" / "config.json").is_file()
 
 
 def test_both_names_of_the_command_are_installed(programs, tmp_path):

@@ -16,8 +16,8 @@ from bitwright.converter.job.cache import DIRECTORY_VARIABLE
 from tests.converter.publishing.publishing import ALICE, TOKEN, here
 
 WALKS = Path(__file__).parent.parent / "docs" / "walks"
-# What conversions read here: less text than they would, and none that has to be fetched. The way is shown, not figures.
-LITTLE_TEXT = ["--samples", "128", "--sequence-length", "16", "--calibration", "embedded"]
+# What conversions take here beside their own options, to be quick: the way is shown, not figures. No text is fetched.
+QUICK = ["--samples", "128", "--sequence-length", "16", "--calibration", "embedded", "--no-error-feedback"]
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def walked(monkeypatch: pytest.MonkeyPatch, walk: str, *conversions_take: str) -
         assert program == "bitwright"
         arguments = [name for each in arguments for name in (sorted(glob.glob(each)) or [each])]
         if arguments[0].startswith("-"):
-            arguments = [*arguments[:-1], *LITTLE_TEXT, *conversions_take, arguments[-1]]
+            arguments = [*arguments[:-1], *QUICK, *conversions_take, arguments[-1]]
         with nullcontext() if arguments[0] != "publish" else here(monkeypatch, {TOKEN: ALICE}) as hub:
             for model in Path("org").iterdir() if hub is not None else ():
                 hub.add(str(model))
@@ -76,8 +76,8 @@ def test_the_hobbyist(street, monkeypatch):
 def test_the_publisher(street, monkeypatch):
     street("llama-256", "org/first", "org/second")
     (jobs,) = blocks("publisher.md", "jobs.txt")
-    little = shlex.join([*LITTLE_TEXT, "--judge", "off"])
-    Path("jobs.txt").write_text(re.sub(r"(?m)^--ladder", f"{little} --ladder", jobs).replace(" --judge fast", ""))
+    quick = shlex.join([*QUICK, "--judge", "off"])
+    Path("jobs.txt").write_text(re.sub(r"(?m)^--ladder", f"{quick} --ladder", jobs).replace(" --judge fast", ""))
     printed = walked(monkeypatch, "publisher.md", "--judge", "off")
     rungs = said(printed, "bitwright --ladder").splitlines()[2:-1]
     assert len(rungs) == 15 == len([*Path("out/first").glob("*-BW-*.gguf")])
