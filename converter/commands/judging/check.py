@@ -28,13 +28,23 @@ from bitwright.converter.judge.engines.ask import PROMPT, Engine
     help="How many GPUs vLLM cuts the model over.",
 )
 @json_option
+@quiet_option
 @fails_clearly
 def check(
-    directory: Path, runtime: Engine, python: Path | None, prompt: str, tokens: int, tensor_parallel: int, as_json: bool
+    directory: Path,
+    runtime: Engine,
+    python: Path | None,
+    prompt: str,
+    tokens: int,
+    tensor_parallel: int,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Load DIRECTORY in a real engine and let it continue a text; exit with 1 where it does not."""
     from bitwright.converter.judge.engines.ask import load_in_engine
 
+    if not quiet:
+        click.echo(f"{runtime} loads {directory}, which may take minutes", err=True)
     loaded = load_in_engine(directory, runtime, python, prompt, tokens, tensor_parallel)
     if as_json:
         click.echo(json.dumps(loaded.to_dict()))

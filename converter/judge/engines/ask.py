@@ -1,7 +1,7 @@
 """The command `bitwright check`: whether a runtime loads a directory and writes with it, in a Python of its own.
 
 vLLM wants other versions of much that this project stands on, so it lives in another environment, whose Python runs
-program.py there. The request is one JSON object on the program's stdin, the answer one line on a pipe of its own,
+program.py there. The request is one JSON object on the program's stdin, the answer one line in a file of its own,
 as libraries print on stdout.
 """
 
@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,16 +99,15 @@ _REMEDY = "hold its tensors against the source with `bitwright verify`, or conve
 def _ask(python: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     """The program's answer; what it said last, as an error, where it ends without one."""
     program = Path(__file__).with_name("program.py")
-    read, write = os.pipe()
-    with os.fdopen(read) as answers:
+    with tempfile.TemporaryFile("w+") as answers:
         try:
             child = subprocess.Popen(
-                [str(python), str(program), str(write)],
+                [str(python), str(program), str(answers.fileno())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
-                pass_fds=[write],
+                pass_fds=[answers.fileno()],
                 start_new_session=True,  # with its workers, which end with it
                 env={**os.environ, "HF_HUB_OFFLINE": "1"},
             )
@@ -115,12 +115,11 @@ def _ask(python: Path, request: Mapping[str, Any]) -> dict[str, Any]:
             raise ConvertError(
                 f"that is no Python: {error.strerror}", str(python), "name an interpreter with --python"
             ) from error
-        finally:
-            os.close(write)
         try:
             _, said = child.communicate(json.dumps(request))
         finally:
             _end(child)
+        answers.seek(0)
         answer = answers.readline()
     if not answer:
         last = said.strip().splitlines()[-1:] or [f"it ended with {child.returncode}"]
