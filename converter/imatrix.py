@@ -25,7 +25,7 @@ from bitwright.converter.job.identity import job_fingerprint
 from bitwright.converter.job.progress import Progress
 from bitwright.converter.job.work_directory import REPLACEABLE, WorkDirectory, default_work_dir, stops_cleanly
 from bitwright.converter.measure.activations import streamed_activations
-from bitwright.converter.measure.calibrate import streamed_importance
+from bitwright.converter.measure.calibrate import MOMENTS, streamed_importance
 from bitwright.converter.measure.evidence import streamed_sensitivity
 from bitwright.converter.measure.sensitivity import CANDIDATE_FORMATS
 from bitwright.converter.measure.super_weights import given_or_streamed_super_weights
@@ -33,6 +33,7 @@ from bitwright.converter.model.model_map import describe
 from bitwright.converter.preflight import check_samples
 from bitwright.converter.source.open import open_checkpoint
 from bitwright.formats.errors import ConvertError
+from bitwright.formats.files.disk import remove_tree
 
 
 def write_importance(
@@ -44,6 +45,7 @@ def write_importance(
     super_weights: bool = False,
     sensitivity: bool = False,
     activations: bool = False,
+    moments: bool = False,
     fresh: bool = False,
     **options: Any,
 ) -> list[Path]:
@@ -53,6 +55,7 @@ def write_importance(
     output: None for MODEL.imatrix.gguf in the current directory. super_weights: look for them too, and keep with the
     matrix what was found. sensitivity: measure what every format costs every tensor too, and write it beside the
     output, with the suffix .sensitivity.safetensors. activations: write statistics of the matrices' inputs instead.
+    moments: collect second moments in the same pass, which stay in the cache.
     fresh: start over in a work directory that holds other work, and replace what has the output's name. options: fields
     of converter.job.job.Job.
     Raises ConvertError; the same call continues an interrupted computation.
@@ -86,7 +89,8 @@ def write_importance(
         if activations:
             save_activations(output, streamed_activations(run), replaceable.put)
             return written
-        importance = streamed_importance(run)
+        importance = streamed_importance(run, work_dir / MOMENTS if moments else None)
+        remove_tree(work_dir / MOMENTS)
         if sensitivity:
             table = streamed_sensitivity(run, importance, CANDIDATE_FORMATS)
             save_sensitivity(written[1], table, replaceable.put)

@@ -1,7 +1,9 @@
 """A ladder: several artifacts of one model, measured once.
 
-Importance and sensitivity are computed before the first rung and given to every rung as files, which stay beside the
-artifacts. Every plan is made before anything is encoded, so that a rung that cannot be had stops nothing half-way.
+Importance, sensitivity and second moments are computed before the first rung. The first two stay beside the artifacts
+as files; all serve every rung by the cache, which is one of the ladder's own where none is to be used. Every plan is
+made before anything is encoded, so that a rung that cannot be had stops nothing half-way. A tensor that two rungs have
+in the same format is encoded once.
 """
 
 import json
@@ -13,8 +15,11 @@ from typing import Any
 
 from bitwright.calibration.control import ShouldStop
 from bitwright.converter.artifact.naming import default_imatrix_name
+from bitwright.converter.artifact.run import Finished
+from bitwright.converter.artifact.writer import JOURNAL
 from bitwright.converter.imatrix import write_importance
 from bitwright.converter.job.build import build_job
+from bitwright.converter.job.cache import cache_directory
 from bitwright.converter.job.job import Job
 from bitwright.converter.job.options import option_of
 from bitwright.converter.job.progress import Progress
@@ -23,12 +28,14 @@ from bitwright.converter.pipeline import prepare, run, survey
 from bitwright.converter.report.data import Report
 from bitwright.converter.report.page import ladder_page
 from bitwright.formats.errors import ConvertError
-from bitwright.formats.files.disk import make_directory
+from bitwright.formats.files.disk import make_directory, remove_tree
 from bitwright.formats.files.whole import whole_file
 from bitwright.formats.names import safe_name
 from bitwright.profiles.sizes import parse_size
 
 PAGE, SUMMARY = "ladder.html", "ladder.json"
+# In the directory of a ladder that is to use no cache, until it is done.
+_OWN_CACHE = "ladder.bitwright-cache"
 _BITS = re.compile(r"(\d+(?:\.\d+)?) ?bpw", re.IGNORECASE)
 _SIZE = re.compile(r"\d+(?:\.\d+)? ?[kmgt]i?b?", re.IGNORECASE)
 
@@ -80,13 +87,23 @@ def climb(
         raise ConvertError("a ladder has several artifacts", f"--output {directory}", "name a directory")
     make_directory(directory, "use --output")
     jobs = [build_job(model, **{"output": directory, **options, **rung.options}) for rung in rungs]
+    own_cache = directory / _OWN_CACHE if cache_directory(jobs[0].cache) is None else None
+    if own_cache is not None:
+        jobs = [replace(job, cache=own_cache) for job in jobs]
     given = _measured(jobs, directory, progress, should_stop, fresh)
     jobs = [job if job.profile.target != "gguf" else given.of(job) for job in jobs]
     jobs = _placed(jobs, rungs)
     reports: list[Report] = []
+    earlier: list[Finished] = []
     for job, rung in zip(jobs, rungs, strict=True):
         progress.say(f"rung {len(reports) + 1} of {len(rungs)}: {rung.text}")
-        reports.append(run(job, progress, should_stop, fresh)[1])
+        prepared, report = run(job, progress, should_stop, fresh, earlier=tuple(earlier))
+        reports.append(report)
+        if job.profile.target == "gguf":
+            files = tuple(Path(file.path) for file in report.artifact.files)
+            earlier.append(Finished(files, prepared.run.work_dir / JOURNAL))
+    if own_cache is not None:
+        remove_tree(own_cache)
     summary = [report.to_dict() for report in reports]
     for name, content in ((SUMMARY, json.dumps(summary, indent=1)), (PAGE, ladder_page(reports))):
         with whole_file(directory / name, "comparison") as file:
@@ -102,7 +119,9 @@ class _Measured:
     sensitivity: Path | None = None
 
     def of(self, job: Job) -> Job:
-        return replace(job, imatrix=job.imatrix or self.imatrix, sensitivity=job.sensitivity or self.sensitivity)
+        """A job whose codes are chosen with feedback takes importance and second moments from the cache."""
+        imatrix = job.imatrix or (self.imatrix if job.feedback is None else None)
+        return replace(job, imatrix=imatrix, sensitivity=job.sensitivity or self.sensitivity)
 
 
 def _measured(
@@ -122,8 +141,8 @@ def _measured(
     path = directory / default_imatrix_name(surveyed.checkpoint, surveyed.model_map)
     taken = [each.name for each in fields(Job) if "imatrix" in option_of(each).commands and each.name != "work_dir"]
     options = {name: getattr(first, name) for name in taken} | {"command": first.command, "fresh": fresh}
-    sensitivity = wanted and not hindered
-    written = write_importance(first.model, path, progress, should_stop, sensitivity=sensitivity, **options)
+    measures = {"sensitivity": wanted and not hindered, "moments": any(job.feedback for job in ggufs)}
+    written = write_importance(first.model, path, progress, should_stop, **measures, **options)
     return _Measured(*written)
 
 

@@ -28,7 +28,7 @@ from bitwright.converter.artifact.ownership import (
     inputs_of,
     locked_output,
 )
-from bitwright.converter.artifact.run import Run
+from bitwright.converter.artifact.run import Finished, Run
 from bitwright.converter.artifact.target import Adapted, Prepared, Target
 from bitwright.converter.artifact.writer import JOURNAL
 from bitwright.converter.directory.target import DirectoryTarget
@@ -55,6 +55,7 @@ from bitwright.converter.measure.evidence import (
 )
 from bitwright.converter.measure.moments import collects_moments
 from bitwright.converter.measure.obstacles import Need, obstacle_to_analysis
+from bitwright.converter.measure.published import with_published
 from bitwright.converter.preflight import check_samples, preflight, ternary_warning
 from bitwright.converter.report.assemble import Measured, assemble
 from bitwright.converter.report.data import OnMachine, Report
@@ -102,6 +103,8 @@ def survey(job: Job, progress: Progress | None = None, should_stop: ShouldStop =
     work_dir = job.work_dir or default_work_dir(output)
     job = replace(job, output=output, work_dir=work_dir)
     run = Run(job, output, work_dir, checkpoint, model_map, progress or Progress(quiet=True), should_stop, notes)
+    run = with_published(run)
+    job = run.job
     analyses = job.sensitivity is None or job.refine > 0
     return _with_corpus(run, even_with_imatrix=analyses) if job.profile.needs_sensitivity else run
 
@@ -230,9 +233,10 @@ def run(
     should_stop: ShouldStop = never,
     fresh: bool = False,
     machine: OnMachine | Absent = ABSENT,
+    earlier: tuple[Finished, ...] = (),
 ) -> tuple[Prepared[Any], Report]:
     """Do the job, or what is left of it. Returns what was prepared and the report. machine: what the report is to say
-    of the machine that the profile was chosen for.
+    of the machine that the profile was chosen for. earlier: as of Run.
 
     Raises ConvertError (Stopped when should_stop() asked for it); running the same job again continues.
     """
@@ -242,7 +246,7 @@ def run(
             from bitwright.converter.judge.tasks import check_tasks
 
             check_tasks(job.lm_eval)
-        begun = survey(job, progress, should_stop)
+        begun = replace(survey(job, progress, should_stop), earlier=earlier)
         check_places(inputs_of(begun), [begun.output], begun.work_dir)
         prepared = _prepared(begun, in_work_dir=not fresh)
         if prepared is not None:
@@ -252,7 +256,12 @@ def run(
         progress.say(note)
     work = WorkDirectory(begun.work_dir)
     with work.locked(), locked_output(begun.output):
-        begun = replace(begun, checkpoint=begun.checkpoint.with_weights())
+        fetched = _fetched(begun, job)
+        if fetched.job != begun.job:  # it comes with what was to be measured
+            prepared = _prepared(fetched, in_work_dir=not fresh)
+            fetched = fetched if prepared is None else prepared.run
+            files = _checked_files(fetched, prepared)
+        begun = fetched
         if begun.job.sensitivity is not None:  # the weights tell models apart that look alike by their headers
             available_evidence(begun)
         if fresh:
@@ -271,6 +280,21 @@ def run(
     for text in filter(None, (missed_target(report), warning(report))):
         progress.say(f"warning: {text}")
     return prepared, report
+
+
+def _fetched(run: Run, asked: Job) -> Run:
+    """The same with the weights on this machine; begun anew, as a later call will begin, where statistics that the job
+    has a use for came along with them. asked: the job before its survey."""
+    if run.checkpoint.fetch_weights is None:
+        return run
+    fetched = replace(run, checkpoint=run.checkpoint.with_weights())
+    again = replace(survey(asked, run.progress, run.should_stop), earlier=run.earlier)
+    if (again.job.imatrix, again.job.sensitivity) == (run.job.imatrix, run.job.sensitivity):
+        return fetched
+    for note in again.notes:
+        if note not in run.notes:
+            run.progress.say(note)
+    return again
 
 
 def _checked_files(run: Run, prepared: Prepared[Any] | None) -> Files:

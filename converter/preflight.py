@@ -55,7 +55,8 @@ def preflight(run: Run, files: Files, collects_moments: bool, needs: Collection[
     check_runs(run.checkpoint, needs, run.model_map.predicts_tokens)
     _check_writable(run.output.parent, "--output")
     _check_writable(run.work_dir, "--work-dir")
-    widths = [*moment_widths(run.model_map).values()] if collects_moments else []
+    in_sequence = run.job.sequential and run.job.feedback is not None
+    widths = [*moment_widths(run.model_map).values()] if collects_moments or in_sequence else []
     _check_space(run, files, widths, bool(needs))
     _check_memory(run, widths, bool(needs))
 
@@ -127,6 +128,8 @@ def _check_space(run: Run, files: Files, widths: list[list[int]], runs: bool) ->
         states += gradient_work_bytes(ANALYSIS_SAMPLES, ANALYSIS_SEQUENCE_LENGTH, width, model_map.n_layers)
     restored = 0 if run.checkpoint.location.is_dir() or not runs else 4 * sum(t.n_weights for t in model_map.tensors)
     moments = sum(map(moment_bytes, widths))
+    if job.sequential and widths:  # those of one layer at a time; the encoded layers wait until all are there
+        moments = max(map(moment_bytes, widths)) + expected
     needs.append(("the work directory", run.work_dir, states + restored + moments + _SMALL_FILES))
     by_device: dict[int, list[tuple[str, Path, int]]] = {}
     for need in needs:

@@ -44,7 +44,7 @@ def stream_importance(
             sums.setdefault(place.tensor, {})[place.matrix] = place.of_columns(of_parameter[span])
             counts.setdefault(place.tensor, {})[place.matrix] = place.of_matrices(squared.counts[parameter][span])
     if moments is not None:
-        write_index(moments.directory, _groups(moments, names, parameters))
+        write_index(moments.directory, moment_groups(moments, names, parameters))
     return ImportanceMatrix(
         sums=_in_order(sums),
         counts=_in_order(counts),
@@ -59,8 +59,10 @@ def _in_order(parts: dict[str, dict[int, np.ndarray]]) -> dict[str, np.ndarray]:
     return {tensor: np.concatenate([of[i] for i in sorted(of)]) for tensor, of in sorted(parts.items())}
 
 
-def _groups(moments: InputMoments, names: MatrixNames, parameters: ParameterReader) -> dict[str, list[str | None]]:
-    """GGUF tensor -> for each of its matrices the name of its moments, None without."""
+def moment_groups(
+    moments: InputMoments, names: MatrixNames, parameters: ParameterReader
+) -> dict[str, list[str | None]]:
+    """GGUF tensor -> for each of its matrices the name of its moments, which the observer has written; None without."""
     groups: dict[str, dict[int, str | None]] = {}
     written = set(moments.shared.values())
     for parameter, counts in moments.counts.items():

@@ -12,13 +12,22 @@ from bitwright.profiles.vocabulary import ModelMap
 
 
 @dataclass(frozen=True)
+class Finished:
+    """An artifact of the same source that is done. files: its own; journal: what was written into them."""
+
+    files: tuple[Path, ...]
+    journal: Path
+
+
+@dataclass(frozen=True)
 class Run:
     """What every stage knows: `stage(run, what_it_needs) -> what_it_makes`.
 
     output: the artifact's path, decided. work_dir: where the stages leave their results, decided; it exists when the
     first stage that writes runs. checkpoint, model_map: the source, described. progress: where stages say what they do.
     should_stop: asked between steps; a stage that hears True saves what it has and raises Interrupted. notes: what was
-    decided in the user's place and should be said.
+    decided in the user's place and should be said. earlier: artifacts whose encoded tensors may be copied where they
+    are the same.
     """
 
     job: Job
@@ -29,6 +38,7 @@ class Run:
     progress: Progress
     should_stop: ShouldStop
     notes: tuple[str, ...] = ()
+    earlier: tuple[Finished, ...] = ()
 
     @property
     def cache(self) -> SourceCache:

@@ -322,6 +322,7 @@ def _refuse_options(job: Job) -> None:
         "--sensitivity": job.sensitivity is not None,
         "--lm-eval": bool(job.lm_eval),
         "--mtp drop": job.mtp == "drop",
+        "--sequential": job.sequential,
     }
     for option, given in refused.items():
         if given:

@@ -86,6 +86,10 @@ class Encoder:
     def rows(self) -> tuple[PlannedTensor, ...]:
         return self.plan.tensors
 
+    def planned(self, name: str) -> PlannedTensor | None:
+        """The row of the tensor of this name."""
+        return self._by_name.get(name)
+
     def __enter__(self) -> Self:
         self._pool = ThreadPoolExecutor(self.threads)
         return self
@@ -126,9 +130,14 @@ class Encoder:
 
     def decoded(self, name: str) -> np.ndarray:
         """What the whole tensor of this name will decode to: float32 [n_rows, n_columns]."""
+        return self.decode(name, self.encode(self._by_name[name]))
+
+    def decode(self, name: str, encoded: Iterable[np.ndarray]) -> np.ndarray:
+        """The same of what it has been encoded to: uint8, consecutive whole rows each."""
         planned = self._by_name[name]
-        block_format = get_format(planned.format)
-        rows = np.concatenate([block_format.decode(data) for data in self.encode(planned)])
+        block_format, n_columns = get_format(planned.format), planned.tensor.n_columns
+        row_bytes = block_format.row_bytes(n_columns)
+        rows = np.concatenate([block_format.decode(data.reshape(-1, row_bytes)) for data in encoded])
         if scales := self._scales(planned):
             matrices = rows.reshape(planned.tensor.n_matrices, -1)
             matrices *= np.array(scales, np.float32)[:, None]

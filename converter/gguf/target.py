@@ -26,6 +26,8 @@ from bitwright.converter.gguf.protect import (
     protection_notes,
     refuse_protection,
 )
+from bitwright.converter.gguf.reuse import ReusingEncoder
+from bitwright.converter.gguf.sequential import SequencedEncoder, encode_in_sequence
 from bitwright.converter.gguf.verify import gguf_candidate, verify
 from bitwright.converter.job.job import Job
 from bitwright.converter.job.recipe import PROTECTION_RESERVE
@@ -115,11 +117,15 @@ class GgufTarget:
         prepared, run = adapted.prepared, adapted.prepared.run
         layouts = prepared.files.layouts
         _check_size(prepared.plan, layouts)
-        feedback = open_feedback(run, prepared.plan)
+        sequential = encode_in_sequence(prepared) if _in_sequence(run.job, prepared.plan) else None
+        feedback = open_feedback(run, prepared.plan) if sequential is None else None
         with Encoder(run.checkpoint, prepared.plan, prepared.importance, run.job.n_threads, feedback) as encoder:
+            chosen = ReusingEncoder(encoder, run) if sequential is None else SequencedEncoder(encoder, sequential)
             replaceable = Replaceable(run.work_dir / REPLACEABLE)
-            writer = ArtifactWriter(encoder, layouts, run.output.parent, run.work_dir / JOURNAL, replaceable)
-            return writer.write(run.progress, run.should_stop)
+            writer = ArtifactWriter(chosen, layouts, run.output.parent, run.work_dir / JOURNAL, replaceable)
+            paths = writer.write(run.progress, run.should_stop)
+        chosen.finish()
+        return paths
 
     def verify(
         self, adapted: Adapted[Plan, Protected], paths: list[Path]
@@ -185,8 +191,19 @@ def refuse_starved(plan: Plan, importance: ImportanceMatrix | None) -> None:
             )
 
 
+def _in_sequence(job: Job, plan: Plan) -> bool:
+    return job.sequential and plan.error_feedback is not None
+
+
 def _refuse_options(job: Job) -> None:
-    """Options that say something of a directory, for a profile that makes a GGUF."""
+    """Options that say something of a directory, for a profile that makes a GGUF; sequential inputs for codes that are
+    chosen without any."""
+    if job.sequential and job.feedback is None:
+        raise ConvertError(
+            "without error feedback no code depends on the inputs of its layer",
+            "--sequential --no-error-feedback",
+            "leave one of them out",
+        )
     options = {
         "--alpha": job.alpha,
         "--activation-scales": job.activation_scales,

@@ -136,6 +136,17 @@ class Job:
         metadata=option("Let a preset spend its bytes by measured sensitivity; without it, its rules decide."),
     )
 
+    published: bool = field(
+        default=True,
+        metadata=option(
+            "Use an importance matrix and a sensitivity table that come with the model.",
+            identity=None,
+            recipe="never",
+            group=CALIBRATION,
+        ),
+    )
+    """They are named in the job then as if they had been given, and tell it from another."""
+
     calibration: str | None = field(
         default=None,
         metadata=option(
@@ -246,6 +257,13 @@ class Job:
     )
     """Under the second moments of the inputs, which takes a calibration even where an importance matrix is given; but
     by default no model runs for that alone."""
+
+    sequential: bool = field(
+        default=False,
+        metadata=option(
+            "Choose the codes of a layer by its inputs in the artifact, whose layers before are encoded; a GGUF's."
+        ),
+    )
 
     pre_tokenizer: str | None = field(
         default=None,
@@ -421,7 +439,7 @@ class Job:
     def feedback(self) -> FeedbackLevel | None:
         """How long codes are chosen together; None for leaving that out. See `feedback_is_asked_for`."""
         if self.error_feedback is None:
-            return "quick" if self.imatrix is None else None
+            return "quick" if self.imatrix is None or self.sequential else None
         return None if self.error_feedback == "off" else self.error_feedback
 
     @property

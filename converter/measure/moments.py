@@ -9,8 +9,10 @@ from bitwright.profiles.planning.plan import Plan
 
 
 def collects_moments(run: Run, plan: Plan | None) -> bool:
-    """Whether second moments are collected; before there is a plan, as far as it is known."""
-    return (run.job.feedback if plan is None else plan.error_feedback) is not None
+    """Whether second moments are collected with the importance; before there is a plan, as far as it is known. Those of
+    sequential inputs are collected while the layers are encoded."""
+    wanted = run.job.feedback if plan is None else plan.error_feedback
+    return wanted is not None and not run.job.sequential
 
 
 def moments_dir(run: Run, plan: Plan | None) -> Path | None:

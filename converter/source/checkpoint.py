@@ -38,6 +38,9 @@ METADATA_PATTERNS = (
 )
 """Everything beside the weights that a conversion reads; also all that is fetched of a Hub repository."""
 
+IMATRIX_PATTERN, SENSITIVITY_PATTERN = "*.imatrix.gguf", "*.sensitivity.safetensors"
+"""Statistics of the model, which are fetched with its weights, see converter/measure/published.py."""
+
 _BLOCK_WEIGHTS = 1 << 20
 
 
@@ -163,8 +166,10 @@ def model_folders(directory: Path) -> list[Path]:
     return [folder for pattern in _FOLDERS for folder in directory.glob(pattern) if folder.is_dir()]
 
 
-def model_files(directory: Path, patterns: Sequence[str]) -> list[Path]:
+def model_files(directory: Path, patterns: Sequence[str], largest: int | None = LARGEST_METADATA_BYTES) -> list[Path]:
     """Those files of a checkpoint, those in its known folders included, that the patterns name, by name.
+
+    largest: bytes that none of them exceeds; None for files that are not read whole.
 
     Raises ConvertError for one that has a name of no UTF-8, is no regular file, is larger than any of its kind, or is a
     link to a file that is not the model's: what it names would be read, and copied into an artifact that others are
@@ -189,7 +194,8 @@ def model_files(directory: Path, patterns: Sequence[str]) -> list[Path]:
                 f"{path} -> {target}",
                 "put a copy of the file itself there, if you trust it, or take the link out",
             )
-        check_size(path, LARGEST_METADATA_BYTES, "take it out of the model's directory, or fetch it again")
+        if largest is not None:
+            check_size(path, largest, "take it out of the model's directory, or fetch it again")
         found.append(path)
     return found
 

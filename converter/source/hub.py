@@ -8,8 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from bitwright.converter.source.checkpoint import (
+    IMATRIX_PATTERN,
     LICENSE_PATTERNS,
     METADATA_PATTERNS,
+    SENSITIVITY_PATTERN,
     Checkpoint,
 )
 from bitwright.converter.source.lora.adapter import WEIGHTS_NAME, is_adapter
@@ -64,7 +66,8 @@ def open_hub(model: str, *, metadata_only: bool, token: str | None = None) -> Ch
         return open_directory(directory, model_id, commit)
 
     def fetch_weights() -> Checkpoint:
-        return open_directory(_download(model_id, commit, shards, token), model_id, commit)
+        files = [*shards, IMATRIX_PATTERN, SENSITIVITY_PATTERN]
+        return open_directory(_download(model_id, commit, files, token), model_id, commit)
 
     if not metadata_only:
         return fetch_weights()

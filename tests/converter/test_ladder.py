@@ -1,6 +1,7 @@
 """A ladder: artifacts of one model that is measured once, each the same as by itself."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ SHORT: dict[str, Any] = {
     "threads": 1,
     "device": "cpu",
 }
-RUNGS = "uniform-8bit,balanced-4bit,5.5bpw"
+RUNGS = "uniform-8bit,balanced-4bit,5.5bpw,5.6bpw"
 
 
 def sizes(rungs: str) -> list[dict[str, Any]]:
@@ -39,14 +40,16 @@ def test_rungs_are_profiles_sizes_and_bits_per_weight():
             parse_rungs(wrong)
 
 
-def test_every_rung_is_what_it_is_alone_and_the_model_is_measured_once(tiny, tmp_path):
+def test_every_rung_is_what_it_is_alone_and_the_model_is_measured_once(tiny, tmp_path, capsys):
     model, ladder = str(tiny("llama")), tmp_path / "ladder"
-    reports = climb(model, parse_rungs(RUNGS), ladder, Progress(quiet=True), never, judge="off", **SHORT)
-    assert [report.profile for report in reports] == ["uniform-8bit", "balanced-4bit", "budget"]
+    reports = climb(model, parse_rungs(RUNGS), ladder, Progress(), never, judge="off", **SHORT)
+    assert re.search(r"\d+ tensors \(.* bytes\) are those of earlier artifacts", capsys.readouterr().err)
+    assert [report.profile for report in reports] == ["uniform-8bit", "balanced-4bit", "budget", "budget"]
     artifacts = [report.artifact.location for report in reports]
     assert not list(ladder.glob("*.bitwright/calibration/*")) or len(list(ladder.glob("*.bitwright/calibration"))) == 1
     imatrix, sensitivity = next(ladder.glob("*.imatrix.gguf")), next(ladder.glob("*.sensitivity.safetensors"))
-    given = {"imatrix": imatrix, "sensitivity": sensitivity, "judge": "off", "quiet": True}
+    assert imatrix.exists() and {report.feedback is None for report in reports} == {True, False}
+    given = {"sensitivity": sensitivity, "judge": "off", "quiet": True}
     for options, artifact in zip(sizes(RUNGS), artifacts, strict=True):
         converter.convert(model, output=tmp_path / "alone" / artifact.name, **options, **given, **SHORT)
         assert (tmp_path / "alone" / artifact.name).read_bytes() == artifact.read_bytes()

@@ -7,7 +7,7 @@ from typing import get_args
 import click
 
 from bitwright.converter.commands.outcome import fails_clearly
-from bitwright.converter.commands.parameters import PATH, json_option
+from bitwright.converter.commands.parameters import PATH, json_option, quiet_option
 from bitwright.converter.judge.engines.ask import PROMPT, Engine
 
 

@@ -1,0 +1,116 @@
+"""Sequential inputs: a layer's codes are chosen by what the artifact's layers before it make of the text."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bitwright import converter
+from bitwright.calibration.passes import moment_observer
+from bitwright.calibration.stream.micro_batches import is_held_out
+from bitwright.calibration.text.corpus import load_corpus
+from bitwright.converter.gguf.verify import DecodedArtifact, artifact_tensors
+from bitwright.converter.job.build import build_job
+from bitwright.converter.job.progress import Progress
+from bitwright.converter.job.work_directory import Stopped
+from bitwright.converter.measure.running import load_tokenizer
+from bitwright.converter.model.model_map import describe
+from bitwright.converter.pipeline import run
+from bitwright.converter.source.open import open_checkpoint
+from tests.converter.commands import PLAIN, TEXT, refused
+
+OPTIONS: dict[str, Any] = {
+    "profile": "mlp-low-precision",
+    "analysis": False,
+    "calibration": "embedded",
+    "samples": 128,
+    "sequence_length": 16,
+    "judge": "off",
+    "effort": "fast",
+    "device": "cpu",
+}
+
+
+def encoded(path: Path) -> dict[str, bytes]:
+    return {name: t.read(0, t.n_rows).tobytes() for name, t in artifact_tensors([path]).items()}
+
+
+@pytest.fixture(scope="module")
+def made(tiny, tmp_path_factory) -> dict[bool, Path]:
+    """The artifact with sequential inputs, and the one without."""
+    directory = tmp_path_factory.mktemp("sequential")
+    paths = {sequential: directory / str(sequential) / "model.gguf" for sequential in (True, False)}
+    for sequential, path in paths.items():
+        converter.convert(tiny("llama-256"), output=path, sequential=sequential, quiet=True, **OPTIONS)
+    return paths
+
+
+def test_the_first_layer_has_the_same_inputs_and_later_ones_have_others(made):
+    with_them, without = encoded(made[True]), encoded(made[False])
+    differ = {name for name, data in with_them.items() if data != without[name]}
+    assert differ and not [name for name in differ if name.startswith("blk.0.") or not name.startswith("blk.")]
+
+
+def test_the_moments_are_those_of_the_artifacts_own_inputs(tiny, made, tmp_path, monkeypatch):
+    """Held against transformers' own model, with the weights of the artifact in its first layer."""
+    kept: list[tuple[str, np.ndarray]] = []
+    write = moment_observer.write_moments
+
+    def keep(directory: Path, group: str, matrix: np.ndarray, held_out: np.ndarray) -> None:
+        kept.append((group, matrix))
+        write(directory, group, matrix, held_out)
+
+    monkeypatch.setattr(moment_observer, "write_moments", keep)
+    output = tmp_path / "model.gguf"
+    converter.convert(tiny("llama-256"), output=output, sequential=True, quiet=True, **OPTIONS)
+    assert output.read_bytes() == made[True].read_bytes()
+
+    directory = tiny("llama-256")
+    artifact = DecodedArtifact([output], describe(open_checkpoint(str(directory))))
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in model.model.layers[0].named_parameters():
+            weight.copy_(torch.from_numpy(artifact.read(f"model.layers.0.{name}")).reshape(weight.shape))
+    corpus = load_corpus("embedded", load_tokenizer(directory), 128, 16, 0, chat=False)
+    tokens = torch.from_numpy(corpus.tokens.astype(np.int64))
+    inputs: list[torch.Tensor] = []
+    model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    with torch.no_grad():
+        model(tokens[[i for i in range(len(tokens)) if not is_held_out(i)]])
+    rows = inputs[0].reshape(-1, inputs[0].shape[-1])
+    of_second = next(matrix for group, matrix in kept if "layers.1" in group and "q_proj" in group)
+    np.testing.assert_allclose(of_second, (rows.T @ rows).numpy(), rtol=1e-3, atol=1e-3 * np.abs(of_second).max())
+
+
+def test_a_stopped_pass_continues_after_its_last_layer_with_the_same_bytes(tiny, made, tmp_path):
+    job = build_job(str(tiny("llama-256")), output=tmp_path / "model.gguf", sequential=True, threads=1, **OPTIONS)
+    layers = tmp_path / "model.bitwright" / "sequential"
+
+    def after_one_layer() -> bool:
+        return len(list(layers.glob("*.npz"))) == 1
+
+    with pytest.raises(Stopped):
+        run(job, Progress(quiet=True), after_one_layer)
+    first = {path: path.stat().st_mtime_ns for path in layers.glob("*.npz")}
+    assert len(first) == 1
+    seen = []
+
+    def watch() -> bool:
+        seen.extend(path.stat().st_mtime_ns for path in first if path.exists())
+        return False
+
+    run(job, Progress(quiet=True), watch)
+    assert set(seen) == set(first.values())
+    assert (tmp_path / "model.gguf").read_bytes() == made[True].read_bytes()
+    assert not layers.exists()
+
+
+def test_what_has_no_use_for_inputs_is_refused(tiny, tmp_path):
+    text = [*TEXT, "--output", tmp_path / "out"]
+    assert "no code depends on the inputs" in refused(
+        *PLAIN, *TEXT, "--sequential", "--no-error-feedback", "--output", tmp_path / "a.gguf", tiny("llama-256")
+    )
+    assert "--sequential" in refused("--profile", "W4A16", "--sequential", *text, tiny("llama-256"))
