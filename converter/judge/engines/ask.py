@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,9 @@ _NAMES: Mapping[Engine, str] = {"vllm": "vLLM", "transformers": "transformers"}
 _PACKAGES: Mapping[Engine, str] = {"vllm": "vllm", "transformers": "transformers compressed-tensors"}
 PROMPT = "The capital of France is"
 _SAID_CHARACTERS = 600
+# vLLM's workers print why they end; what is raised points there alone.
+_ELSEWHERE = "root cause"
+_CAUSE = re.compile(r"\b[\w.]*(?:Error|Exception): .+")
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,8 @@ def _ask(python: Path, request: Mapping[str, Any]) -> dict[str, Any]:
             child = subprocess.Popen(
                 [str(python), str(program), str(answers.fileno())],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
                 text=True,
                 pass_fds=[answers.fileno()],
                 start_new_session=True,  # with its workers, which end with it
@@ -116,7 +120,7 @@ def _ask(python: Path, request: Mapping[str, Any]) -> dict[str, Any]:
                 f"that is no Python: {error.strerror}", str(python), "name an interpreter with --python"
             ) from error
         try:
-            _, said = child.communicate(json.dumps(request))
+            said, _ = child.communicate(json.dumps(request))
         finally:
             _end(child)
         answers.seek(0)
@@ -125,6 +129,9 @@ def _ask(python: Path, request: Mapping[str, Any]) -> dict[str, Any]:
         last = said.strip().splitlines()[-1:] or [f"it ended with {child.returncode}"]
         return {"error": last[0]}
     data: dict[str, Any] = json.loads(answer)
+    if _ELSEWHERE in data.get("error", ""):
+        causes = [cause for cause in _CAUSE.findall(said) if _ELSEWHERE not in cause]
+        data["error"] = causes[-1] if causes else data["error"]
     return data
 
 

@@ -63,6 +63,18 @@ def test_what_an_engine_writes_has_to_be_something(directory, tmp_path, answer, 
         assert f"an engine loads it, and {message}" in refused(*arguments)
 
 
+def test_why_a_worker_ended_is_what_it_printed(directory, tmp_path):
+    """vLLM's own words, as far as they matter: a worker prints the reason, and the engine points at it."""
+    program = tmp_path / "python"
+    told = "(Worker pid=1) ERROR [x.py:1] ValueError: 192 columns are no whole groups of 128"
+    line = '{"error": "RuntimeError: Engine core initialization failed. See root cause above."}'
+    text = f"import os, sys\nprint({told!r}, flush=True)\nos.write(int(sys.argv[2]), {line!r}.encode())"
+    program.write_text(f"#!{sys.executable}\n{text}")
+    os.chmod(program, 0o755)
+    said = refused("check", directory, "--runtime", "vllm", "--python", program)
+    assert "vLLM does not run it: ValueError: 192 columns are no whole groups of 128" in said
+
+
 def test_a_gguf_is_no_directory(tmp_path):
     said = refused("check", tmp_path / "m.gguf", "--runtime", "vllm")
     assert "that is none" in said and "bitwright evaluate" in said
