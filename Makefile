@@ -100,7 +100,7 @@ bench-advise: setup
 
 # Its importance.
 .cache/smollm2-wide.gguf: .cache/smollm2-wide
-	$(BIN)/convert imatrix --calibration embedded --samples 128 --output $@ $<
+	$(BIN)/bitwright imatrix --calibration embedded --samples 128 --output $@ $<
 
 convert: setup
 	$(BIN)/bitwright $(if $(PROFILE),--profile '$(PROFILE)') $(if $(OUTPUT),--output '$(OUTPUT)') $(OPTIONS) '$(MODEL)'

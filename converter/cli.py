@@ -21,14 +21,15 @@ from bitwright.converter.commands.about.profiles import profiles
 from bitwright.converter.commands.advise import advise
 from bitwright.converter.commands.batch import batch
 from bitwright.converter.commands.convert import convert_model
-from bitwright.converter.commands.evaluate import evaluate
 from bitwright.converter.commands.imatrix import imatrix
 from bitwright.converter.commands.inspect import inspect
+from bitwright.converter.commands.judging.check import check
+from bitwright.converter.commands.judging.evaluate import evaluate
+from bitwright.converter.commands.judging.verify import verify
 from bitwright.converter.commands.outcome import say_as_json
 from bitwright.converter.commands.plan import plan
 from bitwright.converter.commands.publish import publish
 from bitwright.converter.commands.split import split
-from bitwright.converter.commands.verify import verify
 from bitwright.formats.errors import ConvertError
 
 EXAMPLES = {
@@ -101,8 +102,8 @@ def main() -> None:
 
 
 _COMMANDS = (
-    *(convert_model, publish, split, plan, advise, profiles, architectures, imatrix, evaluate, verify, inspect),
-    *(batch, doctor, man, cache),
+    *(convert_model, publish, split, plan, advise, profiles, architectures, imatrix, evaluate, verify, check),
+    *(inspect, batch, doctor, man, cache),
 )
 for command in _COMMANDS:
     main.add_command(command)

@@ -1,4 +1,4 @@
-"""The command `convert imatrix`: an importance matrix of its own, or one file format turned into the other."""
+"""The command `bitwright imatrix`: an importance matrix of its own, or one file format turned into the other."""
 
 from dataclasses import replace
 from pathlib import Path

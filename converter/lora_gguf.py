@@ -1,4 +1,4 @@
-"""`convert ADAPTER --lora-gguf`: a LoRA adapter as a GGUF of its own, which llama.cpp adds to a GGUF of its base.
+"""`bitwright ADAPTER --lora-gguf`: a LoRA adapter as a GGUF of its own, which llama.cpp adds to a GGUF of its base.
 
 Of every adapted matrix there are two tensors, in the type of ggml's products (shapes slowest dimension first):
 

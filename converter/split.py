@@ -1,4 +1,4 @@
-"""The command `convert split`: an artifact in one file becomes one in several, without encoding anything again."""
+"""The command `bitwright split`: an artifact in one file becomes one in several, without encoding anything again."""
 
 import json
 import shutil
@@ -24,8 +24,8 @@ _SIZE = "--split-size="
 
 def split(artifact: Path, shard_bytes: int, work_dir: Path | None, progress: Progress) -> list[Path]:
     """Write the artifact's tensors into files of at most shard_bytes beside it, byte for byte the files that
-    `convert --split-size` would have written, and a report of these beside its own. The file itself stays. A call that
-    was ended before it was done is continued by the next.
+    `bitwright --split-size` would have written, and a report of these beside its own. The file itself stays. A call
+    that was ended before it was done is continued by the next.
 
     Raises ConvertError for an artifact that is split already or fits in one file, where another file is in the way, and
     before anything is written, for a report that was changed or is of another artifact.

@@ -29,7 +29,7 @@ def main(directory: Path) -> None:
     model = build(directory / "SmolLM2-135M-Instruct")
     arguments = ["--samples", "128", "--sequence-length", "256"]
     arguments += ["--output", str(directory), str(model)]
-    click.echo(f"$ convert {' '.join(arguments)}")
+    click.echo(f"$ bitwright {' '.join(arguments)}")
     convert(arguments, standalone_mode=False)
     (artifact,) = directory.glob("*.gguf")
     click.echo(f"\nllama.cpp, {N_TOKENS} tokens of {artifact.name}:\n{PROMPT}{generate(artifact)}")

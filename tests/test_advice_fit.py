@@ -1,4 +1,4 @@
-"""The constants of `convert advise` are what its measurements give, and no measurement is beyond what is possible."""
+"""The constants of `bitwright advise` are what its measurements give, and no measurement is beyond what is possible."""
 
 import csv
 from pathlib import Path

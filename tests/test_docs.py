@@ -13,6 +13,7 @@ from bitwright.converter.cli import main
 from bitwright.converter.job.cache import DIRECTORY_VARIABLE
 from bitwright.profiles.mixes import MIXES
 from bitwright.profiles.reading.schema import parse_profile, preset_names
+from scripts import api_reference
 
 GUIDE = Path(__file__).parent.parent / "docs" / "guide.md"
 
@@ -34,7 +35,7 @@ def test_the_guide(in_a_directory_with_a_model):
     assert len(commands) >= 10
     for command in commands:
         program, *arguments = shlex.split(command)
-        assert program == "convert"
+        assert program == "bitwright"
         done = CliRunner().invoke(main, arguments)
         assert done.exit_code == 0, f"{command}\n{done.stderr}"
         assert done.stdout, command
@@ -63,7 +64,7 @@ def test_every_preset_is_described():
     assert all(f"`{name}`" in text for name in preset_names())
 
 
-PAGES = [*GUIDE.parent.glob("*.md"), GUIDE.parent.parent / "README.md"]
+PAGES = [*GUIDE.parent.rglob("*.md"), GUIDE.parent.parent / "README.md"]
 _FOLDERS = ("converter", "formats", "calibration", "profiles", "scripts", "tests", "docs")
 
 
@@ -107,13 +108,12 @@ def test_the_picture_of_the_architecture_has_every_room():
 def test_every_page_is_in_the_index():
     docs = GUIDE.parent
     text = (docs / "index.md").read_text()
-    named = set(re.findall(r"\]\(([\w-]+\.md)", text))
-    assert named == {path.name for path in docs.glob("*.md")} - {"index.md"}
+    named = set(re.findall(r"\]\(([\w/-]+\.md)", text))
+    assert named == {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")} - {"index.md"}
 
 
 def test_links_between_pages_lead_somewhere():
-    root = GUIDE.parent.parent
-    for page in (root / "README.md", *GUIDE.parent.glob("*.md")):
+    for page in PAGES:
         for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
             path, _, anchor = link.partition("#")
             target = page.parent / path if path else page
@@ -131,3 +131,10 @@ def test_the_sizes_of_models_are_those_of_their_bits():
         assert abs(MIXES[mix].bits - float(bits)) < 0.06
         for billions, size in zip((1, 3, 8, 14, 32, 70), sizes.split(" | "), strict=True):
             assert float(size) == pytest.approx(billions * 1e9 * float(bits) / 8 / 2**30, abs=0.06)
+
+
+def test_the_api_reference_is_what_the_docstrings_say():
+    """Where this fails: python -m scripts.api_reference."""
+    text = api_reference.PAGE.read_text()
+    assert text == api_reference.reference()
+    assert all(f"### {name}" in text for name in ("convert", "plan", "advise", "evaluate", "publish", "inspect"))

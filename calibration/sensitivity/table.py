@@ -23,7 +23,7 @@ from bitwright.formats.files.disk import rename
 from bitwright.formats.files.record import RecordKind
 from bitwright.formats.files.whole import Place
 
-_KIND = RecordKind("bitwright.sensitivity", 2, "sensitivity table", "convert imatrix --sensitivity MODEL")
+_KIND = RecordKind("bitwright.sensitivity", 2, "sensitivity table", "bitwright imatrix --sensitivity MODEL")
 MAGNITUDES = ("gradient_magnitude", "activation_variance", "weight_magnitude")
 """The fields of FisherFactors that hold one number a tensor."""
 # Of FisherFactors and of SensitivityTable: what is kept in the metadata as it is.
@@ -77,7 +77,7 @@ class SensitivityTable:
             raise ConvertError(
                 f"the sensitivity table does not say what {format_name} costs: it has {has}",
                 f"{self.where}, tensor {tensor}",
-                "compute it again with this format: convert imatrix --sensitivity MODEL",
+                "compute it again with this format: bitwright imatrix --sensitivity MODEL",
             )
         return losses[format_name]
 

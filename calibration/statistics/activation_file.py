@@ -16,7 +16,7 @@ from bitwright.formats.files.disk import rename
 from bitwright.formats.files.record import RecordKind
 from bitwright.formats.files.whole import Place
 
-_KIND = RecordKind("bitwright.activations", 2, "file of activation statistics", "convert imatrix --activations MODEL")
+_KIND = RecordKind("bitwright.activations", 2, "file of activation statistics", "bitwright imatrix --activations MODEL")
 _DTYPES: dict[str, type] = {
     "minima": np.float32,
     "maxima": np.float32,

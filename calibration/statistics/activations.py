@@ -162,7 +162,7 @@ class ActivationStatistics:
             raise ConvertError(
                 "there are no activation statistics of this tensor",
                 f"{self.where}, tensor {name}",
-                "compute them again: convert imatrix --activations MODEL",
+                "compute them again: bitwright imatrix --activations MODEL",
             )
         return self.inputs[name]
 

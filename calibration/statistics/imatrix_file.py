@@ -81,7 +81,7 @@ def _load_gguf(path: Path) -> ImportanceMatrix:
         raise ConvertError(
             "this GGUF file is no importance matrix",
             str(path),
-            "give the file that `convert imatrix` or llama-imatrix wrote",
+            "give the file that `bitwright imatrix` or llama-imatrix wrote",
         )
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     sums, counts = {}, {}
@@ -197,7 +197,7 @@ def _dat_name(name: str) -> bytes:
 
 def _damaged(path: Path, problem: str) -> ConvertError:
     return ConvertError(
-        f"the importance matrix is damaged: {problem}", str(path), "copy or compute it again: convert imatrix MODEL"
+        f"the importance matrix is damaged: {problem}", str(path), "copy or compute it again: bitwright imatrix MODEL"
     )
 
 

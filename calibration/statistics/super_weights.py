@@ -179,5 +179,5 @@ def _damaged(where: str, problem: str) -> ConvertError:
     return ConvertError(
         f"the record of super weights is damaged: {problem}",
         where,
-        "look for them again: convert imatrix --super-weights MODEL",
+        "look for them again: bitwright imatrix --super-weights MODEL",
     )

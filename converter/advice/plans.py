@@ -95,7 +95,7 @@ class Source:
                 raise ConvertError(
                     "the profile decides by measured sensitivity, which has not been measured",
                     f"--profile {job.profile.name}",
-                    f"convert imatrix --sensitivity --output FILE.gguf {self.model}, then --sensitivity",
+                    f"bitwright imatrix --sensitivity --output FILE.gguf {self.model}, then --sensitivity",
                 )
             by_rules = True
             job = replace(job, profile=job.profile.by_rules())

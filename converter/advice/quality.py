@@ -89,7 +89,7 @@ def quality_of(priced: PricedPlan, source: Source, reports: Reports) -> Quality:
         return Quality("16 bits", 0.0, None, "every matrix keeps 16 bits or more")
     if (predicted := priced.plan.predicted_kld) is not None:
         return Quality("predicted", predicted, None, "the sensitivity table")
-    command = shlex.join(["convert", "--profile", priced.profile, source.model])
+    command = shlex.join(["bitwright", "--profile", priced.profile, source.model])
     return Quality("not measured", None, None, f"{command} measures it")
 
 

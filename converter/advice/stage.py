@@ -52,7 +52,7 @@ def advise(request: Request, source: Source | None = None) -> Recommendation:
         raise ConvertError(
             "the model embeds texts and writes none, so that there are no tokens a second to advise on",
             request.model,
-            "convert plan tells the size of every profile",
+            "bitwright plan tells the size of every profile",
         )
     context = request.context or min(DEFAULT_CONTEXT, shape.context or DEFAULT_CONTEXT)
     request, kernel = replace(request, context=context), choose_kernel(request.attention, device.architecture)
@@ -147,7 +147,7 @@ class _Advisor:
         prefill = _prefill_speed(prompt) if request.phase != "decode" and prompt is not None else None
         name = shlex.join(
             [
-                "convert",
+                "bitwright",
                 "--profile",
                 priced.profile,
                 *(f for text in request.overrides for f in ("--set", text)),
@@ -306,8 +306,8 @@ class _Advisor:
             yield f"the model was made for {context} tokens, and {self.context} are asked for"
         for kv in sorted({candidate.kv for candidate in order} - {"F16", "BF16", "F32"}):
             yield (
-                f"what keys and values in {kv} cost is measured by convert evaluate FILE --against {self.request.model}"
-                f" --kv {kv}"
+                f"what keys and values in {kv} cost is measured by bitwright evaluate FILE --against"
+                f" {self.request.model} --kv {kv}"
             )
         if any(candidate.runtime == "vLLM" and candidate.decode for candidate in order):
             yield (

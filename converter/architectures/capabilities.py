@@ -1,4 +1,4 @@
-"""What works for every architecture, read from the data files: what `convert architectures` and docs/architectures.md
+"""What works for every architecture, read from the data files: what `bitwright architectures` and docs/architectures.md
 tell."""
 
 from collections.abc import Iterable

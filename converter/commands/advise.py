@@ -1,4 +1,4 @@
-"""`convert advise MODEL`: which artifact for this machine, how fast, how good, and why."""
+"""`bitwright advise MODEL`: which artifact for this machine, how fast, how good, and why."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from bitwright.converter.commands.parameters import PATH, json_option
 @click.command(short_help="Say which artifact fits a machine, how fast and how good.")
 @click.argument("model")
 @click.option("--hardware", default="this", show_default=True, metavar="NAME|this", help="The machine it will run on.")
-@click.option("--context", type=click.IntRange(1), help="Tokens that each text has. [default: 32768, or the model's]")
+@click.option("--context", type=click.IntRange(1), help="Tokens in each text. [default: 32768, or the model's]")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Texts that are written at once.")
 @click.option(
     "--phase",
@@ -35,28 +35,34 @@ from bitwright.converter.commands.parameters import PATH, json_option
     type=click.Choice(["auto", "fa1", "fa2", "fa3", "fa4"]),
     default="auto",
     show_default=True,
-    help="The version of FlashAttention to count with.",
+    help="The version of FlashAttention to assume.",
 )
 @click.option(
     "--kv", default="auto", show_default=True, metavar="FORMAT", help="Format of keys and values, such as Q8_0."
 )
-@click.option("--profile", metavar="NAME|FILE", help="Price this profile and no other.")
-@click.option("--set", "overrides", multiple=True, metavar="PATTERN=FORMAT", help="Override a role or tensor in it.")
+@click.option("--profile", metavar="NAME|FILE", help="Consider this profile and no other.")
 @click.option(
-    "--measured", multiple=True, metavar="PROFILE=SPEED", help="Speed measured there, which narrows the ranges."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="PATTERN=FORMAT",
+    help="Override formats of that profile by role or name.",
 )
-@click.option("--target-tokens-per-second", "target_speed", type=float, help="The least that will do.")
-@click.option("--max-kld", type=float, metavar="NATS", help="The largest divergence that will do.")
-@click.option("--sensitivity", type=PATH, help="A table that divergences are predicted by.")
-@click.option("--work-dir", type=PATH, help="Where a report of this model is. [default: beside, and here]")
-@click.option("--from-quantized", is_flag=True, help="Take a GGUF that is quantized already.")
-@click.option("--base", metavar="MODEL", help="The model of an adapter.")
-@click.option("--threads", type=int, default=0, help="How many threads measure this machine. [default: all cores]")
+@click.option(
+    "--measured", multiple=True, metavar="PROFILE=SPEED", help="A speed measured on that machine; narrows the ranges."
+)
+@click.option("--target-tokens-per-second", "target_speed", type=float, help="The lowest speed that is acceptable.")
+@click.option("--max-kld", type=float, metavar="NATS", help="The largest divergence that is acceptable.")
+@click.option("--sensitivity", type=PATH, help="A sensitivity table to predict divergences from.")
+@click.option("--work-dir", type=PATH, help="Where a report of this model is. [default: beside it, and here]")
+@click.option("--from-quantized", is_flag=True, help="Accept a GGUF that is quantized already.")
+@click.option("--base", metavar="MODEL", help="The model that a LoRA adapter belongs to.")
+@click.option("--threads", type=int, default=0, help="Threads that measure this machine. [default: all cores]")
 @click.option("--plot", type=PATH, metavar="FILE.html", help="Write a page with pictures, too.")
 @json_option
 @fails_clearly
 def advise(model: str, as_json: bool, plot: Path | None, **options: Any) -> None:
-    """Which artifact of MODEL for a machine: what fits, how fast, how good, and why. Reads headers only."""
+    """Recommend an artifact of MODEL for a machine: what fits, how fast, how good, and why. Reads headers only."""
     from bitwright.converter.advice.request import request_of
     from bitwright.converter.advice.stage import advise as advise_on
     from bitwright.converter.advice.text import advice_text

@@ -1,4 +1,4 @@
-"""`convert MODEL`: the whole conversion, and what may follow it."""
+"""`bitwright MODEL`: the whole conversion, and what may follow it."""
 
 import json
 import sys
@@ -29,11 +29,11 @@ _OF_ONE_ARTIFACT = ("profile", "target_size", "target_bpw", "target_kld", "work_
 @click.command("convert-model", cls=MainCommand, hidden=True)
 @click.argument("model")
 @options_of("convert")
-@option("--ladder", metavar="RUNGS", help="Make several artifacts: profiles, sizes and 4.5bpw, with commas between.")
-@option("--push-to", group=HUB, metavar="ORG/NAME", help="Publish it then in this repository, split at 20 GB.")
+@option("--ladder", metavar="RUNGS", help="Make several artifacts: profiles, sizes or 4.5bpw, comma-separated.")
+@option("--push-to", group=HUB, metavar="ORG/NAME", help="Publish the result in this repository, split at 20 GB.")
 @card_options
 @option("--lora-gguf", group=OUTPUT, is_flag=True, help="Write a LoRA GGUF of an adapter for llama.cpp, and no model.")
-@option("--advise", metavar="NAME|this", help="Take the profile that `convert advise` recommends for a machine.")
+@option("--advise", metavar="NAME|this", help="Take the profile that `bitwright advise` recommends for a machine.")
 @option("--dry-run", group=OUTPUT, is_flag=True, help="Print the plan with its exact size, and write nothing.")
 @option("--fresh", group=OUTPUT, is_flag=True, help="Forget what an earlier run has done, and replace its output.")
 @option("--strict", is_flag=True, help="End with exit code 3 when the model is damaged.")
@@ -61,7 +61,7 @@ def convert_model(
             raise ConvertError(
                 "a ladder is neither planned alone nor judged or published as a whole",
                 "--ladder with --dry-run, --strict, --lora-gguf or --push-to",
-                "plan a rung with `convert plan --profile RUNG`, publish each with `convert publish`",
+                "plan a rung with `bitwright plan --profile RUNG`, publish each with `bitwright publish`",
             )
         climb_ladder(ladder, fresh, as_json, quiet, shard_bytes=shard_bytes, **options)
         return
@@ -132,7 +132,7 @@ def advised(hardware: str, options: dict[str, Any]) -> "tuple[str, OnMachine]":
     names = ("from_quantized", "base", "sensitivity", "work_dir")
     advice = advise(request_of(options["model"], hardware=hardware, **{name: options[name] for name in names}))
     if advice.best is None:
-        raise ConvertError(advice.reason, f"--advise {hardware}", f"convert advise --hardware {hardware} tells more")
+        raise ConvertError(advice.reason, f"--advise {hardware}", f"bitwright advise --hardware {hardware} tells more")
     click.echo(f"{advice.best.profile} for {advice.machine.name}: {advice.reason}", err=True)
     return advice.best.profile, on_machine(advice, advice.best)
 

@@ -1,4 +1,4 @@
-"""`convert imatrix`: the importance matrix alone, and what else is measured of a model."""
+"""`bitwright imatrix`: the importance matrix alone, and what else is measured of a model."""
 
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,18 @@ from bitwright.converter.job.options import CALIBRATION, OUTPUT
     help="The file to write, .gguf or .dat; with --activations .safetensors. [default: MODEL.imatrix.gguf]",
 )
 @options_of("imatrix")
-@option("--super-weights", group=CALIBRATION, is_flag=True, help="Look for super weights, and keep them in the file.")
+@option("--super-weights", group=CALIBRATION, is_flag=True, help="Also find super weights, and store them in the file.")
 @option(
     "--sensitivity",
     group=CALIBRATION,
     is_flag=True,
-    help="Measure the costs of formats, in a file beside it.",
+    help="Also measure what every format costs every tensor, in a file beside it.",
 )
 @option(
     "--activations",
     group=CALIBRATION,
     is_flag=True,
-    help="Write statistics of activations instead.",
+    help="Write statistics of activations instead of importance.",
 )
 @option(
     "--fresh",

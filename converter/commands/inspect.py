@@ -1,4 +1,4 @@
-"""`convert inspect`: what is in a file."""
+"""`bitwright inspect`: what is in a file."""
 
 import json
 from pathlib import Path

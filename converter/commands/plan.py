@@ -1,4 +1,4 @@
-"""`convert plan MODEL`, and `convert MODEL --dry-run`: what would be written."""
+"""`bitwright plan MODEL`, and `bitwright MODEL --dry-run`: what would be written."""
 
 import json
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""`convert publish`: an artifact on the Hub."""
+"""`bitwright publish`: an artifact on the Hub."""
 
 import json
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from bitwright.converter.job.options import HUB
 
 
 def card_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of publishing that `convert MODEL --push-to` and `convert publish` share."""
-    command = option("--public", group=HUB, is_flag=True, help="Publish for everybody to see. [default: private]")(
+    """The options of publishing that `bitwright MODEL --push-to` and `bitwright publish` share."""
+    command = option("--public", group=HUB, is_flag=True, help="Make a new repository public. [default: private]")(
         command
     )
     return option("--base-model", group=HUB, metavar="ORG/NAME", help="The source's id on the Hub, for the card.")(
@@ -24,10 +24,10 @@ def card_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.command(short_help="Publish an artifact on the Hub, with report and card.")
 @click.argument("artifact", type=PATH)
-@click.option("--to", "repository", required=True, metavar="ORG/NAME", help="The repository; made where there is none.")
+@click.option("--to", "repository", required=True, metavar="ORG/NAME", help="The repository; created if there is none.")
 @card_options
 @click.option("--name", metavar="NAME.gguf", help="The name of a GGUF there. [default: its own, by GGUF naming]")
-@click.option("--replace", is_flag=True, help="Put it in the place of another artifact that has its name.")
+@click.option("--replace", is_flag=True, help="Replace another artifact of the same name in the repository.")
 @report_place_option
 @click.option("--dry-run", is_flag=True, help="Show the repository and the card as they would be; write nothing.")
 @json_option

@@ -1,4 +1,4 @@
-"""`convert split`: an artifact in several files."""
+"""`bitwright split`: an artifact in several files."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from bitwright.converter.commands.parameters import PATH, quiet_option, report_p
 
 @click.command(short_help="Split an artifact, without encoding it again.")
 @click.argument("artifact", type=PATH)
-@click.option("--split-size", required=True, metavar="SIZE", help="Bytes in a file at most, for instance 20GB.")
+@click.option("--split-size", required=True, metavar="SIZE", help="The largest size of a file, for instance 20GB.")
 @report_place_option
 @quiet_option
 @fails_clearly

@@ -56,6 +56,7 @@ from bitwright.profiles.planning.plan_modules import (
     plan_modules,
     repair_lines,
 )
+from bitwright.profiles.planning.tensor_parallel import Heads, check_tensor_parallel, unchecked_roles
 from bitwright.profiles.reading.schema import QuantizationProfile
 from bitwright.profiles.vocabulary import EXPERT_ROLES, ModelMap, Role
 
@@ -97,6 +98,7 @@ class DirectoryTarget:
         return Planned(
             plan,
             (
+                *_shard_lines(run, plan),
                 *repair_lines(plan),
                 *cache_lines(plan),
                 *_runtime_notes(plan),
@@ -136,6 +138,7 @@ class DirectoryTarget:
     def adapt(self, prepared: Prepared[ModulePlan]) -> Adapted[ModulePlan, Findings]:
         kept_out = keep_out(prepared)
         prepared, activations = adapt_activations(kept_out.prepared)
+        _shard_lines(prepared.run, prepared.plan)  # other schemes than those that were planned
         findings = Findings(kept_out.report, activations.scales)
         return Adapted(prepared, kept_out.decisions, findings, activations.report, activations.notes)
 
@@ -218,6 +221,30 @@ def _is_coarse(row: PlannedModule) -> bool:
     return row.scheme is not None and row.scheme.takes_feedback and row.scheme.weights.num_bits < 8
 
 
+def _shard_lines(run: Run, plan: ModulePlan) -> list[str]:
+    """What of the plan is held against the GPUs that it is cut over, where the job says how many there are. Raises
+    ConvertError as check_tensor_parallel does."""
+    n_gpus = run.job.tensor_parallel
+    if n_gpus is None:
+        return []
+    check_tensor_parallel(plan, _heads(run), n_gpus)
+    unchecked = unchecked_roles(plan)
+    but = f"; how it cuts {', '.join(unchecked)} is not checked" if unchecked else ""
+    return [f"vLLM can cut this plan over {n_gpus} GPUs: heads, rows and groups divide{but}"]
+
+
+def _heads(run: Run) -> Heads:
+    """By the keys of a GGUF where there are some, else by those of config.json."""
+
+    def counts(key: str, own: str) -> tuple[int, ...]:
+        stated = run.model_map.metadata.get(f"{run.model_map.architecture}.attention.{key}")
+        value = stated.value if stated is not None else run.checkpoint.config.get(own)
+        return tuple(n for n in (value if isinstance(value, list) else [value]) if n)
+
+    queries = counts("head_count", "num_attention_heads")
+    return Heads(queries, counts("head_count_kv", "num_key_value_heads") or queries)
+
+
 def _runtime_notes(plan: ModulePlan) -> list[str]:
     """What a runtime does not read, or not by itself."""
     schemes = [(row.tensor.role, row.scheme) for row in plan.tensors if row.scheme is not None]
@@ -283,7 +310,7 @@ def _check_smoothing(run: Run) -> None:
         f"the profile {run.job.profile.name!r} moves outliers of inputs into weights, and no data file says what feeds"
         f" the matrices of the architecture {run.checkpoint.config.get('model_type')!r}",
         "--alpha" if run.job.alpha is not None else f"--profile {run.job.profile.name}",
-        "take a profile that smooths nothing: fp8, or W8A8; `convert architectures` tells what works for which",
+        "take a profile that smooths nothing: fp8, or W8A8; `bitwright architectures` tells what works for which",
     )
 
 
@@ -303,5 +330,5 @@ def _refuse_options(job: Job) -> None:
             raise ConvertError(
                 f"{option} is for a GGUF, and the profile {job.profile.name!r} makes a safetensors directory",
                 option,
-                "leave it out, or name a profile whose target is a GGUF; `convert profiles list` tells",
+                "leave it out, or name a profile whose target is a GGUF; `bitwright profiles list` tells",
             )

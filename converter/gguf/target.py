@@ -198,8 +198,8 @@ def _in_sequence(job: Job, plan: Plan) -> bool:
 
 
 def _refuse_options(job: Job) -> None:
-    """Options that say something of a directory's activations, for a profile that makes a GGUF; sequential inputs for
-    codes that are chosen without any."""
+    """Options that say something of a directory, for a profile that makes a GGUF; sequential inputs for codes that are
+    chosen without any."""
     if job.in_sequence and job.feedback is None:
         raise ConvertError(
             "without error feedback no code depends on the inputs of its layer",
@@ -212,11 +212,15 @@ def _refuse_options(job: Job) -> None:
             f"--tune {job.tune}",
             f"give at least {_LEAST_TUNING_TOKENS} tokens: --samples, --sequence-length",
         )
-    options = {"--alpha": job.alpha, "--activation-scales": job.activation_scales}
+    options = {
+        "--alpha": job.alpha,
+        "--activation-scales": job.activation_scales,
+        "--tensor-parallel": job.tensor_parallel,
+    }
     given = ", ".join(option for option, value in options.items() if value is not None)
     if given:
         raise ConvertError(
-            f"the profile {job.profile.name!r} writes a GGUF, whose activations nothing quantizes beforehand",
+            f"the profile {job.profile.name!r} writes a GGUF for llama.cpp, and that is for a directory for vLLM",
             given,
-            "leave it out, or name a profile for a safetensors directory, see `convert profiles list`",
+            "leave it out, or name a profile for a safetensors directory, see `bitwright profiles list`",
         )

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 SAMPLES_RANGE = (128, 1024)
 
-# Options of `convert imatrix`, too.
+# Options of `bitwright imatrix`, too.
 _BOTH = ("convert", "imatrix")
 
 
@@ -59,7 +59,7 @@ class Job:
 
     from_quantized: bool = field(
         default=False,
-        metadata=option("Take a GGUF that is quantized already, though errors add up.", commands=_BOTH),
+        metadata=option("Accept a GGUF that is quantized already; its errors and the new ones add up.", commands=_BOTH),
     )
     """A checkpoint that was released in codes needs no such word: nothing better exists of it."""
 
@@ -80,7 +80,7 @@ class Job:
     """What the profile's budget is to meet, see Budget; and the next two."""
 
     target_bpw: float | None = field(
-        default=None, metadata=option("Choose formats for the best file of so many bits per weight.", "BITS")
+        default=None, metadata=option("Choose formats for the best file of this many bits per weight.", "BITS")
     )
 
     target_kld: float | None = field(
@@ -91,7 +91,7 @@ class Job:
     refine: int = field(
         default=0,
         metadata=option(
-            "Measure the plan of a target as a whole, and correct it, so many times. [default: 0]", "ROUNDS", least=0
+            "Measure the whole plan of a target and correct it, in this many rounds. [default: 0]", "ROUNDS", least=0
         ),
     )
 
@@ -110,7 +110,7 @@ class Job:
     overrides: "tuple[LayerQuantizationConfig, ...]" = field(
         default=(),
         metadata=option(
-            "Give tensors of this role or name a format, whatever the profile says.",
+            "Override the format of the tensors of a role or name; may be repeated.",
             "PATTERN=FORMAT",
             name="set",
             identity=rule_texts,
@@ -163,7 +163,7 @@ class Job:
     chat: bool | None = field(
         default=None,
         metadata=option(
-            "Calibrate on conversations, too. [default: where there is a chat template]",
+            "Also calibrate on conversations. [default: where there is a chat template]",
             commands=_BOTH,
             of_text=True,
             group=CALIBRATION,
@@ -198,7 +198,7 @@ class Job:
     calibration_dtype: Dtype = field(
         default="auto",
         metadata=option(
-            "What the calibrated model computes in; auto is bfloat16 on cuda.",
+            "The dtype that calibration computes in; auto is bfloat16 on cuda.",
             shows_default=True,
             commands=_BOTH,
             of_text=True,
@@ -209,7 +209,7 @@ class Job:
     protect_super_weights: Mode | None = field(
         default=None,
         metadata=option(
-            "What is done for super weights. [default: as the profile says: auto, what measurement shows to help]"
+            "How super weights are protected. [default: as the profile says: auto, by what measurably helps]"
         ),
     )
 
@@ -225,8 +225,21 @@ class Job:
 
     activation_scales: RangeMethod | None = field(
         default=None,
-        metadata=option(f"How static scales of activations are found. [default: {DEFAULT_METHOD}]", group=DIRECTORIES),
+        metadata=option(f"How static scales of activations are chosen. [default: {DEFAULT_METHOD}]", group=DIRECTORIES),
     )
+
+    tensor_parallel: int | None = field(
+        default=None,
+        metadata=option(
+            "Refuse a plan that vLLM cannot split over this many GPUs.",
+            "GPUS",
+            least=1,
+            identity=None,
+            recipe="never",
+            group=DIRECTORIES,
+        ),
+    )
+    """vLLM's --tensor-parallel-size. It changes nothing in the plan."""
 
     effort: Effort = field(
         default="best",
@@ -237,7 +250,8 @@ class Job:
     error_feedback: Literal["quick", "best", "off"] | None = field(
         default=None,
         metadata=option(
-            "Choose the codes of a row together; alone: best. [default: quick where the job calibrates anyway]",
+            "Choose codes so that the errors of a row cancel; without a value: best."
+            " [default: quick where the model is calibrated anyway]",
             alone=("best", "off"),
         ),
     )
@@ -268,7 +282,7 @@ class Job:
 
     mtp: Kept = field(
         default="keep",
-        metadata=option("The layers that predict several tokens, which llama.cpp drafts with.", shows_default=True),
+        metadata=option("Keep or drop the layers that predict several tokens (MTP), for drafting.", shows_default=True),
     )
     """Where llama.cpp runs none of the architecture, they are left out in any case."""
 
@@ -311,7 +325,8 @@ class Job:
     cache_size: int | None = field(
         default=None,
         metadata=option(
-            f"What they may take; what was used longest ago goes first. [default: {size_text(CACHE_BYTES)}]",
+            "How much disk the cache may take; the least recently used goes first."
+            f" [default: {size_text(CACHE_BYTES)}]",
             "SIZE",
             commands=_BOTH,
             parse=parse_size,
@@ -324,7 +339,7 @@ class Job:
     threads: int = field(
         default=0,
         metadata=option(
-            "How many CPU threads are used; no byte depends on it. [default: all cores]",
+            "How many CPU threads are used; the result does not depend on it. [default: all cores]",
             commands=_BOTH,
             least=0,
             identity=None,
@@ -340,7 +355,7 @@ class Job:
     seed: int = field(
         default=0,
         metadata=option(
-            "The seed of whatever is drawn at random.",
+            "The seed of everything that is drawn at random.",
             shows_default=True,
             commands=_BOTH,
             least=0,
@@ -352,7 +367,7 @@ class Job:
     judge: Judge = field(
         default="full",
         metadata=option(
-            "How the artifact is judged: by all there is, by a quarter of it, or not at all.",
+            "How the artifact is judged: in full, on a quarter of the text, or not at all.",
             shows_default=True,
             identity=None,
             recipe="never",
@@ -362,7 +377,7 @@ class Job:
     lm_eval: tuple[str, ...] = field(
         default=(),
         metadata=option(
-            "Run tasks of the lm-evaluation-harness on the artifact; several with commas between.",
+            "Run these tasks of the lm-evaluation-harness on the artifact, comma-separated.",
             "TASKS",
             parse=names_in,
             identity=None,
@@ -414,7 +429,7 @@ class Job:
                 raise ConvertError(
                     f"the profile {profile.name!r} has no rules that decide without a measurement",
                     ", ".join(filter(None, ("--no-analysis", where))),
-                    "leave --no-analysis out, or name a preset that has: `convert profiles list` describes each",
+                    "leave --no-analysis out, or name a preset that has: `bitwright profiles list` describes each",
                 )
         if self.refine and (profile.budget is None or not profile.budget.has_goal):
             raise ConvertError(

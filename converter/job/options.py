@@ -24,8 +24,8 @@ GROUPS = (SIZE_AND_QUALITY, CALIBRATION, DIRECTORIES, OUTPUT, HUB, MACHINE)
 class Option:
     """A field of Job as an option.
 
-    help, metavar: as `convert --help` shows them. shows_default: --help states the field's default. group: the heading
-        that it is shown under.
+    help, metavar: as `bitwright --help` shows them. shows_default: --help states the field's default. group: the
+        heading that it is shown under.
     name: the option's name on the command line without its dashes, where it is not the field's own. short: a letter.
     commands: the commands that take the option; none for a field that only Python sets.
     least: the smallest number.

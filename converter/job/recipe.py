@@ -176,7 +176,7 @@ def from_files(arguments: list[str], directory: str, files: Mapping[str, str], r
 
 def command_text(arguments: list[str]) -> str:
     """The command as one would type it."""
-    words = ["convert"]
+    words = ["bitwright"]
     for argument in arguments:
         name, equals, value = argument.partition("=")
         words += [name, value] if equals and name.startswith("--") else [argument]

@@ -1,4 +1,4 @@
-"""The commands `convert evaluate` and `convert verify`: any artifact, a GGUF or a directory, beside its source."""
+"""The commands `bitwright evaluate` and `bitwright verify`: any artifact, a GGUF or a directory, beside its source."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -68,14 +68,14 @@ def check_importance(importance: ImportanceMatrix, model_map: ModelMap, plan: Pl
             raise ConvertError(
                 f"the importance matrix is partial: it has {len(sums)} of the {shapes[name][0]} experts of this tensor",
                 f"{where}, tensor {name}",
-                "compute a complete one with `convert imatrix MODEL`, or leave out --imatrix",
+                "compute a complete one with `bitwright imatrix MODEL`, or leave out --imatrix",
             )
         if name not in shapes or sums.shape != shapes[name]:
             has = f"[{', '.join(map(str, shapes[name]))}]" if name in shapes else "no such tensor"
             raise ConvertError(
                 f"the importance matrix is of another model: it has {name} {list(sums.shape)}, the model has {has}",
                 where,
-                "compute one of this model with `convert imatrix MODEL`, or leave out --imatrix",
+                "compute one of this model with `bitwright imatrix MODEL`, or leave out --imatrix",
             )
     for planned in plan.tensors:
         missing = planned.tensor.name not in importance.names

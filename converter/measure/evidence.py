@@ -162,6 +162,7 @@ def analysis_is_needed(job: Job) -> ConvertError:
         f"the profile {job.profile.name!r} decides by measured sensitivity, which has not been measured yet:"
         " there is no plan before the analysis",
         f"--profile {job.profile.name}",
-        "convert without --dry-run, which measures first; or measure once with `convert imatrix --sensitivity --output"
-        " FILE.gguf MODEL` and give what it writes: --imatrix FILE.gguf --sensitivity FILE.sensitivity.safetensors",
+        "convert without --dry-run, which measures first; or measure once with `bitwright imatrix --sensitivity"
+        " --output FILE.gguf MODEL` and give what it writes: --imatrix FILE.gguf --sensitivity"
+        " FILE.sensitivity.safetensors",
     )

@@ -130,7 +130,7 @@ def _another_model(table: SensitivityTable, difference: str) -> ConvertError:
     return ConvertError(
         f"the sensitivity table is of another model ({table.factors.model}): {difference}",
         table.where,
-        "compute one of this model: convert imatrix --sensitivity MODEL",
+        "compute one of this model: bitwright imatrix --sensitivity MODEL",
     )
 
 

@@ -120,5 +120,5 @@ def check_super_weights(report: SuperWeightReport, checkpoint: Checkpoint, model
                 f"the super weights are of another model: {weight.tensor}[{weight.row},{weight.column}] is"
                 f" {weight.value:g} there and {'absent' if has is None else f'{has:g}'} here",
                 report.where,
-                "look for them in this model: convert imatrix --super-weights MODEL",
+                "look for them in this model: bitwright imatrix --super-weights MODEL",
             )

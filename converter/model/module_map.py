@@ -43,7 +43,7 @@ def describe_for_directory(checkpoint: Checkpoint, pre_tokenizer: str | None = N
         raise ConvertError(
             f"no directory is made of the architecture {architecture.name!r}: {why}",
             str(checkpoint.location),
-            "choose a profile whose target is a GGUF; `convert architectures` tells what works for which",
+            "choose a profile whose target is a GGUF; `bitwright architectures` tells what works for which",
         )
     try:
         return describe(checkpoint, pre_tokenizer, keeps_mtp=False)

@@ -85,7 +85,7 @@ def load_artifact(location: Path, work_dir: Path | None, progress: Progress) -> 
     """
     in_directory = location.is_dir()
     files = finished_files(location) if in_directory else artifact_files(location)
-    split = "convert again with" if in_directory else f"split it: convert split {location}"
+    split = "convert again with" if in_directory else f"split it: bitwright split {location}"
     for path in files:
         if path.stat().st_size > LARGEST_FILE_BYTES:
             raise ConvertError(

@@ -27,7 +27,9 @@ from bitwright.formats.errors import ConvertError
 from bitwright.profiles.planning.summary import TensorGroup
 from bitwright.profiles.sizes import size_text
 
-BEGIN = "<!-- bitwright:begin (from here on `convert publish` writes, anew each time; write your own text outside) -->"
+BEGIN = (
+    "<!-- bitwright:begin (from here on `bitwright publish` writes, anew each time; write your own text outside) -->"
+)
 END = "<!-- bitwright:end -->"
 _SECTION = re.compile(r"<!-- bitwright:begin\b.*?<!-- bitwright:end -->", re.DOTALL)
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)

@@ -211,7 +211,7 @@ class Publication:
         is_other = bool(in_the_way) if earlier is None else earlier.identity != report.identity
         if is_other and not self.replace:
             theirs = f"profile {earlier.profile}" if earlier is not None else "published by other means"
-            what, other_way = f"{self.stem}.gguf", "give this one another name (convert publish ... --name)"
+            what, other_way = f"{self.stem}.gguf", "give this one another name (bitwright publish ... --name)"
             if report.artifact.is_directory:
                 what, other_way = in_the_way[0] if in_the_way else path, "publish to a repository of its own"
             raise ConvertError(

@@ -10,7 +10,7 @@ from bitwright.calibration.evaluation.quality import QualityReport
 from bitwright.converter.artifact.feedback import feedback_report
 from bitwright.converter.artifact.target import Adapted, Prepared
 from bitwright.converter.artifact.tensor_errors import TensorError
-from bitwright.converter.artifact.tuning import tuning_report
+from bitwright.converter.gguf.sequence.outcome import tuning_report
 from bitwright.converter.job.identity import tool_identity
 from bitwright.converter.job.recipe import calibration_manifest, recipe, reproducing_arguments, sensitivity_manifest
 from bitwright.converter.measure.evidence import sensitivity_path

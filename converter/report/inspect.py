@@ -1,5 +1,5 @@
-"""The command `convert inspect`: what an artifact, or a file that was measured of a model, says of itself, and pictures
-of it."""
+"""The command `bitwright inspect`: what an artifact, or a file that was measured of a model, says of itself, and
+pictures of it."""
 
 import json
 import os
@@ -284,7 +284,7 @@ def _artifact_text(data: dict[str, Any]) -> str:
 def _super_weight_lines(report: dict[str, Any] | None) -> list[str]:
     """What was found, for people; report: SuperWeightReport.to_json as plain data."""
     if report is None:
-        return ["super weights: nobody has looked; `convert imatrix --super-weights MODEL` does"]
+        return ["super weights: nobody has looked; `bitwright imatrix --super-weights MODEL` does"]
     looked = (
         f"looked {report['looks']} times at {report['prompts']} sequences of {report['prompt_length']} tokens, for"
         f" weights whose row and column spike to {report['spike_ratio']:g} times the median"

@@ -3,7 +3,9 @@
 The page itself is page.html.j2; here is what it shows that the report does not hold as it is.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +13,36 @@ from markupsafe import Markup
 
 from bitwright.converter.artifact.feedback import Outcome
 from bitwright.converter.job.recipe import command_text
-from bitwright.converter.report.data import Feedback, OnMachine, Report
+from bitwright.converter.report.data import Feedback, OnMachine, Report, UniformSize
 from bitwright.converter.report.pictures import Cell, bits_figure, by_layer_and_role, cell_of, layer_totals
 from bitwright.converter.report.run_lines import local_lines
 from bitwright.converter.report.svg import MARK, Figure, bars, columns_chart, short
 from bitwright.converter.report.templates import templates
-from bitwright.converter.report.text import agreement_text, feedback_text, figure, figures_text, perplexity_change
+from bitwright.converter.report.text import (
+    agreement_text,
+    corpus_text,
+    feedback_text,
+    figure,
+    figures_text,
+    perplexity_change,
+)
 from bitwright.converter.report.verdict import MEANINGS, findings, missed_target
+from bitwright.profiles.mixes import MIXES
+from bitwright.profiles.planning.labels import mix_bits
 from bitwright.profiles.sizes import size_text
-from bitwright.profiles.vocabulary import Role
+from bitwright.profiles.vocabulary import Role, TensorSpec
 
-# Uniform formats that the artifact's size is shown beside: those that people know files by.
+# What the artifact's size is shown beside: uniform formats, schemes and mixes that people know artifacts by.
 _SHOWN_FORMATS = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ2_XXS", "IQ1_S")
+_SHOWN_SCHEMES = ("W8A8", "FP8", "W4A16", "NVFP4")
+_SHOWN_MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K", "IQ2_XXS")
+_OWN = "this artifact"
 _SHOWN_OUTCOMES = 10  # of error feedback: half of them the best, half the worst
 _TEMPLATES = templates(
     "bitwright.converter.report",
     {
         "agreement_text": agreement_text,
+        "corpus": corpus_text,
         "feedback_text": feedback_text,
         "figures_text": figures_text,
         "fmt": figure,
@@ -152,22 +167,33 @@ def _machine_figures(machine: OnMachine) -> list[Figure]:
 
 
 def _size_figures(report: Report, tensors: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """The artifact beside uniform formats, and where its bytes are."""
+    """The artifact beside uniform formats and llama.cpp's mixes, and where its bytes are."""
     n_bytes = sum(row["bytes"] for row in tensors)
-    uniform = {size.format: size for size in report.uniform}
-    shown = [uniform[name] for name in _SHOWN_FORMATS if name in uniform]
-    rows = [(size.bytes, size.format + ("" if size.fits == 1 else "*")) for size in shown] + [(n_bytes, "this file")]
-    rows.sort(key=lambda row: -row[0])
+    shown = _shown_uniform(report, tensors)
+    uniform = [(size.format + ("" if size.fits == 1 else "*"), size.bytes) for size in shown]
     partly = any(size.fits < 1 for size in shown)
     layers = [layer.bytes / 2**20 for layer in report.layers if layer.layer is not None]
-    return [
-        bars(
+    figures = [
+        _beside(
             "Beside uniform formats",
             "Bytes of tensor data of this model in each format throughout, and of this artifact.",
-            [(name, float(n), size_text(n)) for n, name in rows],
-            highlighted=[name for _, name in rows].index("this file"),
-            notes=["* rows that its blocks do not divide are in the next larger format that fits."] if partly else [],
-        ),
+            uniform,
+            n_bytes,
+            ["* rows that its blocks do not divide are in the next larger format that fits."] if partly else [],
+        )
+    ]
+    if not report.artifact.is_directory:
+        figures.append(
+            _beside(
+                "Beside llama.cpp's mixes",
+                "Bytes of tensor data of this model in llama.cpp's mixes of formats, about, and of this artifact.",
+                _mix_sizes(tensors),
+                n_bytes,
+                ["About: a mix's bits in the layers are those that it has in Llama-3.1-8B."],
+            )
+        )
+    return [
+        *figures,
         bars(
             "Where the bytes are",
             "Bytes of each group of tensors.",
@@ -175,6 +201,40 @@ def _size_figures(report: Report, tensors: Sequence[Mapping[str, Any]]) -> list[
         ),
         columns_chart("MiB, whole layers", "Bytes of each layer, in MiB.", layers, text=short),
     ]
+
+
+def _beside(title: str, description: str, others: Iterable[tuple[str, int]], n_bytes: int, notes: list[str]) -> Figure:
+    """The artifact among others, the largest first."""
+    rows = sorted([*others, (_OWN, n_bytes)], key=lambda row: -row[1])
+    return bars(
+        title,
+        description,
+        [(name, float(n), size_text(n)) for name, n in rows],
+        highlighted=[name for name, _ in rows].index(_OWN),
+        notes=notes,
+    )
+
+
+def _shown_uniform(report: Report, tensors: Sequence[Mapping[str, Any]]) -> list[UniformSize]:
+    """Those that people know, and the one that the artifact has most weights in."""
+    weights: Counter[str] = Counter()
+    for row in tensors:
+        weights[row["format"]] += prod(row["shape"])
+    uniform = {size.format: size for size in report.uniform}
+    most_used = [name for name, _ in weights.most_common() if name in uniform][:1]
+    known = _SHOWN_SCHEMES if report.artifact.is_directory else _SHOWN_FORMATS
+    return [uniform[name] for name in dict.fromkeys([*known, *most_used]) if name in uniform]
+
+
+def _mix_sizes(tensors: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
+    """What the mixes that people know would take, and the one whose size is nearest."""
+    specs = [TensorSpec(row["tensor"], tuple(row["shape"]), Role(row["role"]), row["layer"]) for row in tensors]
+    matrices = sum(spec.n_weights for spec in specs if spec.quantizable)
+    others = sum(row["bytes"] for row, spec in zip(tensors, specs, strict=True) if not spec.quantizable)
+    sizes = {name: round(mix_bits(name, specs) * matrices / 8) + others for name in MIXES}
+    n_bytes = sum(row["bytes"] for row in tensors)
+    nearest = min(sizes, key=lambda name: abs(sizes[name] - n_bytes))
+    return [(name, sizes[name]) for name in dict.fromkeys([*_SHOWN_MIXES, nearest])]
 
 
 def _shown_outcomes(feedback: Feedback | None) -> list[Outcome]:

@@ -10,7 +10,7 @@ from bitwright.formats.files.seals import is_sealed, was_sealed
 
 REPORT, PLAN, PAGE = "report.json", "plan.json", "report.html"
 SPLIT_REPORT = "report-split.json"
-"""The report of the files that `convert split` has made of an artifact, beside that of the artifact itself."""
+"""The report of the files that `bitwright split` has made of an artifact, beside that of the artifact itself."""
 _AGAIN = "run the same conversion again, it makes them anew"
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitwright.calibration.evaluation.quality import QualityReport
+from bitwright.calibration.text.corpus import EMBEDDED
 from bitwright.converter.artifact.tensor_errors import TensorError
 from bitwright.converter.report.data import Agreement, Coherence, Feedback, Report, TunedLayers
 from bitwright.converter.report.run_lines import local_lines
@@ -172,12 +173,17 @@ def error_table(errors: Sequence[TensorError]) -> str:
     return table(["tensor", "format", "relative error", "weighted error"], rows)
 
 
+def corpus_text(name: str) -> str:
+    """What a reader knows the corpus as."""
+    return "the built-in text" if name == EMBEDDED else name
+
+
 def quality_lines(quality: QualityReport) -> list[str]:
     """Perplexity, divergence and the words that were found, for people."""
     lines = [
         f"perplexity   {figure(quality.source_perplexity, '.3f')} -> {figure(quality.perplexity, '.3f')}",
         f"divergence   mean KLD {figure(quality.mean_kld, '.4f')}, 99.9 % {figure(quality.kld_99_9, '.3f')}, same"
-        f" top token {quality.top1_agreement:.1%}  ({quality.tokens} tokens of {quality.corpus})",
+        f" top token {quality.top1_agreement:.1%}  ({quality.tokens} tokens of {corpus_text(quality.corpus)})",
     ]
     if quality.words:
         lines.append(

@@ -198,7 +198,7 @@ def better_recipe(
     }
     for option, value in stays.items():
         given += [option, str(value)] if value is not None else []
-    return shlex.join(["convert", "--profile", name, *given, "--output", str(output), job.model])
+    return shlex.join(["bitwright", "--profile", name, *given, "--output", str(output), job.model])
 
 
 def _plan(profile: QuantizationProfile, plan_of: Callable[[QuantizationProfile], Plan]) -> Plan | None:

@@ -19,7 +19,7 @@ from bitwright.converter.smoothing.view import Folding
 from bitwright.formats.files.record import RecordKind
 from bitwright.formats.typed import is_a
 
-_KIND = RecordKind("bitwright.smoothing", 1, "record of smoothing", "convert --fresh MODEL")
+_KIND = RecordKind("bitwright.smoothing", 1, "record of smoothing", "bitwright --fresh MODEL")
 _FOLDED = tuple(field.name for field in fields(Folding))
 
 

@@ -57,7 +57,7 @@ _ADAPTER = FileCase(
     "adapter_config.json",
     "an adapter lies beside the model, and transformers loads both where peft is installed",
     "to convert the model alone, take adapter_config.json out of its directory; for both, move it and"
-    " adapter_model.safetensors to a directory of their own, then: convert ADAPTER --base {model}",
+    " adapter_model.safetensors to a directory of their own, then: bitwright ADAPTER --base {model}",
 )
 
 

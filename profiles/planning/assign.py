@@ -53,7 +53,7 @@ def assign(
         raise ConvertError(
             f"the profile {profile.name!r} has schemes of a safetensors directory, and no formats of a GGUF",
             f"--profile {profile.name}",
-            "`convert profiles list` names the target of every profile",
+            "`bitwright profiles list` names the target of every profile",
         )
     if profile.needs_sensitivity:
         _needed(evidence, profile)
@@ -74,7 +74,7 @@ def _needed(evidence: Evidence | None, profile: QuantizationProfile) -> Evidence
         raise ConvertError(
             f"the profile {profile.name!r} decides by measured sensitivity, and there is none",
             f"--profile {profile.name}",
-            "choose a profile whose rules decide everything; `convert profiles list` describes each",
+            "choose a profile whose rules decide everything; `bitwright profiles list` describes each",
         )
     return evidence
 

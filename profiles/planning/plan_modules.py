@@ -113,7 +113,7 @@ def plan_modules(
         raise ConvertError(
             f"the profile {profile.name!r} has formats of a GGUF, and no schemes of a safetensors directory",
             f"--profile {profile.name}",
-            "`convert profiles list` names the target of every profile",
+            "`bitwright profiles list` names the target of every profile",
         )
     check_overrides(overrides, modules)
     base = profile.base, f"{profile.name}: base"

@@ -6,7 +6,7 @@ from bitwright.profiles.reading.schema import QuantizationProfile
 
 
 def profile_lines(profile: QuantizationProfile) -> list[str]:
-    """The lines that `convert profiles check` prints."""
+    """The lines that `bitwright profiles check` prints."""
     lines = [f"{profile.name}: {profile.description}", f"target {profile.target}"]
     if profile.base is not None:
         lines.append(f"{profile.base} for what nothing below names")

@@ -139,7 +139,9 @@ class QuantizationProfile:
 
 
 def parse_profile(text: str, name: str, where: str, _extending: tuple[str, ...] = ()) -> QuantizationProfile:
-    """A profile from TOML text; raises ConvertError with file, key and remedy."""
+    """A profile from TOML text. name: of the profile; where: as errors name the text.
+
+    Raises ConvertError with file, key and remedy."""
     try:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -231,6 +233,7 @@ def _parent(name: object, where: str, extending: tuple[str, ...]) -> Quantizatio
 
 
 def preset_names() -> list[str]:
+    """The names of the profiles that come with Bitwright, in alphabetical order."""
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
@@ -285,5 +288,5 @@ def _unknown(name: str) -> NoReturn:
     raise ConvertError(
         f"there is no profile {name!r}",
         "--profile",
-        f"did you mean {like[0]}, {like[1]} or {like[2]}? `convert profiles list` has them all; a file ends in .toml",
+        f"did you mean {like[0]}, {like[1]} or {like[2]}? `bitwright profiles list` has them all; a file ends in .toml",
     )

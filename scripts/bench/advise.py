@@ -1,4 +1,4 @@
-"""How right `convert advise` is: every measured device predicted from the others, beside what other tools compute.
+"""How right `bitwright advise` is: every measured device predicted from the others, beside what other tools compute.
 
     python -m scripts.bench.advise            (make bench-advise)
 

@@ -8,10 +8,7 @@ ours, which is computed by exact integers. Exits with 1 where a directory does n
 numbers, or is further off than that explains.
 """
 
-import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,6 +19,7 @@ from bitwright import converter
 from bitwright.calibration.control import PassControl
 from bitwright.calibration.stream.streamable import StreamableModel
 from bitwright.calibration.text.corpus import load_corpus
+from bitwright.converter.judge.engines.ask import load_in_engine
 from bitwright.converter.judge.open import open_artifact
 from bitwright.converter.measure.running import load_tokenizer
 from bitwright.converter.model.model_map import describe
@@ -29,30 +27,8 @@ from bitwright.converter.report.text import table
 from bitwright.converter.source.open import open_checkpoint
 
 SCHEMES = ("W8A8", "W8A8_STATIC", "FP8")
-PROMPT = "The capital of France is"
 # How far from ours an engine's perplexity may be, as a share of the source's.
 TOLERANCE = 0.05
-
-
-def run_engine(python: Path, directory: Path, tokens: list[list[int]]) -> dict:
-    """What the engine makes of the directory; its own messages where it fails."""
-    read, write = os.pipe()
-    job = json.dumps({"model": str(directory.absolute()), "tokens": tokens, "prompt": PROMPT})
-    with os.fdopen(read) as answers:
-        done = subprocess.run(
-            [str(python), str(Path(__file__).parents[1] / "peers" / "vllm_peer.py"), str(write)],
-            input=job,
-            capture_output=True,
-            text=True,
-            pass_fds=[write],
-            check=False,
-            timeout=1200,
-        )
-        os.close(write)
-        answer = answers.readline()
-    if not answer:
-        raise SystemExit(f"vLLM does not run {directory}:\n{done.stderr[-4000:]}")
-    return json.loads(answer)
 
 
 def write_profile(path: Path, scheme: str, smooth: bool) -> str:
@@ -111,13 +87,14 @@ def main(
                 PassControl(scratch / "quality"),
                 arithmetic=candidate.arithmetic,
             )
-            engine = run_engine(python, directory, corpus.tokens.tolist())
+            engine = load_in_engine(directory, "vllm", python, tokens=corpus.tokens.tolist())
+            assert engine.perplexity is not None
             # A perplexity beyond all numbers is None here and infinite there.
             source, ours = (math.inf if p is None else p for p in (report.source_perplexity, report.perplexity))
-            close = abs(engine["perplexity"] - ours) <= TOLERANCE * source and math.isfinite(ours)
-            failed |= not close or not engine["text"].strip()
-            figures = (source, ours, engine["perplexity"])
-            rows.append([directory.name, *(f"{figure:.3f}" for figure in figures), repr(engine["text"][:40])])
+            close = abs(engine.perplexity - ours) <= TOLERANCE * source and math.isfinite(ours)
+            failed |= not close or not engine.text.strip()
+            figures = (source, ours, engine.perplexity)
+            rows.append([directory.name, *(f"{figure:.3f}" for figure in figures), repr(engine.text[:40])])
             click.echo("  ".join(rows[-1]), err=True)
     click.echo(table(["directory", "source", "directory, by us", "by vLLM", "it writes"], rows))
     sys.exit(int(failed))

@@ -28,7 +28,7 @@ TEXT = (
 
 @pytest.fixture(scope="module")
 def conversion(smollm2_wide, tmp_path_factory) -> dict:
-    """The report of `convert --profile mlp-low-precision` with a short calibration."""
+    """The report of `bitwright --profile mlp-low-precision` with a short calibration."""
     directory = tmp_path_factory.mktemp("conversion")
     arguments = [
         "--profile",

@@ -1,4 +1,4 @@
-"""`convert architectures`: which models convert, and what works for each."""
+"""`bitwright architectures`: which models convert, and what works for each."""
 
 import json
 

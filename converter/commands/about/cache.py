@@ -1,4 +1,4 @@
-"""`convert cache`: what is kept of sources for their next conversions."""
+"""`bitwright cache`: what is kept of sources for their next conversions."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""`convert profiles`: the presets, and the check of a profile of one's own."""
+"""`bitwright profiles`: the presets, and the check of a profile of one's own."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def profiles() -> None:
 @json_option
 @fails_clearly
 def list_profiles(as_json: bool) -> None:
-    """Every preset with what it does and when to use it, and every scheme, which is a profile, too."""
+    """List every preset with what it does and when to use it, and every scheme, which works as a profile, too."""
     from bitwright.formats.schemes.registry import SCHEMES
     from bitwright.profiles.reading.schema import load_profile, preset_names, profile_names
 

@@ -17,8 +17,8 @@ from bitwright.calibration.passes.sequential_pass import SequentialStream, Tunin
 from bitwright.calibration.stream.weights import WeightSource
 from bitwright.converter.artifact.feedback import Feedback
 from bitwright.converter.artifact.target import Prepared
-from bitwright.converter.artifact.tuning import OutcomeOfTuning
 from bitwright.converter.gguf.encode import Encoder
+from bitwright.converter.gguf.sequence.outcome import OutcomeOfTuning
 from bitwright.converter.gguf.sequence.tunable_tensor import TunableTensor, is_tunable
 from bitwright.converter.measure.calibrate import observed_names
 from bitwright.converter.measure.running import calibration_text, load_tokenizer, runnable, streamable

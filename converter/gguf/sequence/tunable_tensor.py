@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from bitwright.calibration.passes.layer_tuning import TunableBlocks, TunedBlocks
-from bitwright.formats.parts import PointParts, ScalarBlocks, ScalarParts
+from bitwright.formats.parts import ScalarBlocks, ScalarParts
 from bitwright.formats.registry import get_format
 from bitwright.profiles.planning.plan import PlannedTensor
 from bitwright.profiles.vocabulary import TensorSpec
@@ -84,10 +84,10 @@ class TunableTensor:
             units[:, 0] *= steps
             if minima is not None:
                 units[:, 1] *= minima
-            packed: np.ndarray = blocks.pack(parts._replace(units=_float16(units)))  # type: ignore[union-attr, arg-type]
+            parts = parts._replace(units=_float16(units))
         else:
-            point: PointParts = parts._replace(d=_float16(parts.d * steps))
-            packed = blocks.pack(point)  # type: ignore[union-attr, arg-type]
+            parts = parts._replace(d=_float16(parts.d * steps))
+        packed: np.ndarray = blocks.pack(parts)  # type: ignore[union-attr, arg-type]
         return packed.reshape(self.data.shape)
 
     def _decoded(self, data: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The page of `convert advise --plot`, in a real browser."""
+"""The page of `bitwright advise --plot`, in a real browser."""
 
 import pytest
 
@@ -18,6 +18,9 @@ OVERHANG = """[...document.querySelectorAll("svg.figure")].flatMap(svg => {
     }).map(each => each.textContent);
 })"""
 
+CUT_TABLES = """[...document.querySelectorAll(".scroll")].filter(table => table.scrollWidth > table.clientWidth)
+    .map(table => table.getAttribute("aria-label"))"""
+
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
@@ -30,7 +33,7 @@ def page(tmp_path_factory):
 def test_it_shows_time_speed_and_roof(page):
     text = page.read_text()
     assert text.count("<svg") == 3 and "on the roofline" in text and "over the context" in text
-    assert "convert --profile" in text and "<script" not in text
+    assert "bitwright --profile" in text and "<script" not in text
     for group in ("attention weights", "MLP weights", "keys and values", "overhead"):
         assert group in text
 
@@ -43,6 +46,7 @@ def test_it_fits_every_screen_and_loads_nothing(page):
                 assert shown.console == [] and [url for url in shown.requests if not url.startswith("file:")] == []
                 assert shown.evaluate("document.documentElement.scrollWidth") <= width
                 assert shown.evaluate(OVERHANG) == []
+                assert shown.evaluate(CUT_TABLES) == []
 
 
 def test_the_command_writes_it(page, tmp_path):

@@ -1,4 +1,4 @@
-"""`convert advise`: what it says of a small model, and what it does without."""
+"""`bitwright advise`: what it says of a small model, and what it does without."""
 
 import json
 import struct
@@ -91,7 +91,7 @@ def test_the_command_prints_a_table_and_a_command_to_run(model):
     lines = result.stdout.splitlines()
     assert lines[0].startswith("Llama-3.1-8B on GB10 (119.7 GiB usable, 273 GB/s stated")
     assert any(line.startswith("balanced-4bit") and "llama.cpp" in line for line in lines)
-    assert f"  convert --profile balanced-4bit {model}" in lines
+    assert f"  bitwright --profile balanced-4bit {model}" in lines
     assert any("8 of 10 measured points lie in such a range" in line for line in lines)
     assert "budget (" in result.stdout and "importance-tiers (" in result.stdout, "left out, with the reason"
 
@@ -166,7 +166,7 @@ def test_an_override_prices_one_plan(small):
     (plain,) = asked(small, profile="balanced-4bit").candidates
     (changed,) = asked(small, profile="balanced-4bit", overrides=["mlp_*=Q8_0"]).candidates
     assert changed.tensor_bytes > plain.tensor_bytes and changed.formats["ffn_up"] == ("Q8_0",)
-    assert changed.command == f"convert --profile balanced-4bit --set 'mlp_*=Q8_0' {small}"
+    assert changed.command == f"bitwright --profile balanced-4bit --set 'mlp_*=Q8_0' {small}"
     assert "matches no tensor" in refused(
         "advise", small, "--hardware", "gb10", "--profile", "fp8", "--set", "nothing=FP8"
     )
@@ -236,7 +236,7 @@ def test_goals_that_nothing_meets_say_what_is_in_the_way(model):
     advice = asked(model, max_kld=1e-9)
     assert advice.best.profile == "fp16-baseline", "16 bits diverge by nothing"
     nothing = asked(model, max_kld=0.01, profile="balanced-4bit")
-    assert nothing.best is None and "convert --profile balanced-4bit" in nothing.reason
+    assert nothing.best is None and "bitwright --profile balanced-4bit" in nothing.reason
 
 
 def test_few_bits_are_recommended_only_where_nothing_else_fits(model):
@@ -253,7 +253,7 @@ def test_a_report_of_this_plan_is_its_quality(small, tmp_path):
     assert quality.kind == "measured" and quality.kld == report["quality"]["mean_kld"]
     assert quality.confidence == "high" and quality.source.endswith("report.json")
     assert offered["balanced-4bit"].quality.kind == "not measured"
-    assert "convert --profile balanced-4bit" in offered["balanced-4bit"].quality.source
+    assert "bitwright --profile balanced-4bit" in offered["balanced-4bit"].quality.source
     (tmp_path / "m.bitwright" / "report.json").write_text("{}")
     again = profiles(asked(small, work_dir=tmp_path / "m.bitwright"))
     assert again["uniform-8bit"].quality.kind == "not measured", "it is not what was sealed"

@@ -21,7 +21,7 @@ PAGE = ROOT / "docs" / "architectures.md"
 
 
 def test_the_page_has_the_table_of_the_data_files():
-    """Where this fails: convert architectures --markdown."""
+    """Where this fails: bitwright architectures --markdown."""
     assert f"\n\n{markdown_table(supported())}\n\n" in PAGE.read_text()
 
 

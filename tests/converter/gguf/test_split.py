@@ -1,4 +1,4 @@
-"""`convert split`: the files are those that `convert --split-size` writes."""
+"""`bitwright split`: the files are those that `bitwright --split-size` writes."""
 
 import json
 import os

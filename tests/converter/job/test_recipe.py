@@ -141,4 +141,4 @@ def test_what_is_known_by_its_name_needs_no_file(here, name):
 
 def test_a_command_is_written_as_one_types_it():
     arguments = ["--profile=a b.toml", "--set=blk.*=Q4_K", "--no-chat", "org/model@0123"]
-    assert command_text(arguments) == "convert --profile 'a b.toml' --set 'blk.*=Q4_K' --no-chat org/model@0123"
+    assert command_text(arguments) == "bitwright --profile 'a b.toml' --set 'blk.*=Q4_K' --no-chat org/model@0123"

@@ -1,4 +1,4 @@
-"""`convert evaluate --kv`: what a cache in fewer bits costs."""
+"""`bitwright evaluate --kv`: what a cache in fewer bits costs."""
 
 import json
 

@@ -275,7 +275,7 @@ def test_the_better_recipe_is_a_command_that_runs(tiny, tmp_path, monkeypatch):
         sizes.append(plan_of(profile.by_rules()).n_bytes / plan.n_bytes)
     assert 1.1 <= sizes[0] <= sizes[1] and sizes[1] >= 1.25
     program, *arguments = shlex.split(command)
-    assert program == "convert"
+    assert program == "bitwright"
     done = CliRunner().invoke(main, [*arguments, "--dry-run", "--json"])
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["output"] != str(job.output)

@@ -135,7 +135,7 @@ def test_the_card_of_a_new_repository(hub, converted):
     for group in report["groups"]:
         assert f"| {group['group']} |" in card
     assert (
-        "convert --profile balanced-4bit --no-analysis --calibration embedded --samples 128 --sequence-length 16"
+        "bitwright --profile balanced-4bit --no-analysis --calibration embedded --samples 128 --sequence-length 16"
         f" --effort fast --error-feedback quick --seed 0 org/tiny@{REVISION}\n" in card
     )
 
@@ -494,7 +494,7 @@ def test_a_file_too_large_is_refused_with_the_command_that_splits_it(hub, artifa
     message = refused(artifact)
     line = message.splitlines()[-1]
     program, *arguments = line.partition("split it: ")[2].split()
-    assert program == "convert"
+    assert program == "bitwright"
     done = convert(*arguments[:-1], "60000")  # instead of the Hub's 20GB
     assert done.exit_code == 0, done.stderr
     publish(Path(done.stdout.split()[0]))
@@ -698,7 +698,7 @@ def test_converted_and_pushed_in_one_command(hub, tiny, monkeypatch, tmp_path):
     card = card_of(hub)
     assert front_matter(card)["base_model"] == "Org/Tiny"
     commit_of_source = hub.repositories["Org/Tiny"].commits[-1][0]
-    assert f"convert --profile uniform-8bit --seed 0 org/tiny@{commit_of_source}" in card
+    assert f"bitwright --profile uniform-8bit --seed 0 org/tiny@{commit_of_source}" in card
     assert "No importance matrix was used" in card and "not measured" in card
     hub.requests.clear()
     done = run()

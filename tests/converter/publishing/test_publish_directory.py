@@ -128,7 +128,7 @@ def test_the_card(hub, whole):
         file_sha256(whole / "config.json"),
         "| mlp | W4A16 (12) |",
         f"--seed 0 org/tiny@{REVISION}\n",
-        "convert --profile recipe/model/W4A16.toml --calibration embedded --samples 128 --sequence-length 16"
+        "bitwright --profile recipe/model/W4A16.toml --calibration embedded --samples 128 --sequence-length 16"
         " --effort fast --error-feedback quick --seed 0 --imatrix recipe/model/tiny.imatrix.gguf org/",
     ):
         assert fact in card, fact
@@ -364,7 +364,7 @@ def test_converted_and_pushed_in_one_command(hub, model, tmp_path):
     assert all(hub.files(TO)[path.name] == path.read_bytes() for path in (tmp_path / "out").iterdir())
     card, source = card_of(hub, TO), hub.repositories["Org/Tiny"].commits[-1][0]
     assert front_matter(card)["base_model"] == "Org/Tiny"
-    assert f"convert --profile FP8 --seed 0 org/tiny@{source}" in card
+    assert f"bitwright --profile FP8 --seed 0 org/tiny@{source}" in card
     hub.requests.clear()
     run()
     assert hub.writes() == []

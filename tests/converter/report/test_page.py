@@ -1,6 +1,7 @@
 """The report's page and the pictures in a real browser: nothing to complain of, everything in sight, in any colours."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,14 @@ from click.testing import CliRunner
 
 from bitwright.converter.cli import main
 from bitwright.converter.report.data import Report
-from bitwright.converter.report.page import figures_page, report_page
+from bitwright.converter.report.page import figures_page, ladder_page, report_page
 from bitwright.converter.report.pictures import importance_figures
 from bitwright.converter.report.svg import svg_file
 from tests.browser import Browser, Page
 from tests.converter.artifact.test_target import some_sensitivity
 from tests.converter.report.test_pictures import dense, mixture
 
-WIDTHS = (400, 1200)
+WIDTHS = (390, 1280)  # a telephone, a computer
 # What a model's name, a text or an error may contain.
 HOSTILE = "<script>document.title='x'</script><img src=x onerror=alert(1)>\"'&"
 
@@ -25,6 +26,8 @@ LAYOUT = """(() => {
   const found = [];
   const root = document.documentElement;
   if (root.scrollWidth > window.innerWidth) found.push(`the page is ${root.scrollWidth} wide`);
+  for (const table of document.querySelectorAll('.scroll'))
+    if (table.scrollWidth > table.clientWidth) found.push(`${table.getAttribute('aria-label')}: cut`);
   const figures = [...document.querySelectorAll('svg.figure')];
   for (const figure of figures) {
     const frame = figure.getBoundingClientRect(), name = figure.getAttribute('aria-label') || '';
@@ -105,7 +108,7 @@ def test_a_conversions_page(browser, work_dir, width, dark):
     report = json.loads((work_dir / "report.json").read_text())
     assert report["page"] == str(path)
     titles = page.evaluate("[...document.querySelectorAll('svg.figure')].map(f => f.getAttribute('aria-label'))")
-    assert len(titles) == 9 and sum("expected to cost" in title for title in titles) == 2
+    assert len(titles) == 10 and sum("expected to cost" in title for title in titles) == 2
     shown = page.evaluate("document.body.innerText")
     for text in (report["model"], f"{report['quality']['perplexity']:.2f}", report["artifact"]["files"][0]["sha256"]):
         assert text in shown
@@ -134,7 +137,7 @@ def test_a_damaged_models_page_with_hostile_text(browser, work_dir, tmp_path, da
     tensors[0] = tensors[0] | {"reason": HOSTILE * 5}
     path = tmp_path / "report.html"
     path.write_text(report_page(Report.from_dict(report), tensors))
-    page = browser.open(path, 400, dark)
+    page = browser.open(path, WIDTHS[0], dark)
     check(page, path)
     assert page.evaluate("[document.scripts.length, document.images.length]") == [0, 0]
     assert page.evaluate("document.querySelector('h1').innerText") == HOSTILE
@@ -158,9 +161,31 @@ def test_a_page_of_what_was_not_measured(browser, work_dir, tmp_path):
     assert any(row["predicted_loss"] for row in tensors)
     path = tmp_path / "report.html"
     path.write_text(report_page(Report.from_dict(report), tensors))
-    page = browser.open(path, 1200, dark=False)
+    page = browser.open(path, WIDTHS[1], dark=False)
     check(page, path)
     assert "Verdict: not measured" in page.evaluate("document.body.innerText")
+
+
+def test_the_size_is_shown_beside_what_people_know_and_what_is_used_most(work_dir):
+    report = Report.from_dict(json.loads((work_dir / "report.json").read_text()))
+    tensors = json.loads((work_dir / "plan.json").read_text())["tensors"]
+    rare = [row | {"format": "Q5_1"} if "_up" in row["tensor"] or "_gate" in row["tensor"] else row for row in tensors]
+    for rows, most_used in ((tensors, False), (rare, True)):
+        page = report_page(report, rows)
+        assert (">Q5_1</text>" in page or ">Q5_1*</text>" in page) == most_used
+        assert all(f">{mix}</text>" in page for mix in ("Q4_K_M", "IQ4_XS", "Q3_K_M")) and ">this artifact<" in page
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_ladders_page(browser, work_dir, tmp_path, dark):
+    report = Report.from_dict(json.loads((work_dir / "report.json").read_text()))
+    path = tmp_path / "ladder.html"
+    path.write_text(ladder_page([report, replace(report, profile="mlp-low-precision", quality=None)]))
+    for width in WIDTHS:
+        page = browser.open(path, width, dark)
+        check(page, path)
+    for text in ("same top token", f"{report.quality.mean_kld:.4f}", report.verdict):
+        assert text in page.evaluate("document.body.innerText")
 
 
 @pytest.mark.parametrize("dark", [False, True])

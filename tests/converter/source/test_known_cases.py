@@ -193,7 +193,7 @@ def test_an_adapter_beside_the_model(tmp_path: Path) -> None:
     error = refusal(tmp_path / "model")
     assert error.what.startswith("an adapter lies beside the model, and transformers loads both")
     assert "take adapter_config.json out" in error.remedy
-    assert f"convert ADAPTER --base {tmp_path / 'model'}" in error.remedy
+    assert f"bitwright ADAPTER --base {tmp_path / 'model'}" in error.remedy
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`convert verify`: an artifact's tensors beside those of its source."""
+"""`bitwright verify`: an artifact's tensors beside those of its source."""
 
 import json
 from pathlib import Path
@@ -9,14 +9,14 @@ from bitwright.converter.commands.outcome import fails_clearly
 from bitwright.converter.commands.parameters import PATH, against_option, json_option, quiet_option
 
 
-@click.command(short_help="Hold every tensor of an artifact against its source.")
+@click.command(short_help="Compare every tensor of an artifact with its source.")
 @click.argument("artifact", type=PATH)
 @against_option
 @json_option
 @quiet_option
 @fails_clearly
 def verify(artifact: Path, model: str, as_json: bool, quiet: bool) -> None:
-    """Decode every tensor of ARTIFACT, of a GGUF with the gguf package, and hold it against its source."""
+    """Decode every tensor of ARTIFACT and compare it with the source. GGUFs are decoded by the gguf package."""
     from bitwright.converter.job.progress import Progress
     from bitwright.converter.judge.open import verify_artifact
     from bitwright.converter.report.text import error_table

@@ -1,4 +1,4 @@
-"""`convert evaluate` and `convert verify`: an artifact beside its source, its quality and its tensors."""
+"""`bitwright evaluate` and `bitwright verify`: an artifact beside its source, its quality and its tensors."""
 
 import json
 from pathlib import Path

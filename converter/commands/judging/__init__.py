@@ -1,0 +1,1 @@
+"""Commands that judge an artifact: beside its source, or by its runtime."""
