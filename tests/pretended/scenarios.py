@@ -26,6 +26,9 @@ from bitwright.calibration.stream.forward import stream_past
 from bitwright.calibration.stream.streamable import StreamableModel
 from bitwright.calibration.super_weights.spikes import Peaks
 from bitwright.calibration.text.corpus import Corpus
+from bitwright.converter.directory.artifact import DirectoryArtifact
+from bitwright.converter.directory.products import SchemeProducts
+from bitwright.converter.source.open import open_checkpoint
 from bitwright.formats.errors import ConvertError
 from tests import tiny_models
 from tests.calibration.stream.streaming import DictSource, stacked_names
@@ -164,14 +167,32 @@ def micro_batches_of(memories: list[int]) -> list[dict[str, Any]]:
     return noted
 
 
-def whole_job(name: str, kind: str, gguf: bool, options: dict[str, Any]) -> tuple[Counts, dict[str, Any]]:
-    """A conversion; the counts, and of its report what is looked at."""
+def converted(name: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
+    """A conversion to a GGUF, judged: its report."""
     directory = tiny_models.checkpoint(name, ALL_TINY_MODELS[name])
+    with tempfile.TemporaryDirectory() as place, pretended(kind):
+        output = Path(place) / f"{name}.gguf"
+        return converter.convert(str(directory), output=output, device=kind, quiet=True, **options)
+
+
+def converted_directory(name: str, kind: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """A conversion to a directory, and its quality by the products and caches of its schemes: there, and on a CPU."""
+    directory = tiny_models.checkpoint(name, ALL_TINY_MODELS[name])
+    tokens = np.random.default_rng(0).integers(3, tiny_models.VOCAB_SIZE, (2, LENGTH)).astype(np.int32)
+    corpus, source = Corpus(tokens, "random", "0" * 64), open_checkpoint(str(directory))
     with tempfile.TemporaryDirectory() as place:
-        output = Path(place) / (f"{name}.gguf" if gguf else name)
-        with pretended(kind) as counts:
-            report = converter.convert(str(directory), output=output, device=kind, quiet=True, **options)
-    return counts, {key: report[key] for key in ("quality", "coherence", "feedback", "calibration")}
+        output = Path(place) / name
+
+        def quality(device: str) -> dict[str, Any]:
+            artifact = DirectoryArtifact.of_recipe(output)
+            model = StreamableModel(source, directory, device=device, dtype="float32", threads=1)
+            control = PassControl(Path(place) / device)
+            return stream_quality(model, artifact, corpus, control, arithmetic=SchemeProducts(artifact)).to_dict()
+
+        with pretended(kind):
+            converter.convert(str(directory), output=output, device=kind, quiet=True, **options)
+            there = quality(kind)
+        return [there, quality("cpu")]
 
 
 def rules() -> dict[str, str]:

@@ -107,24 +107,31 @@ def test_a_gpu_continues_many_texts_together(pretend):
 
 
 SHORT = {"samples": 128, "sequence_length": 16, "calibration": "embedded", "effort": "fast", "threads": 1}
-MEASURED = {"judge": "fast", "analysis": False, "error_feedback": "off"}
+BY_RULES = {"analysis": False, "error_feedback": "off"}
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "gguf", "options"),
+    ("name", "kind", "options"),
     [
-        ("llama", "cuda", True, {"profile": "mlp-low-precision", "analysis": True, "error_feedback": "quick"}),
-        ("qwen3_moe", "cuda", True, {"profile": "balanced-4bit"}),
-        ("gemma3", "mps", False, {"profile": "fp8-kv"}),
-        ("qwen3_5", "mps", False, {"profile": "nvfp4-vllm"}),
-        ("deepseek_v3", "cuda", True, {"profile": "balanced-4bit"}),
+        ("llama", "cuda", {"profile": "mlp-low-precision", "error_feedback": "quick"}),
+        ("qwen3_moe", "mps", BY_RULES | {"profile": "balanced-4bit"}),
+        ("deepseek_v3", "cuda", BY_RULES | {"profile": "balanced-4bit"}),
     ],
 )
-def test_a_whole_job_measures_in_float32(name, kind, gguf, options, pretend):
-    counts, report = pretend("whole_job", name, kind, gguf, SHORT | MEASURED | options)
-    quality = report["quality"]
-    assert (quality["device"], quality["dtype"]) == (kind, "float32") and quality["mean_kld"] is not None
-    assert report["coherence"] is not None and counts.bytes_back > 0
+def test_a_whole_job_is_measured_in_float32(name, kind, options, pretend):
+    report = pretend("converted", name, kind, SHORT | {"judge": "fast"} | options)
+    assert (report["quality"]["device"], report["quality"]["dtype"]) == (kind, "float32")
+    assert report["quality"]["mean_kld"] > 0 and report["coherence"] is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "profile"),
+    [("gemma3", "mps", "fp8-kv"), ("qwen3_5", "mps", "nvfp4-vllm"), ("llama", "cuda", "smoothquant-w8a8")],
+)
+def test_a_whole_job_to_a_directory_is_computed_by_its_schemes(name, kind, profile, pretend):
+    there, here = pretend("converted_directory", name, kind, SHORT | BY_RULES | {"profile": profile, "judge": "off"})
+    assert (there["device"], here["device"]) == (kind, "cpu") and there["not_finite"] == 0
+    assert there["mean_kld"] == pytest.approx(here["mean_kld"], rel=0.05, abs=1e-7)
 
 
 def test_e4m3_by_float32_arithmetic_is_torchs_own():
