@@ -59,6 +59,8 @@ def preflight(run: Run, files: Files, collects_moments: bool, needs: Collection[
     widths = [*moment_widths(run.model_map).values()] if collects_moments or in_sequence else []
     _check_space(run, files, widths, bool(needs))
     _check_memory(run, widths, bool(needs))
+    if needs:
+        _check_device_memory(run, widths, needs)
 
 
 def ternary_warning(checkpoint: Checkpoint, plan: Plan) -> str | None:
@@ -112,6 +114,37 @@ def _check_memory(run: Run, widths: list[list[int]], runs: bool) -> None:
             "the calibration and the quality report",
             "use a machine with more, or run no model here: --imatrix FILE --judge off"
             + (", or add --no-error-feedback" if widths else ""),
+        )
+
+
+def _check_device_memory(run: Run, widths: list[list[int]], needs: Collection[Need]) -> None:
+    """A GPU's memory: one layer has to fit beside the sums of its inputs, and the output head by itself, of the source
+    and of the artifact at once. Where there is no room for the next layer it waits."""
+    from bitwright.calibration.stream.build import choose_device, choose_dtype
+    from bitwright.calibration.stream.device.memory import free_bytes
+
+    device = choose_device(run.job.device)
+    free = free_bytes(device)
+    if free is None:
+        return
+    calibrated = choose_dtype(run.job.calibration_dtype, device).itemsize
+    layers: Counter[int] = Counter()
+    for tensor in run.model_map.tensors:
+        if tensor.layer is not None:
+            layers[tensor.layer] += tensor.n_weights
+    layer = max(layers.values(), default=0)
+    head = max((t.n_weights for t in run.model_map.tensors if t.layer is None), default=0)
+    # The sums of a layer, those of a micro-batch and their product, float32.
+    squares = 3 * 4 * max((sum(n * n for n in layer) for layer in widths), default=0)
+    needed = calibrated * max(layer, head) + squares
+    if Need.QUALITY in needs:  # in float32
+        needed = max(needed, 4 * layer, 2 * 4 * head)
+    if needed > free:
+        raise ConvertError(
+            f"{size_text(free)} of the {device.type} device's memory are free, and running this model a layer at a time"
+            f" takes {size_text(needed)}",
+            "--device",
+            "end other programs on the GPU, or compute with --device cpu",
         )
 
 

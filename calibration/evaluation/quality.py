@@ -1,6 +1,6 @@
 """What a change of the weights does to a model's predictions: perplexity, KL divergence, agreement of the top token."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,6 +35,7 @@ class QualityReport:
     before it, as a greedy reader would complete the sentence; None where there are no words, or none were told apart.
     not_finite: the positions at which the candidate predicts nothing finite, or no divergence is. Where there are any,
     the divergences are None; a perplexity is None where it is beyond all numbers.
+    device, dtype: what both were computed on ("cpu", "cuda" or "mps"), and in; None in reports that do not say.
     """
 
     source_perplexity: float | None
@@ -53,6 +54,8 @@ class QualityReport:
     corpus_sha256: str
     samples: int
     sequence_length: int
+    device: str | None = None
+    dtype: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -152,6 +155,11 @@ class Baseline:
             )
         return scores
 
+    @property
+    def computed(self) -> dict[str, str]:
+        """What the predictions are computed on, and in: as of QualityReport."""
+        return {"device": self._stream.device.type, "dtype": str(self._stream.dtype).removeprefix("torch.")}
+
     def discard(self) -> None:
         """Delete the source's hidden states; nothing can be measured any more."""
         remove_tree(self._control.within("source").work_dir)
@@ -179,7 +187,7 @@ def stream_quality(
     baseline = Baseline(source, corpus, control, known=known)
     scores = baseline.stream_scores(candidate, arithmetic=arithmetic, must_be_finite=False, logits=logits)
     baseline.discard()
-    return _report(scores, corpus, words)
+    return _report(scores, corpus, words, baseline.computed)
 
 
 def stream_quality_by_position(
@@ -196,7 +204,7 @@ def stream_quality_by_position(
     baseline = Baseline(source, corpus, control)
     scores = baseline.stream_scores(candidate, arithmetic=arithmetic, must_be_finite=False)
     baseline.discard()
-    return _report(scores, corpus, words), _spans(scores[2], corpus.tokens.shape, n_spans)
+    return _report(scores, corpus, words, baseline.computed), _spans(scores[2], corpus.tokens.shape, n_spans)
 
 
 def _spans(divergence: np.ndarray, shape: tuple[int, ...], n_spans: int) -> tuple[Span, ...]:
@@ -259,7 +267,9 @@ def _perplexity(likelihoods: np.ndarray) -> float | None:
     return perplexity if np.isfinite(perplexity) else None
 
 
-def _report(scores: np.ndarray, corpus: "Corpus", words: np.ndarray | None) -> QualityReport:
+def _report(
+    scores: np.ndarray, corpus: "Corpus", words: np.ndarray | None, computed: Mapping[str, str]
+) -> QualityReport:
     words = np.full(corpus.tokens.shape, NO_WORD) if words is None else words
     source, candidate, divergence, agree, *hits = scores
     n_not_finite = int(np.count_nonzero(~np.isfinite(scores[1:3]).all(axis=0)))
@@ -281,4 +291,5 @@ def _report(scores: np.ndarray, corpus: "Corpus", words: np.ndarray | None) -> Q
         words=n_words,
         tokens=scores.shape[1],
         **corpus.identity,
+        **computed,
     )

@@ -16,7 +16,7 @@ from bitwright.calibration.statistics.second_moments import (
     thinned,
     write_moments,
 )
-from bitwright.calibration.stream.micro_batches import is_held_out
+from bitwright.calibration.stream.micro_batches import is_held_out, samples_of_a_group
 from bitwright.calibration.stream.observer import SquaredInputs
 from bitwright.calibration.stream.weights import HEAD
 
@@ -28,8 +28,8 @@ class InputMoments(SquaredInputs):
 
     width: of the hidden states; experts whose inputs are as wide share one sum. n_tokens: of the text.
     shared: "PARAMETER#MATRIX" -> the name of its moments. The output head, whose products are not computed in this
-    pass, has none. Sums are float32, of products of one micro-batch each, added up in their order. Of samples that are
-    held out rows are kept instead.
+    pass, has none. Sums are float32, of products of one micro-batch each, added up in their order, on the device that
+    computes them until the layer is done. Of samples that are held out rows are kept instead.
     """
 
     def __init__(self, directory: Path, width: int, n_tokens: int, expert_bytes: int = EXPERT_BYTES) -> None:
@@ -37,8 +37,8 @@ class InputMoments(SquaredInputs):
         self.directory, self.width, self.n_tokens, self.expert_bytes = directory, width, n_tokens, expert_bytes
         self.holds_out = False
         self.shared: dict[str, str] = {}
-        self._moments: dict[str, np.ndarray] = {}
-        self._rows: dict[str, list[np.ndarray]] = {}
+        self._moments: dict[str, torch.Tensor] = {}
+        self._rows: dict[str, list[torch.Tensor]] = {}
         self._shown: tuple[weakref.ref[torch.Tensor], str] | None = None
 
     def fresh(self, first: int) -> Self:
@@ -58,13 +58,12 @@ class InputMoments(SquaredInputs):
             self.shared[name] = self._shown[1]
             return
         self.shared[name], self._shown = group, (weakref.ref(inputs), group)
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
         if self.holds_out:
-            self._rows.setdefault(group, []).append(rows[:: held_out_share(self.n_tokens)].cpu().numpy().copy())
+            self._rows.setdefault(group, []).append(_share(inputs, held_out_share(self.n_tokens)).clone())
             return
         # An expert that sums its own rows may have few.
-        rows = rows[:: row_share(self.n_tokens, rows.shape[1]) if group == parameter else 1]
-        product = (rows.T @ rows).cpu().numpy()
+        rows = _share(inputs, row_share(self.n_tokens, inputs.shape[-1]) if group == parameter else 1)
+        product = rows.T @ rows
         if group in self._moments:  # another expert of this layer
             self._moments[group] += product
         else:
@@ -89,8 +88,8 @@ class InputMoments(SquaredInputs):
     def to_arrays(self) -> dict[str, np.ndarray]:
         """At the end of a layer, whose moments go to the disk before the checkpoint says that it is done."""
         for group, moments in self._moments.items():
-            held_out = np.concatenate(self._rows.get(group, [np.empty((0, len(moments)), np.float32)]))
-            write_moments(self.directory, group, moments, thinned(held_out))
+            held_out = torch.cat(self._rows.get(group, [moments[:0]])).cpu().numpy()
+            write_moments(self.directory, group, moments.cpu().numpy(), thinned(held_out))
         self._moments, self._rows = {}, {}
         return super().to_arrays() | {GROUPS_KEY: np.array(json.dumps(self.shared))}
 
@@ -99,3 +98,13 @@ class InputMoments(SquaredInputs):
         if GROUPS_KEY in sums:
             self.shared = json.loads(str(sums.pop(GROUPS_KEY)))
         super().load_arrays(sums)
+
+
+def _share(inputs: torch.Tensor, step: int) -> torch.Tensor:
+    """One row of so many, float32 [n, n_columns]: of each group of samples that a CPU takes at once, so that no device
+    decides which. inputs: [n_samples, sequence_length, n_columns], or the rows of an expert [n, n_columns]."""
+    rows = inputs.reshape(-1, inputs.shape[-1]).float()
+    of_group = len(rows) if inputs.dim() < 3 else samples_of_a_group(inputs.shape[1]) * inputs.shape[1]
+    if len(rows) <= of_group:
+        return rows[::step]
+    return torch.cat([group[::step] for group in torch.split(rows, of_group)])

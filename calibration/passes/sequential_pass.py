@@ -91,22 +91,27 @@ class SequentialStream(LayerStream):
         """Layers whose encoding a checkpoint counts on."""
         return max(self._checkpoint.layers_done, 0)
 
-    def micro_batches(self, batch: int) -> list[tuple[int, int]]:
+    def micro_batches(self, batch: int, first: int = 0) -> list[tuple[int, int]]:
         """Of the samples whose turn it is, those that are held out apart."""
-        first, last = self._span.start, self._span.stop
-        spans = spans_of_samples(last - first, batch, held_out_apart=True)
-        return [(first + start, first + stop) for start, stop in spans]
+        return spans_of_samples(self._span.stop, batch, True, max(first, self._span.start))
 
     def _through_layers(self, pool: ThreadPoolExecutor, report: Callable[[int, int], None]) -> None:
         calls = self.arranged.calls
-        with closing(self.layers_in_turn(range(self._checkpoint.layers_done, len(self.layers)))) as turns:
+
+        def through(index: int) -> Callable[[int, int], None]:
+            return partial(
+                self._forward, calls[index], self._checkpoint.hidden(index), self._checkpoint.hidden(index + 1)
+            )
+
+        def first(index: int, weights: Mapping[str, torch.Tensor]) -> None:
+            self.fit(self._batch, self.observed(through(index), weights, NoStatistic()))
+
+        with closing(self.layers_in_turn(range(self._checkpoint.layers_done, len(self.layers)), first)) as turns:
             for index, weights in turns:
-                states = self._checkpoint.hidden(index), self._checkpoint.hidden(index + 1)
-                forward = partial(self._forward, calls[index], *states)
+                forward = through(index)
                 remove_tree(self.moments_dir)
-                moments = InputMoments(
-                    self.moments_dir, self.config.hidden_size, self.n_artifact * self.sequence_length
-                )
+                n_tokens = self.n_artifact * self.sequence_length
+                moments = InputMoments(self.moments_dir, self.config.hidden_size, n_tokens)
                 self._take(slice(0, self.n_artifact), pool, forward, weights, moments)
                 self._take(slice(self.n_artifact, self.n_samples), pool, forward, weights, NoStatistic())
                 report(index, self.n_samples // 2)
@@ -175,7 +180,8 @@ class SequentialStream(LayerStream):
         """Give the resident layer other weights."""
         parameters = self.parameters.of(source)
         for name, weight in weights.items():
-            weight.copy_(parameters.read(name, weight, self.device))
+            weight.copy_(parameters.read(name, weight, self._transfer))
+        self._transfer.arrive()
 
     def _stored(self, weights: Mapping[str, torch.Tensor]) -> frozenset[str]:
         """The names under which a layer's weights are stored."""

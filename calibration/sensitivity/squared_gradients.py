@@ -9,6 +9,7 @@ import torch
 
 from bitwright.calibration.sensitivity.gradient_sums import KINDS
 from bitwright.calibration.stream.checkpointing import flat_arrays, load_flat_arrays
+from bitwright.calibration.stream.device.totals import Totals
 from bitwright.calibration.stream.weights import HEAD
 from bitwright.formats.errors import ConvertError
 
@@ -28,7 +29,12 @@ class SquaredGradients:
 
     def __init__(self, n_blocks: Callable[[str, int], int]):
         self.n_blocks = n_blocks
-        self.sums: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in KINDS}
+        self._totals = {kind: Totals[str]() for kind in KINDS}
+
+    @property
+    def sums(self) -> dict[str, dict[str, np.ndarray]]:
+        """Kind -> parameter -> sums, of finished layers."""
+        return {kind: totals.host for kind, totals in self._totals.items()}
 
     def fresh(self, first: int) -> "SquaredGradients":
         return SquaredGradients(self.n_blocks)
@@ -60,43 +66,42 @@ class SquaredGradients:
         self._add("columns", parameter, (n_matrices * n_blocks, n_columns), place, torch.stack(columns).sum(0))
 
     def observe_lookup(self, parameter: str, n_rows: int, tokens: torch.Tensor, gradients: torch.Tensor) -> None:
-        """The embedding; the gradient of a row is the sum over its places in a sequence."""
+        """The embedding; the gradient of a row is the sum over its places in a sequence. It is taken on the CPU: CUDA
+        would add in another order every time."""
         width = gradients.shape[-1]
-        for sequence, by_place in zip(tokens, gradients, strict=True):
+        for sequence, by_place in zip(tokens.cpu(), gradients.float().cpu(), strict=True):
             found, places, times = sequence.unique(return_inverse=True, return_counts=True)
-            squares = (
-                torch.zeros(len(found), width, device=found.device).index_add_(0, places, by_place.float()).square()
-            )
-            rows = found.cpu().numpy()
+            squares = torch.zeros(len(found), width).index_add_(0, places, by_place).square()
+            rows = found.numpy()
             self._add("rows", parameter, (1, n_rows), (0, rows), squares.sum(1))
             self._add("columns", parameter, (1, width), 0, squares.sum(0))
             self._add("count", parameter, (1, n_rows), (0, rows), times)
 
     def _add(self, kind: str, parameter: str, shape: tuple[int, ...], place: Any, values: torch.Tensor | int) -> None:
-        if parameter not in self.sums[kind]:
-            self.sums[kind][parameter] = np.zeros(shape)
-        self.sums[kind][parameter][place] += values.cpu().numpy() if isinstance(values, torch.Tensor) else values
+        self._totals[kind].add(parameter, shape, place, values)
 
     def merge(self, other: "SquaredGradients") -> None:
-        for parameter, columns in other.sums["columns"].items():
-            if not np.isfinite(columns).all():
-                raise ConvertError(
-                    "the gradients are not finite",
-                    parameter,
-                    "check the weights; on a GPU try --device cpu, which computes in float32",
-                )
-        for kind, sums in self.sums.items():
-            for parameter, values in other.sums[kind].items():
-                if parameter in sums:
-                    sums[parameter] += values
-                else:
-                    sums[parameter] = values
+        _refuse_not_finite(other.sums["columns"])
+        for kind, totals in self._totals.items():
+            totals.merge(other._totals[kind])
 
     def to_arrays(self) -> dict[str, np.ndarray]:
+        settled = {kind: totals.settle() for kind, totals in self._totals.items()}
+        _refuse_not_finite(settled["columns"])
         return flat_arrays(self.sums)
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         load_flat_arrays(arrays, self.sums)
+
+
+def _refuse_not_finite(columns: Mapping[str, np.ndarray]) -> None:
+    for parameter, of_parameter in columns.items():
+        if not np.isfinite(of_parameter).all():
+            raise ConvertError(
+                "the gradients are not finite",
+                parameter,
+                "check the weights; on a GPU try --device cpu, which computes in float32",
+            )
 
 
 def _sums_of_group(inputs: torch.Tensor, gradients: torch.Tensor, n_blocks: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ they depend on the seed and the sample alone.
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from typing import Any, Protocol, Self
 
@@ -22,8 +22,9 @@ from torch.overrides import TorchFunctionMode
 from bitwright.calibration.choices import Labels
 from bitwright.calibration.control import Interrupted, PassControl
 from bitwright.calibration.stream.checkpointing import NOT_STARTED
+from bitwright.calibration.stream.device.memory import MicroBatch
 from bitwright.calibration.stream.forward import LayerStream
-from bitwright.calibration.stream.micro_batches import most_samples
+from bitwright.calibration.stream.micro_batches import largest_micro_batch
 from bitwright.calibration.stream.model import LayerCall
 from bitwright.calibration.stream.observer import Observer, ProductTap, locate_matrices
 from bitwright.calibration.stream.weights import HEAD
@@ -56,9 +57,10 @@ class GradientStream:
         self.forward, self.control, self.observer, self.labels, self.seed = forward, control, observer, labels, seed
         self.n_layers = len(forward.layers)
         # On a CPU a sequence by itself is as fast, and an observer can tell it from others in every product.
-        self._batch = 1 if forward.device.type == "cpu" else most_samples(forward.device, forward.sequence_length)
+        on_cpu = forward.device.type == "cpu"
+        self._batch = MicroBatch(1, 1) if on_cpu else largest_micro_batch(forward.device, forward.sequence_length)
         settings = {"labels": labels} | ({"seed": seed} if labels == "sampled" else {})
-        self._checkpoint = forward.open_checkpoint(control.work_dir, observer, settings)
+        self._checkpoint = forward.open_checkpoint(control.work_dir, observer, self._batch, settings)
 
     @property
     def complete(self) -> bool:
@@ -124,10 +126,16 @@ class GradientStream:
     def _through_layers(self, pool: ThreadPoolExecutor, report: Callable[[int, int], None]) -> None:
         calls = self.forward.arranged.calls
         order = range(self.n_layers - 1 - self._checkpoint.layers_done, -1, -1)
-        with closing(self.forward.layers_in_turn(order)) as turns:
+
+        def back(index: int) -> Callable[[int, int], None]:
+            return partial(self._layer_backward, calls[index], index)
+
+        def first(index: int, weights: Mapping[str, torch.Tensor]) -> None:
+            self.forward.fit(self._batch, self.forward.observed(back(index), weights, self.observer))
+
+        with closing(self.forward.layers_in_turn(order, first)) as turns:
             for index, weights in turns:
-                done = self.n_layers - index
-                micro_batch = partial(self._layer_backward, calls[index], index)
+                done, micro_batch = self.n_layers - index, back(index)
                 self._for_all_samples(pool, micro_batch, weights, partial(report, done))
                 self._commit(done)
                 if self.control.should_stop():
@@ -135,9 +143,10 @@ class GradientStream:
 
     def _layer_backward(self, call: LayerCall, index: int, start: int, stop: int) -> None:
         done = self.n_layers - index
-        states = self.forward.hidden(index).read(start, stop).to(self.forward.device).requires_grad_()
-        gradients = self._checkpoint.hidden(done - 1).read(start, stop).to(self.forward.device)
-        above, _ = call(states, self.forward.layouts[index])
+        states = self.forward.read_states(self.forward.hidden(index), start, stop).requires_grad_()
+        gradients = self.forward.read_states(self._checkpoint.hidden(done - 1), start, stop)
+        with deterministic_attention(self.forward.device):
+            above, _ = call(states, self.forward.layouts[index])
         (below,) = torch.autograd.grad(above, states, gradients)
         self._checkpoint.hidden(done).write(start, below)
 
@@ -148,11 +157,11 @@ class GradientStream:
         tables = {f"{name}.weight": table for name, table in forward.body.tables.items()}
         with forward.first_states(forward.arranged) as (weights, first):
             owners = locate_matrices({name: weights[name] for name in forward.arranged.before})
-            for start, stop in forward.micro_batches(self._batch):
+            for start, stop in forward.micro_batches(self._batch.samples):
                 tokens, seen = forward.token_tensor(start, stop), self.observer.fresh(start)
                 with ProductTap(owners, seen), _LookedUp(tables, tokens) as looked_up:
                     states, _ = first(tokens)
-                above = gradients.read(start, stop).to(forward.device)
+                above = forward.read_states(gradients, start, stop)
                 of_rows = torch.autograd.grad(states, list(looked_up.rows.values()), above)
                 for name, by_row in zip(looked_up.rows, of_rows, strict=True):
                     seen.observe_lookup(name, tables[name].num_embeddings, tokens, by_row)
@@ -170,7 +179,16 @@ class GradientStream:
             report(samples_done)
 
     def _commit(self, layers_done: int, complete: bool = False) -> None:
+        self._checkpoint.notes = {"micro-batch": self._batch.to_json()}
         self._checkpoint.commit(layers_done, self.observer.to_arrays(), complete)
+
+
+def deterministic_attention(device: torch.device) -> AbstractContextManager[None]:
+    """CUDA's fused attentions add up their gradients in another order every time. The plain one does not, and samples
+    of this pass are short."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
 
 class _LookedUp(TorchFunctionMode):
@@ -199,10 +217,8 @@ class _LookedUp(TorchFunctionMode):
 def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """One index for every row of probabilities [n, k], by inversion of the cumulated ones at uniform numbers [n] of
     [0, 1): int64 [n]. Sums are float64: float32 would never reach the tail of a large vocabulary."""
-    device = probabilities.device
-    if device.type == "mps":  # it has no float64
-        probabilities = probabilities.cpu()
-    cumulated = probabilities.double().cumsum(-1)
-    threshold = uniform.to(cumulated.device)[:, None] * cumulated[:, -1:]
+    # On a CPU: Metal has no float64, and CUDA cumulates in another order every time.
+    cumulated = probabilities.cpu().double().cumsum(-1)
+    threshold = uniform[:, None] * cumulated[:, -1:]
     drawn = torch.searchsorted(cumulated, threshold, right=True)[:, 0]
-    return drawn.clamp_(max=probabilities.shape[-1] - 1).to(device)
+    return drawn.clamp_(max=probabilities.shape[-1] - 1).to(probabilities.device)

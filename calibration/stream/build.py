@@ -31,6 +31,12 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def compute_exactly(device: torch.device, dtype: torch.dtype) -> None:
+    """Where float32 is asked for: unless told, CUDA convolutions round inputs to TF32, with 10 bits of mantissa."""
+    if device.type == "cuda" and dtype == torch.float32:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def load_config(directory: Path) -> Any:
     """transformers' configuration of the whole model, from a directory with config.json; code beside it is never run.
     That of the text model in it is its get_text_config()."""

@@ -78,9 +78,10 @@ class HiddenStates:
             self.descriptor = open_descriptor(path)
         self.hashes: dict[int, bytes] = {}
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Samples start to stop: [stop - start, sequence_length, width]."""
-        states = torch.empty((stop - start, self.sequence_length, self.width), dtype=self.dtype)
+    def read(self, start: int, stop: int, pinned: bool = False) -> torch.Tensor:
+        """Samples start to stop: [stop - start, sequence_length, width]. pinned: in memory that CUDA copies from."""
+        shape = stop - start, self.sequence_length, self.width
+        states = torch.empty(shape, dtype=self.dtype, pin_memory=pinned)
         buffer = states.view(torch.uint8).numpy().data.cast("B")
         if os.preadv(self.descriptor, [buffer], start * self.sample_bytes) != len(buffer):
             raise ConvertError(

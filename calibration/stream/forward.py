@@ -9,8 +9,8 @@ inside of an operation, and the results do not depend on the number of threads.
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,8 @@ import torch
 from bitwright.calibration.control import Interrupted, PassControl
 from bitwright.calibration.stream.anatomy.state import Layout
 from bitwright.calibration.stream.checkpointing import NOT_STARTED, HiddenStates, StreamCheckpoint
-from bitwright.calibration.stream.micro_batches import fitting_samples, most_samples, spans_of_samples
+from bitwright.calibration.stream.device.memory import MicroBatch, is_out_of_memory
+from bitwright.calibration.stream.micro_batches import largest_micro_batch, spans_of_samples
 from bitwright.calibration.stream.model import Arranged, LayerCall, LayerwiseModel
 from bitwright.calibration.stream.observer import NoStatistic, Observer, ProductTap, locate_matrices
 from bitwright.calibration.stream.streamable import StreamableModel
@@ -58,11 +59,12 @@ class LayerStream(LayerwiseModel):
         self.tokens, self.control, self.observer = tokens, control, observer or NoStatistic()
         self.n_samples, self.sequence_length = tokens.shape
         self._held_out_apart = held_out_apart
-        self._after, self._batch = after, most_samples(self.device, self.sequence_length)
+        self._after, self._batch = after, largest_micro_batch(self.device, self.sequence_length, self.observer)
         self._arranged: Arranged | None = None
         settings = dict(settings or {}) | ({} if after is None else {"layers taken over": after[1]})
-        self._checkpoint = self.open_checkpoint(control.work_dir, self.observer, settings, keep=keep)
-        self.layouts = {int(layers): Layout.from_json(of) for layers, of in self._checkpoint.notes.items()}
+        self._checkpoint = self.open_checkpoint(control.work_dir, self.observer, self._batch, settings, keep=keep)
+        layouts = self._checkpoint.notes.get("layouts", {})
+        self.layouts = {int(layers): Layout.from_json(of) for layers, of in layouts.items()}
 
     @property
     def arranged(self) -> Arranged:
@@ -99,7 +101,12 @@ class LayerStream(LayerwiseModel):
     def hidden_states(self, start: int, stop: int) -> torch.Tensor:
         """Samples start to stop of a finished run after the last layer, before the final norm, on the device:
         [stop - start, sequence_length, width]."""
-        return self.hidden(len(self.layers)).read(start, stop).to(self.device)
+        return self.read_states(self.hidden(len(self.layers)), start, stop)
+
+    def read_states(self, source: HiddenStates, start: int, stop: int) -> torch.Tensor:
+        """Samples start to stop of a file, on the device or on their way there."""
+        pinned = self.device.type == "cuda"
+        return source.read(start, stop, pinned).to(self.device, non_blocking=pinned)
 
     def weights_after_layers(self, arranged: Arranged) -> dict[str, torch.Tensor]:
         """What is resident of the body's weights that are multiplied after the layers, by full name."""
@@ -111,9 +118,15 @@ class LayerStream(LayerwiseModel):
         self._checkpoint.discard_hidden_states()
 
     def open_checkpoint(
-        self, directory: Path, observer: Observer, settings: Mapping[str, object], *, keep: bool = False
+        self,
+        directory: Path,
+        observer: Observer,
+        batch: MicroBatch,
+        settings: Mapping[str, object],
+        *,
+        keep: bool = False,
     ) -> StreamCheckpoint:
-        """The checkpoint of a pass over these samples, whose observer continues from there.
+        """The checkpoint of a pass over these samples, whose observer and micro-batch continue from there.
 
         settings: what its results depend on beside weights, tokens, device and dtype.
         """
@@ -124,12 +137,14 @@ class LayerStream(LayerwiseModel):
             "tokens": hashlib.sha256(np.ascontiguousarray(self.tokens, "<i8").tobytes()).hexdigest(),
             "sequence length": self.sequence_length,
             "device": self.device.type,
-            "micro-batch": self._batch,
+            "micro-batch": batch.samples,
             "statistics": type(observer).__name__,
             **settings,
         }
         checkpoint = StreamCheckpoint(directory, fingerprint, self.sequence_length, self.dtype, keep=keep)
         observer.load_arrays(checkpoint.arrays)
+        if "micro-batch" in checkpoint.notes:
+            batch.continued(checkpoint.notes["micro-batch"])
         return checkpoint
 
     def for_all_samples(
@@ -138,39 +153,56 @@ class LayerStream(LayerwiseModel):
         micro_batch: Callable[[int, int], None],
         weights: Mapping[str, torch.Tensor],
         observer: Observer,
-        batch: int,
+        batch: MicroBatch,
     ) -> Iterator[int]:
-        """Runs micro-batches of `batch` samples or fewer, from sample start to stop, in the pool; merges what the
-        products with these weights have shown in the order of the samples, and yields the samples done."""
-        owners = locate_matrices(weights)
-
-        def observed(span: tuple[int, int]) -> tuple[int, Observer]:
-            seen = observer.fresh(span[0])
-            with ProductTap(owners, seen), self.cache.shown_to(seen), self.computing(weights):
-                micro_batch(*span)
-            return span[1], seen
-
-        batch = fitting_samples(self.device, batch, lambda: observed((0, 1)))
+        """Runs micro-batches, from sample start to stop, in the pool; merges what the products with these weights have
+        shown in the order of the samples, and yields the samples done. Where a GPU's memory is full, the rest goes in
+        smaller micro-batches; what of a larger one is written is written again. Raises ConvertError where one sample is
+        too much."""
+        observed = self.observed(micro_batch, weights, observer)
+        spans = deque(self.micro_batches(batch.samples))
         # No more at once than the threads have to do: each holds what it has seen, as large as all statistics.
-        running: deque[Future[tuple[int, Observer]]] = deque()
+        running: deque[tuple[tuple[int, int], Future[Observer]]] = deque()
         try:
-            for span in self.micro_batches(batch):
-                running.append(pool.submit(observed, span))
-                if len(running) > self.threads:
-                    samples_done, seen = running.popleft().result()
-                    observer.merge(seen)
-                    yield samples_done
-            while running:
-                samples_done, seen = running.popleft().result()
-                observer.merge(seen)
-                yield samples_done
+            while spans or running:
+                while spans and len(running) <= self.threads:
+                    span = spans.popleft()
+                    running.append((span, pool.submit(observed, *span)))
+                (start, stop), future = running.popleft()
+                if (error := _out_of_memory(future)) is not None:
+                    _end(future for _, future in running)
+                    running.clear()
+                    batch.halve(self.device, error)
+                    spans = deque(self.micro_batches(batch.samples, start))
+                    continue
+                with torch.inference_mode():  # what was made in it is changed in it alone
+                    observer.merge(future.result())
+                yield stop
         finally:
-            for future in running:
+            for _, future in running:
                 future.cancel()
 
-    def micro_batches(self, batch: int) -> list[tuple[int, int]]:
-        """(first sample, the one after the last) of each."""
-        return spans_of_samples(self.n_samples, batch, self._held_out_apart)
+    def observed(
+        self, micro_batch: Callable[[int, int], None], weights: Mapping[str, torch.Tensor], observer: Observer
+    ) -> Callable[[int, int], Observer]:
+        """The micro-batch, which returns what its products with these weights have shown."""
+        owners = locate_matrices(weights)
+
+        def run(start: int, stop: int) -> Observer:
+            seen = observer.fresh(start)
+            with ProductTap(owners, seen), self.cache.shown_to(seen), self.computing(weights):
+                micro_batch(start, stop)
+            return seen
+
+        return run
+
+    def fit(self, batch: MicroBatch, run: Callable[[int, int], Observer]) -> None:
+        """Look once how much memory a sample takes, before anything else is loaded."""
+        batch.fit(self.device, self.threads, self.layer_bytes(), lambda: run(0, 1))
+
+    def micro_batches(self, batch: int, first: int = 0) -> list[tuple[int, int]]:
+        """(first sample, the one after the last) of each, from the first sample on."""
+        return spans_of_samples(self.n_samples, batch, self._held_out_apart, first)
 
     def report(self, stage: str, n_steps: int, step: int, samples_done: int) -> None:
         """A token that is through half of the steps counts half."""
@@ -203,12 +235,19 @@ class LayerStream(LayerwiseModel):
 
     def _through_layers(self, pool: ThreadPoolExecutor, report: Callable[[int, int], None]) -> None:
         calls = self.arranged.calls
-        with closing(self.layers_in_turn(range(self._checkpoint.layers_done, len(self.layers)))) as turns:
+
+        def through(index: int) -> Callable[[int, int], None]:
+            inputs = self._checkpoint.hidden(index)
+            if self._after is not None and self._after[1] == index:
+                inputs = self._after[0].hidden(index)
+            return partial(self._forward, calls[index], inputs, self._checkpoint.hidden(index + 1))
+
+        def first(index: int, weights: Mapping[str, torch.Tensor]) -> None:
+            self.fit(self._batch, self.observed(through(index), weights, self.observer))
+
+        with closing(self.layers_in_turn(range(self._checkpoint.layers_done, len(self.layers)), first)) as turns:
             for index, weights in turns:
-                inputs = self._checkpoint.hidden(index)
-                if self._after is not None and self._after[1] == index:
-                    inputs = self._after[0].hidden(index)
-                micro_batch = partial(self._forward, calls[index], inputs, self._checkpoint.hidden(index + 1))
+                micro_batch = through(index)
                 for samples_done in self.for_all_samples(pool, micro_batch, weights, self.observer, self._batch):
                     report(index, samples_done)
                 self._commit(index + 1)
@@ -217,7 +256,7 @@ class LayerStream(LayerwiseModel):
 
     @torch.inference_mode()
     def _forward(self, call: LayerCall, source: HiddenStates, target: HiddenStates, start: int, stop: int) -> None:
-        states, after = call(source.read(start, stop).to(self.device), self.layouts[call.index])
+        states, after = call(self.read_states(source, start, stop), self.layouts[call.index])
         self.layouts[call.index + 1] = after
         target.write(start, states)
 
@@ -226,18 +265,31 @@ class LayerStream(LayerwiseModel):
         arranged = self.arranged
         with self.head_inputs() as head_inputs:
             owners = locate_matrices(self.weights_after_layers(arranged))
-            for start, stop in self.micro_batches(self._batch):
+            for start, stop in self.micro_batches(self._batch.samples):
                 seen = self.observer.fresh(start)
-                with ProductTap(owners, seen):
-                    inputs = head_inputs(self.hidden_states(start, stop))
-                if self.output is not None:
-                    seen.observe(HEAD, 0, 1, inputs, None)
-                self.observer.merge(seen)
+                with torch.inference_mode():
+                    with ProductTap(owners, seen):
+                        inputs = head_inputs(self.hidden_states(start, stop))
+                    if self.output is not None:
+                        seen.observe(HEAD, 0, 1, inputs, None)
+                    self.observer.merge(seen)
         self._commit(len(self.layers), complete=True)
 
     def _commit(self, layers_done: int, complete: bool = False) -> None:
-        self._checkpoint.notes = {str(layers): layout.to_json() for layers, layout in self.layouts.items()}
+        layouts = {str(layers): layout.to_json() for layers, layout in self.layouts.items()}
+        self._checkpoint.notes = {"layouts": layouts, "micro-batch": self._batch.to_json()}
         self._checkpoint.commit(layers_done, self.observer.to_arrays(), complete)
+
+
+def _out_of_memory(future: Future[Observer]) -> BaseException | None:
+    """What a micro-batch ended with, where that is a GPU's full memory."""
+    error = future.exception()
+    return error if error is not None and is_out_of_memory(error) else None
+
+
+def _end(futures: Iterable[Future[Observer]]) -> None:
+    """Let nothing of them run, or hold memory, any more."""
+    wait([future for future in futures if not future.cancel()])
 
 
 def stream_past(

@@ -8,7 +8,7 @@ the layers are taken. What depends on the tokens goes with the hidden states, se
 
 import ctypes
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +27,17 @@ from bitwright.calibration.stream.anatomy.state import (
     shared_of,
 )
 from bitwright.calibration.stream.arithmetic import computed_by
-from bitwright.calibration.stream.build import build_without_weights, choose_device, choose_dtype, load_config
+from bitwright.calibration.stream.build import (
+    build_without_weights,
+    choose_device,
+    choose_dtype,
+    compute_exactly,
+    load_config,
+)
+from bitwright.calibration.stream.device.memory import is_out_of_memory, memory_explained, release
+from bitwright.calibration.stream.device.transfer import WeightTransfer
 from bitwright.calibration.stream.key_values import PassingCache
+from bitwright.calibration.stream.micro_batches import micro_batches_at_once
 from bitwright.calibration.stream.observer import ProductNames, locate_matrices
 from bitwright.calibration.stream.streamable import StreamableModel
 from bitwright.calibration.stream.weights import ParameterReader
@@ -96,7 +105,9 @@ class LayerwiseModel:
         self.identity, self.arithmetic, self.cache = streamable.identity, streamable.arithmetic, PassingCache()
         self.device = choose_device(streamable.device)
         self.dtype = choose_dtype(streamable.dtype, self.device)
-        self.threads = (streamable.threads or torch.get_num_threads()) if self.device.type == "cpu" else 1
+        compute_exactly(self.device, self.dtype)
+        self.threads = micro_batches_at_once(self.device, streamable.threads or torch.get_num_threads())
+        self._transfer = WeightTransfer(self.device)
         whole = load_config(streamable.config_dir)
         self.model = build_without_weights(whole, self.dtype, self.device)
         self.config = self.model.config
@@ -121,6 +132,7 @@ class LayerwiseModel:
     def resident(self, module: nn.Module, weights: Weights | None = None) -> Iterator[Weights]:
         """The module with its weights in memory, these or freshly read ones; yields them by full name."""
         weights = self.read(module) if weights is None else weights
+        self._transfer.arrive()
         module.load_state_dict(weights, assign=True)
         try:
             yield {f"{self._names[module]}.{name}": weight for name, weight in weights.items()}
@@ -128,9 +140,9 @@ class LayerwiseModel:
             module.load_state_dict({name: weight.to("meta") for name, weight in weights.items()}, assign=True)
 
     def read(self, module: nn.Module) -> Weights:
-        """The module's weights, on the device."""
+        """The module's weights, sent to the device."""
         return {
-            name: self.parameters.read(f"{self._names[module]}.{name}", like, self.device)
+            name: self.parameters.read(f"{self._names[module]}.{name}", like, self._transfer)
             for name, like in module.state_dict().items()
         }
 
@@ -140,10 +152,13 @@ class LayerwiseModel:
         yields them by full name."""
         names = [name for name in self.body.names if tables or name.removesuffix(".weight") not in self.body.tables]
         like = self.model.state_dict()
-        weights = {name: self.parameters.read(name, like[name], self.device) for name in names}
+        with memory_explained(self.device):
+            weights = {name: self.parameters.read(name, like[name], self._transfer) for name in names}
+        self._transfer.arrive()
         self.model.load_state_dict(weights, strict=False, assign=True)
         try:
-            yield dict(weights)
+            with memory_explained(self.device):
+                yield dict(weights)
         finally:
             unloaded = {name: weight.to("meta") for name, weight in weights.items()}
             self.model.load_state_dict(unloaded, strict=False, assign=True)
@@ -163,23 +178,40 @@ class LayerwiseModel:
                 stack.enter_context(self.cache.handled_by(self.arithmetic.cached))
             yield
 
-    def layers_in_turn(self, order: Iterable[int]) -> Generator[tuple[int, Weights]]:
+    def layers_in_turn(
+        self, order: Iterable[int], first: Callable[[int, Weights], None]
+    ) -> Generator[tuple[int, Weights]]:
         """One layer after the other resident, with its index and its weights; the next one's load meanwhile.
 
-        Close the iterator when it is left early.
+        first: called with the first one, alone in memory. Close the iterator when it is left early.
         """
         remaining = list(order)
         with ThreadPoolExecutor(1) as reader:
             following = [reader.submit(self.read, self.layers[index]) for index in remaining[:1]]
             for index, after in zip(remaining, [*remaining[1:], None], strict=True):
-                weights = following.pop().result()
-                if after is not None:
-                    following.append(reader.submit(self.read, self.layers[after]))
+                weights = self._loaded(following.pop(), index)
                 with self.resident(self.layers[index], weights) as parameters:
                     del weights
+                    if index == remaining[0]:
+                        first(index, parameters)
+                    if after is not None:
+                        following.append(reader.submit(self.read, self.layers[after]))
                     yield index, parameters
                     parameters.clear()  # whoever still holds it would keep a third layer in memory
                 _return_freed_memory()
+
+    def _loaded(self, reading: Future[Weights], index: int) -> Weights:
+        """A layer that was read while the one before it was in memory. Where there was no room for both on a GPU, it is
+        read again, now that there is."""
+        error = reading.exception()
+        if error is None or not is_out_of_memory(error):
+            return reading.result()
+        release(self.device, error)
+        return self.read(self.layers[index])
+
+    def layer_bytes(self) -> int:
+        """Of the largest layer's weights."""
+        return max(sum(p.nbytes for p in layer.parameters()) for layer in self.layers)
 
     def arrange(self, sequence_length: int) -> Arranged:
         """What the model does with samples of this length. Without weights of embeddings or layers."""
@@ -264,7 +296,7 @@ class LayerwiseModel:
         if self.device.type == "cpu":
             torch.set_num_threads(1)
         try:
-            with ThreadPoolExecutor(self.threads) as pool:
+            with ThreadPoolExecutor(self.threads) as pool, memory_explained(self.device):
                 yield pool
         finally:
             torch.set_num_threads(before)

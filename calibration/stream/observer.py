@@ -10,6 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from bitwright.calibration.stream.checkpointing import flat_arrays, load_flat_arrays
+from bitwright.calibration.stream.device.totals import Totals
 from bitwright.formats.errors import ConvertError
 
 
@@ -196,14 +197,17 @@ class NoStatistic:
 class SquaredInputs:
     """Per matrix the sum of squared inputs of every column, and the rows they were summed over.
 
-    sums: parameter -> float64 [n_matrices, n_columns]; counts: parameter -> int64 [n_matrices]. Within a micro-batch
-    the sum is taken in float32 by torch's cascade summation, beyond it in float64.
+    sums: parameter -> float64 [n_matrices, n_columns], of finished layers; counts: parameter -> int64 [n_matrices].
+    Within a micro-batch the sum is taken in float32 by torch's cascade summation, beyond it as Totals do.
     """
 
     def __init__(self) -> None:
-        self.sums: dict[str, np.ndarray] = {}
-        self.counts: dict[str, np.ndarray] = {}
-        self._latest: tuple[weakref.ref[torch.Tensor], np.ndarray] | None = None
+        self._totals, self.counts = Totals[str](), dict[str, np.ndarray]()
+        self._latest: tuple[weakref.ref[torch.Tensor], torch.Tensor] | None = None
+
+    @property
+    def sums(self) -> dict[str, np.ndarray]:
+        return self._totals.host
 
     def fresh(self, first: int) -> Self:
         return type(self)()
@@ -214,27 +218,26 @@ class SquaredInputs:
         # Query, key and value are fed the same tensor, and so are gate and up: it is summed once. The reference is
         # weak, so that micro-batches that wait to be merged keep no activations alive.
         if self._latest is None or self._latest[0]() is not inputs:
-            squares = inputs.reshape(-1, inputs.shape[-1]).float().square()
-            self._latest = (weakref.ref(inputs), squares.sum(0).cpu().numpy().astype(np.float64))
-        self._add(parameter, matrix, n_matrices, self._latest[1], inputs.numel() // inputs.shape[-1])
-
-    def _add(self, parameter: str, matrix: int, n_matrices: int, squares: np.ndarray, n_rows: int) -> None:
-        if parameter not in self.sums:
-            self.sums[parameter] = np.zeros((n_matrices, squares.size))
-            self.counts[parameter] = np.zeros(n_matrices, np.int64)
-        self.sums[parameter][matrix] += squares
-        self.counts[parameter][matrix] += n_rows
+            squares = inputs.detach().reshape(-1, inputs.shape[-1]).float().square()
+            self._latest = (weakref.ref(inputs), squares.sum(0))
+        squares = self._latest[1]
+        self._totals.add(parameter, (n_matrices, len(squares)), matrix, squares)
+        counts = self.counts.setdefault(parameter, np.zeros(n_matrices, np.int64))
+        counts[matrix] += inputs.numel() // inputs.shape[-1]
 
     def merge(self, other: Self) -> None:
         for parameter, sums in other.sums.items():
             refuse_not_finite(sums, parameter)
-            if parameter in self.sums:
-                self.sums[parameter] += sums
-                self.counts[parameter] += other.counts[parameter]
+        self._totals.merge(other._totals)
+        for parameter, counts in other.counts.items():
+            if parameter in self.counts:
+                self.counts[parameter] += counts
             else:
-                self.sums[parameter], self.counts[parameter] = sums.copy(), other.counts[parameter].copy()
+                self.counts[parameter] = counts
 
     def to_arrays(self) -> dict[str, np.ndarray]:
+        for parameter, sums in self._totals.settle().items():
+            refuse_not_finite(sums, parameter)
         return flat_arrays({"sums": self.sums, "counts": self.counts})
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:

@@ -11,8 +11,13 @@ _LEAST_E4M3 = 0.125
 
 
 def round_e4m3(values: torch.Tensor) -> torch.Tensor:
-    """To the nearest value of float8_e4m3fn, ties to even, clamped to +-448."""
-    return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
+    """float32 values to the nearest of float8_e4m3fn, ties to even, clamped to +-448. By float32 arithmetic, exactly:
+    Metal has no 8-bit floats."""
+    values = values.clamp(-E4M3_MAX, E4M3_MAX)
+    # Three bits of mantissa; below 2**-6 steps grow no smaller. A step is a power of two, made of its exponent.
+    exponent = (values.view(torch.int32) >> 23 & 0xFF).clamp(min=127 - 6)
+    step = (exponent - 3 << 23).view(torch.float32)
+    return torch.round(values / step) * step
 
 
 def round_e2m1(values: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from bitwright.calibration.places import MatrixNames, Place
 from bitwright.calibration.stream.anatomy.stored_names import StoredMatrices, locate_parameters
+from bitwright.calibration.stream.device.transfer import WeightTransfer
 from bitwright.formats.errors import ConvertError
 
 if TYPE_CHECKING:
@@ -84,14 +85,14 @@ class ParameterReader:
                 for place in names.get(name, ()):
                     yield place, slice(i * step, (i + 1) * step), block
 
-    def read(self, parameter: str, like: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """The parameter's values with the shape and dtype of `like`, on the device.
+    def read(self, parameter: str, like: torch.Tensor, transfer: WeightTransfer) -> torch.Tensor:
+        """The parameter's values with the shape and dtype of `like`, sent to the device.
 
         They are copied into memory of torch's own: matrix products round differently on memory aligned differently.
         """
-        values = torch.empty(like.shape, dtype=like.dtype)
+        values = transfer.buffer(like)
         if self._stored(parameter).exchanged and self._read_exchanged(parameter, values):
-            return values.to(device)
+            return transfer.send(values)
         matrices = self.matrices(parameter, n_matrices(like))
         for target, names in zip(values if len(matrices) > 1 else [values], matrices, strict=True):
             rows, first = target.reshape(-1, target.shape[-1] if target.dim() else 1), 0
@@ -105,7 +106,7 @@ class ParameterReader:
                     first = last
             if first != len(rows):
                 raise _wrong_shape(names[-1], (first, rows.shape[1]), rows)
-        return values.to(device)
+        return transfer.send(values)
 
     def _read_exchanged(self, parameter: str, values: torch.Tensor) -> bool:
         """Fill in a parameter [n_matrices, n_rows, n_columns] whose matrices are stored transposed; False where they

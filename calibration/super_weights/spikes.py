@@ -10,6 +10,7 @@ import torch
 
 from bitwright.calibration.statistics.super_weights import Criterion, LargestSpike, Place
 from bitwright.calibration.stream.checkpointing import flat_arrays, load_flat_arrays
+from bitwright.calibration.stream.device.totals import Maxima
 from bitwright.formats.errors import ConvertError
 
 SPIKE_RATIO = 15.0
@@ -99,8 +100,15 @@ class Peaks:
     """
 
     def __init__(self) -> None:
-        self.columns: dict[str, np.ndarray] = {}
-        self.rows: dict[str, np.ndarray] = {}
+        self._columns, self._rows = Maxima[str](), Maxima[str]()
+
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        return self._columns.host
+
+    @property
+    def rows(self) -> dict[str, np.ndarray]:
+        return self._rows.host
 
     def fresh(self, first: int) -> "Peaks":
         return Peaks()
@@ -110,28 +118,32 @@ class Peaks:
     ) -> None:
         if outputs is None or not inputs.numel():
             return
-        for peaks, values in ((self.columns, inputs), (self.rows, outputs)):
-            largest = values.reshape(-1, values.shape[-1]).abs().amax(0).float().cpu().numpy()
-            if parameter not in peaks:
-                peaks[parameter] = np.zeros((n_matrices, largest.size), np.float32)
-            peaks[parameter][matrix] = np.maximum(peaks[parameter][matrix], largest)
+        for peaks, values in ((self._columns, inputs), (self._rows, outputs)):
+            largest = values.reshape(-1, values.shape[-1]).abs().amax(0).float()
+            peaks.add(parameter, (n_matrices, len(largest)), matrix, largest)
 
     def merge(self, other: "Peaks") -> None:
-        for peaks, others in ((self.columns, other.columns), (self.rows, other.rows)):
-            for parameter, largest in others.items():
-                if not np.isfinite(largest).all():
-                    raise ConvertError(
-                        "the model computes values that are not finite",
-                        f"the inputs or outputs of {parameter}",
-                        "check the weights; on a GPU try --device cpu, which computes in float32",
-                    )
-                peaks[parameter] = np.maximum(peaks[parameter], largest) if parameter in peaks else largest
+        for peaks, others in ((self._columns, other._columns), (self._rows, other._rows)):
+            _refuse_not_finite(others.host)
+            peaks.merge(others)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
+        for peaks in (self._columns, self._rows):
+            _refuse_not_finite(peaks.settle())
         return flat_arrays({"columns": self.columns, "rows": self.rows})
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         load_flat_arrays(arrays, {"columns": self.columns, "rows": self.rows})
+
+
+def _refuse_not_finite(peaks: Mapping[str, np.ndarray]) -> None:
+    for parameter, largest in peaks.items():
+        if not np.isfinite(largest).all():
+            raise ConvertError(
+                "the model computes values that are not finite",
+                f"the inputs or outputs of {parameter}",
+                "check the weights; on a GPU try --device cpu, which computes in float32",
+            )
 
 
 def find_spikes(

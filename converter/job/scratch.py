@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bitwright.formats.files.disk import remove_tree
+from bitwright.formats.errors import ConvertError
+from bitwright.formats.files.disk import NO_LOCKS, remove_tree
 
 _PREFIX = ".bitwright-scratch-"
 _NAME = re.compile(re.escape(_PREFIX) + r"[a-z0-9_]{8}")  # as tempfile.mkdtemp completes it
@@ -32,7 +33,11 @@ def scratch_directory() -> Iterator[Path]:
                 os.close(descriptor)
     while True:
         directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
-        descriptor = _lock(directory)
+        try:
+            descriptor = _lock(directory)
+        except ConvertError:
+            directory.rmdir()
+            raise
         if descriptor is not None:
             break  # otherwise another process removed it as a leftover before it was locked
     try:
@@ -49,7 +54,8 @@ def _is_ours(directory: Path) -> bool:
 
 
 def _lock(directory: Path) -> int | None:
-    """A descriptor that locks the directory while it is open; None where it is gone, another user's, or locked."""
+    """A descriptor that locks the directory while it is open; None where it is gone, another user's, or locked. Raises
+    ConvertError on a file system without locks."""
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
@@ -60,7 +66,13 @@ def _lock(directory: Path) -> int | None:
             os.fstat(descriptor), os.stat(directory, follow_symlinks=False)
         ):
             return descriptor
-    except OSError:
-        pass
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            os.close(descriptor)
+            raise ConvertError(
+                f"the directory for temporary files cannot be locked ({error.strerror})",
+                str(directory.parent),
+                "set TMPDIR to a directory on a disk of this machine",
+            ) from None
     os.close(descriptor)
     return None

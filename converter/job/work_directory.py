@@ -116,6 +116,12 @@ class WorkDirectory:
                     str(self.path),
                     "wait for it to end, or name another directory with --work-dir",
                 ) from None
+            except OSError as error:
+                raise ConvertError(
+                    f"the work directory cannot be locked against a second job ({error.strerror})",
+                    str(self.path),
+                    "name a directory on a disk of this machine with --work-dir",
+                ) from None
             yield
         finally:
             os.close(descriptor)

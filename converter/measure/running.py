@@ -80,9 +80,10 @@ def runnable(checkpoint: Checkpoint, model_map: ModelMap, work_dir: Path) -> tup
     return opened, running
 
 
-def streamable(run: Run, weights: Checkpoint, dtype: Dtype = "auto", variant: str = "") -> StreamableModel:
-    """The run's model to be streamed. weights: it as a directory that transformers can load, or what stands for that;
-    variant: what tells them from the model's own."""
+def streamable(run: Run, weights: Checkpoint, dtype: Dtype = "float32", variant: str = "") -> StreamableModel:
+    """The run's model to be streamed. weights: it as a directory that transformers can load, or what stands for that.
+    dtype: measuring is done in float32 on every device, whose rounding is far below what any format does; the passes
+    that calibrate give the job's. variant: what tells the weights from the model's own."""
     source, job = run.checkpoint, run.job
     return StreamableModel(
         weights, weights.location, source.model_id, source.revision, variant, job.device, dtype, job.n_threads

@@ -180,10 +180,12 @@ def corpus_text(name: str) -> str:
 
 def quality_lines(quality: QualityReport) -> list[str]:
     """Perplexity, divergence and the words that were found, for people."""
+    computed = "" if quality.device in (None, "cpu") else f", in {quality.dtype} on {quality.device}"
     lines = [
         f"perplexity   {figure(quality.source_perplexity, '.3f')} -> {figure(quality.perplexity, '.3f')}",
         f"divergence   mean KLD {figure(quality.mean_kld, '.4f')}, 99.9 % {figure(quality.kld_99_9, '.3f')}, same"
-        f" top token {quality.top1_agreement:.1%}  ({quality.tokens} tokens of {corpus_text(quality.corpus)})",
+        f" top token {quality.top1_agreement:.1%}"
+        f"  ({quality.tokens} tokens of {corpus_text(quality.corpus)}{computed})",
     ]
     if quality.words:
         lines.append(

@@ -23,6 +23,9 @@ from bitwright.formats.errors import ConvertError
 Step = Literal["make", "write", "sync", "rename", "remove"]
 Observer = Callable[[Step, Path], None]
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What flock says on a file system that has no locks, such as some network mounts."""
+
 _REMEDY = "make room or mend the disk, then run the same command again: it continues from here"
 _observer: Observer | None = None
 

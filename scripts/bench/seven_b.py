@@ -26,6 +26,7 @@ import numpy as np
 
 from bitwright.calibration.control import PassControl
 from bitwright.calibration.passes.importance_pass import stream_importance
+from bitwright.calibration.places import Place
 from bitwright.calibration.sensitivity.fisher import stream_fisher
 from bitwright.calibration.stream.streamable import StreamableModel
 from bitwright.calibration.text.corpus import Corpus
@@ -40,7 +41,7 @@ ALL_LAYERS, ALL_SAMPLES, ALL_TOKENS = 32, 512, 512
 
 class LayerClock:
     """should_stop that notes when it is asked, which is after every layer, and the peak of a GPU's memory until then:
-    torch's own figure starts anew with every layer, whose micro-batches are fitted to what is free."""
+    torch's own figure starts anew where micro-batches are fitted to what is free."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -62,7 +63,7 @@ def calibrate(
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (samples, sequence_length)).astype(np.int32)
     corpus = Corpus(tokens, "random", "0" * 64)
     checkpoint = open_checkpoint(str(model))
-    names = {name: (name, 0) for name in checkpoint.tensors}
+    names = {name: (Place(name, 0),) for name in checkpoint.tensors}
     stream, clock = stream_fisher if gradients else stream_importance, LayerClock()
     streamable = StreamableModel(checkpoint, model, device=device, threads=threads)
     with tempfile.TemporaryDirectory(dir=model) as work_dir:

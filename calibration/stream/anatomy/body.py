@@ -96,7 +96,9 @@ class Body:
             states, rest = (args[0], args[1:]) if args else (kwargs.pop(_STATES), ())
             if noted.states is None:
                 noted.states = states
-            elif states.shape != noted.states.shape or not torch.equal(states, noted.states):
+            elif states is not noted.states and (
+                states.shape != noted.states.shape or not torch.equal(states, noted.states)
+            ):
                 raise _Changed
             noted.given.append(Given(rest, kwargs))
             if index == len(self.layers) - 1:

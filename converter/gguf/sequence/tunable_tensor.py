@@ -88,7 +88,8 @@ class TunableTensor:
         else:
             parts = parts._replace(d=_float16(parts.d * steps))
         packed: np.ndarray = blocks.pack(parts)  # type: ignore[union-attr, arg-type]
-        return packed.reshape(self.data.shape)
+        data: np.ndarray = packed.reshape(self.data.shape)
+        return data
 
     def _decoded(self, data: np.ndarray) -> np.ndarray:
         rows = self.format.decode(data)
@@ -100,4 +101,5 @@ class TunableTensor:
 def _float16(values: np.ndarray) -> np.ndarray:
     """The nearest values that a block can store."""
     largest = np.finfo(np.float16).max
-    return np.clip(values, -largest, largest).astype(np.float16).astype(np.float32)
+    rounded: np.ndarray = np.clip(values, -largest, largest).astype(np.float16).astype(np.float32)
+    return rounded

@@ -37,6 +37,8 @@ QUALITY = QualityReport(
     corpus_sha256="4" * 64,
     samples=16,
     sequence_length=512,
+    device="cpu",
+    dtype="float32",
 )
 DIVERGENT = replace(QUALITY, **dict.fromkeys(("perplexity", "mean_kld", "kld_99", "kld_99_9", "max_kld")), not_finite=7)
 AGREEMENT = Agreement("agrees", "llama.cpp", (), 14, (), None, None, (), None)
