@@ -24,6 +24,8 @@ from bitwright.converter.commands.convert import convert_model
 from bitwright.converter.commands.evaluate import evaluate
 from bitwright.converter.commands.imatrix import imatrix
 from bitwright.converter.commands.inspect import inspect
+from bitwright.converter.commands.machines.encode import encode
+from bitwright.converter.commands.machines.finish import finish
 from bitwright.converter.commands.outcome import say_as_json
 from bitwright.converter.commands.plan import plan
 from bitwright.converter.commands.publish import publish
@@ -102,7 +104,7 @@ def main() -> None:
 
 _COMMANDS = (
     *(convert_model, publish, split, plan, advise, profiles, architectures, imatrix, evaluate, verify, inspect),
-    *(batch, doctor, man, cache),
+    *(batch, encode, finish, doctor, man, cache),
 )
 for command in _COMMANDS:
     main.add_command(command)

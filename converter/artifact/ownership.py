@@ -4,7 +4,6 @@ Every command that writes a file asks here. A whole file takes its name without 
 that name already, and may be replaced, it is moved aside, looked at once more, and only then removed.
 """
 
-import errno
 import fcntl
 import filecmp
 import json
@@ -18,14 +17,13 @@ from pathlib import Path, PurePosixPath
 from bitwright.converter.artifact.directory_record import RECIPE_NAME, listed_files, read_recipe
 from bitwright.converter.artifact.layout import Files, partial_path
 from bitwright.converter.artifact.run import Run
+from bitwright.converter.job.work_directory import NO_LOCKS
 from bitwright.converter.source.checkpoint import metadata_files
 from bitwright.formats.errors import ConvertError, TryAgain
 from bitwright.formats.files.disk import remove, remove_directory, remove_tree, rename, take_name
 from bitwright.formats.files.whole import whole_file
 from bitwright.formats.names import LONGEST_NAME, hidden_path, is_text, printable
 from bitwright.profiles.sizes import size_text
-
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 class Replaceable:
@@ -306,7 +304,7 @@ def _lock(lock: Path) -> int:
             if _is_open(lock, descriptor):
                 return descriptor
         except OSError as error:
-            if error.errno in _NO_LOCKS:
+            if error.errno in NO_LOCKS:
                 return descriptor
             os.close(descriptor)
             raise

@@ -1,5 +1,6 @@
 """The directory in which a job is done: held by one process, known as ours, and cleared by names."""
 
+import errno
 import fcntl
 import json
 import os
@@ -19,6 +20,8 @@ from bitwright.formats.names import LONGEST_NAME, shortened
 UNDECIDED = "undecided"
 """The value of a fingerprint's field that is not known before some of the work is done."""
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What a file system says that has no locks."""
 LOCK, DESCRIPTION, REPLACEABLE = "lock", "job.json", "replaceable.json"
 # Everything that the stages keep in a work directory, and so all that may be deleted of it.
 _KEPT = frozenset(
@@ -39,9 +42,10 @@ _KEPT = frozenset(
         *("quality", "quality.json", "agreement", "agreement.json", "candidate-logits.npy", "runtime-logits.npy"),
         *("guard", "coherence.json", "generated.json", "tasks.json"),
         *("plan.json", "report.html", "report.json", "report-split.json", "seals.jsonl"),
+        "piece",
     )
 )
-_DRAFTS = ((".", ".tmp"), (".", ".fetched"), (".unsealed-", ""), ("..unsealed-", ".tmp"))
+_DRAFTS = ((".", ".tmp"), (".", ".partial"), (".", ".fetched"), (".unsealed-", ""), ("..unsealed-", ".tmp"))
 # And what a kill leaves while one of them is written.
 _DELETED = _KEPT | {f"{begin}{name}{end}" for name in _KEPT for begin, end in _DRAFTS}
 # The beginning of every description of a job, even of one that was damaged further on.
@@ -116,6 +120,9 @@ class WorkDirectory:
                     str(self.path),
                     "wait for it to end, or name another directory with --work-dir",
                 ) from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:  # then nothing is held, and whoever ends last finds it out
+                    raise
             yield
         finally:
             os.close(descriptor)
