@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from bitwright.calibration.sensitivity.gradient_sums import KINDS
-from bitwright.calibration.stream.checkpointing import flat_arrays, load_flat_arrays
+from bitwright.calibration.stream.micro_batches import Excerpt
+from bitwright.calibration.stream.observer import GroupedSums
 from bitwright.calibration.stream.weights import HEAD
 from bitwright.formats.errors import ConvertError
 
@@ -17,8 +18,8 @@ class SquaredGradients:
     """An observer of a GradientStream.
 
     n_blocks: how many blocks of as many rows each matrix of a parameter is made of, by the parameter's name and its
-    number of matrices. Columns are kept apart by block, because a gate and an up projection that the model keeps in one
-    parameter are two tensors of the checkpoint.
+    number of matrices. excerpt, apart: as of GroupedSums. Columns are kept apart by block, because a gate and an up
+    projection that the model keeps in one parameter are two tensors of the checkpoint.
 
     A matrix is multiplied with all tokens of a sequence, so the gradient that is squared is that of a whole sequence;
     on a GPU, where experts see the tokens of several sequences together, of those. The head is the exception: each of
@@ -26,12 +27,16 @@ class SquaredGradients:
     squared one by one, which is the same in the mean and nearer to it.
     """
 
-    def __init__(self, n_blocks: Callable[[str, int], int]):
+    def __init__(self, n_blocks: Callable[[str, int], int], excerpt: Excerpt | None = None, apart: bool = False):
         self.n_blocks = n_blocks
         self.sums: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in KINDS}
+        self.grouped = GroupedSums(self.sums, excerpt, apart)
+        self.first = 0
 
     def fresh(self, first: int) -> "SquaredGradients":
-        return SquaredGradients(self.n_blocks)
+        observer = SquaredGradients(self.n_blocks)
+        observer.first = first
+        return observer
 
     def observe(
         self, parameter: str, matrix: int, n_matrices: int, inputs: torch.Tensor, outputs: torch.Tensor | None
@@ -85,18 +90,13 @@ class SquaredGradients:
                     parameter,
                     "check the weights; on a GPU try --device cpu, which computes in float32",
                 )
-        for kind, sums in self.sums.items():
-            for parameter, values in other.sums[kind].items():
-                if parameter in sums:
-                    sums[parameter] += values
-                else:
-                    sums[parameter] = values
+        self.grouped.add(other.first, other.sums)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        return flat_arrays(self.sums)
+        return self.grouped.to_arrays()
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        load_flat_arrays(arrays, self.sums)
+        self.grouped.load_arrays(arrays)
 
 
 def _sums_of_group(inputs: torch.Tensor, gradients: torch.Tensor, n_blocks: int) -> tuple[torch.Tensor, torch.Tensor]:

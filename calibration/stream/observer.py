@@ -10,6 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from bitwright.calibration.stream.checkpointing import flat_arrays, load_flat_arrays
+from bitwright.calibration.stream.micro_batches import Excerpt
 from bitwright.formats.errors import ConvertError
 
 
@@ -18,7 +19,7 @@ class Observer(Protocol):
     micro-batch; these are merged in the order of the micro-batches, whatever the order in which they end."""
 
     def fresh(self, first: int) -> Self:
-        """first: the first sample of the micro-batch."""
+        """first: the first sample of the micro-batch, by its number in the text."""
 
     def observe(
         self, parameter: str, matrix: int, n_matrices: int, inputs: torch.Tensor, outputs: torch.Tensor | None
@@ -172,6 +173,61 @@ def refuse_not_finite(sums: np.ndarray, parameter: str) -> None:
         )
 
 
+Sums = Mapping[str, Mapping[str, np.ndarray]]
+"""kind -> parameter -> an array that is added up."""
+
+
+class GroupedSums:
+    """Sums over an excerpt of a text, made of the sums over its groups: of a group first, then of the groups in order.
+
+    total: kind -> parameter -> array, into which the sums of all finished groups go; excerpt: None for a single group.
+    apart: the sums of every group are kept by themselves in `groups` instead, for a machine that has some of them.
+    """
+
+    def __init__(self, total: dict[str, dict[str, np.ndarray]], excerpt: Excerpt | None, apart: bool = False):
+        self.total, self.excerpt, self.apart = total, excerpt, apart
+        self.groups: dict[int, dict[str, dict[str, np.ndarray]]] = {}
+        self._open: tuple[int, dict[str, dict[str, np.ndarray]]] | None = None
+
+    def add(self, first: int, sums: Sums) -> None:
+        """What a micro-batch that begins with this sample has shown; micro-batches come in order."""
+        group = 0 if self.excerpt is None else self.excerpt.group_of(first)
+        if self._open is None or self._open[0] != group:
+            self.close()
+            self._open = group, {kind: {} for kind in self.total}
+        add_sums(self._open[1], sums)
+
+    def close(self) -> None:
+        """Nothing more comes of the group that was summed last: a layer, or the pass, is done."""
+        if self._open is not None:
+            group, sums = self._open
+            into = self.groups.setdefault(group, {kind: {} for kind in self.total}) if self.apart else self.total
+            add_sums(into, sums)
+            self._open = None
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Everything of the layers that are done, for a checkpoint."""
+        self.close()
+        of_groups = ((f"{group}:{kind}", of) for group, sums in self.groups.items() for kind, of in sums.items())
+        return flat_arrays({**self.total, **dict(of_groups)})
+
+    def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        numbers = {int(name.partition(":")[0]) for name in arrays if ":" in name.partition("/")[0]}
+        self.groups = {group: {kind: {} for kind in self.total} for group in sorted(numbers)}
+        of_groups = {f"{group}:{kind}": of for group, sums in self.groups.items() for kind, of in sums.items()}
+        load_flat_arrays(arrays, {**self.total, **of_groups})
+
+
+def add_sums(into: dict[str, dict[str, np.ndarray]], sums: Sums) -> None:
+    """What is not there yet is taken over, without a copy."""
+    for kind, of_kind in sums.items():
+        for parameter, values in of_kind.items():
+            if parameter in into[kind]:
+                into[kind][parameter] += values
+            else:
+                into[kind][parameter] = values
+
+
 class NoStatistic:
     """Observes nothing: for a pass whose hidden states are all that is wanted."""
 
@@ -197,16 +253,20 @@ class SquaredInputs:
     """Per matrix the sum of squared inputs of every column, and the rows they were summed over.
 
     sums: parameter -> float64 [n_matrices, n_columns]; counts: parameter -> int64 [n_matrices]. Within a micro-batch
-    the sum is taken in float32 by torch's cascade summation, beyond it in float64.
+    the sum is taken in float32 by torch's cascade summation, beyond it in float64. excerpt, apart: as of GroupedSums.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, excerpt: Excerpt | None = None, apart: bool = False) -> None:
         self.sums: dict[str, np.ndarray] = {}
         self.counts: dict[str, np.ndarray] = {}
+        self.grouped = GroupedSums({"sums": self.sums, "counts": self.counts}, excerpt, apart)
+        self.first = 0
         self._latest: tuple[weakref.ref[torch.Tensor], np.ndarray] | None = None
 
     def fresh(self, first: int) -> Self:
-        return type(self)()
+        observer = type(self)()
+        observer.first = first
+        return observer
 
     def observe(
         self, parameter: str, matrix: int, n_matrices: int, inputs: torch.Tensor, outputs: torch.Tensor | None
@@ -228,14 +288,10 @@ class SquaredInputs:
     def merge(self, other: Self) -> None:
         for parameter, sums in other.sums.items():
             refuse_not_finite(sums, parameter)
-            if parameter in self.sums:
-                self.sums[parameter] += sums
-                self.counts[parameter] += other.counts[parameter]
-            else:
-                self.sums[parameter], self.counts[parameter] = sums.copy(), other.counts[parameter].copy()
+        self.grouped.add(other.first, {"sums": other.sums, "counts": other.counts})
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        return flat_arrays({"sums": self.sums, "counts": self.counts})
+        return self.grouped.to_arrays()
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        load_flat_arrays(arrays, {"sums": self.sums, "counts": self.counts})
+        self.grouped.load_arrays(arrays)

@@ -12,13 +12,13 @@ from bitwright.converter.artifact.writer import JOURNAL, ArtifactWriter, PlanEnc
 from bitwright.converter.job.cache import machine_identity
 from bitwright.converter.job.identity import tool_identity
 from bitwright.converter.job.progress import Progress
-from bitwright.converter.job.work_directory import WorkDirectory, default_work_dir, stops_cleanly
 from bitwright.converter.machines.part import Part
 from bitwright.converter.machines.piece import Piece, data_path, load_manifest, piece_of, save_manifest
 from bitwright.converter.machines.saved_plan import SavedPlan, load_plan
 from bitwright.converter.machines.shares import rows_of
+from bitwright.converter.machines.work import part_directory, work_path
 from bitwright.formats.errors import ConvertError
-from bitwright.formats.files.disk import make_directory, remove, remove_tree
+from bitwright.formats.files.disk import remove, remove_tree
 from bitwright.formats.files.journal import read_lines
 from bitwright.formats.files.whole import copy_file, whole_file
 from bitwright.profiles.planning.plan import PlannedTensor
@@ -61,19 +61,15 @@ def encode_part(
     saved = load_plan(plan)
     output = output or default_output(plan, part)
     fingerprint = part_fingerprint(saved)
-    made = _made_before(output, part, fingerprint)
-    directory = default_work_dir(output if scratch is None else scratch / output.name)
-    if made:
+    if _made_before(output, part, fingerprint):
         progress.say(f"{output}: already done")
-        remove_tree(directory)
+        remove_tree(work_path(output, scratch))
         return output
     _, adapted = saved.measured(progress, should_stop, command=command, **changes)
     rows = rows_of(adapted.prepared.plan.tensors, part)
     piece = piece_of(output, part, fingerprint, rows)
-    make_directory(output.parent, "name another file with --output")
-    work = WorkDirectory(directory)
-    with work.locked(), stops_cleanly(directory, command):
-        _claim(work, piece, progress)
+    begun = {**fingerprint, "part": str(part)}
+    with part_directory(output, scratch, begun, progress, command) as directory:
         if not rows:  # there are more parts than tensors
             with whole_file(directory / piece.file_name, "piece") as file:
                 file.write(piece.header)
@@ -86,7 +82,6 @@ def encode_part(
         copy_file(grown, data_path(output))
         lines = {line["tensor"]: line for line in read_lines(journal)}
         save_manifest(_with_hashes(piece, lines))
-    remove_tree(directory)
     return output
 
 
@@ -121,18 +116,6 @@ def _made_before(output: Path, part: Part, fingerprint: dict[str, Any]) -> bool:
             f"the manifest is of part {found.part}, and this is part {part}", str(output), "name another --output"
         )
     return found.fingerprint == fingerprint
-
-
-def _claim(work: WorkDirectory, piece: Piece, progress: Progress) -> None:
-    """Continue this part in the directory; what another plan, or a machine that computes otherwise, has begun there is
-    given up."""
-    fingerprint = {**piece.fingerprint, "part": str(piece.part)}
-    try:
-        work.claim(fingerprint)
-    except ConvertError as error:
-        progress.say(f"{work.path}: the part starts over: {error.what}")
-        work.clear()
-        work.claim(fingerprint, fresh=True)
 
 
 def encode_command(plan: Path, part: Part, output: Path) -> list[str]:

@@ -1,8 +1,6 @@
 """The command `bitwright finish`: the pieces of all parts as one artifact, verified, judged and reported."""
 
-import re
 import shlex
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +17,11 @@ from bitwright.converter.machines.encode import default_output, encode_command
 from bitwright.converter.machines.part import Part
 from bitwright.converter.machines.piece import Piece, load_manifest
 from bitwright.converter.machines.saved_plan import SavedPlan, load_plan
+from bitwright.converter.machines.unlike import check_alike, missing, renamed
 from bitwright.converter.pipeline import run
 from bitwright.converter.report.data import Report
 from bitwright.formats.errors import ConvertError
 from bitwright.profiles.planning.plan import PlannedTensor
-
-# Parts whose commands an error shows.
-_SHOWN = 8
 
 
 def finish(
@@ -66,62 +62,35 @@ class _Pieces:
 
 def gather(saved: SavedPlan, manifests: Collection[Path]) -> list[Piece]:
     """The pieces of all parts, in their order. Raises ConvertError as `finish` does."""
-    pieces, faults = [], []
+    own: dict[Path, Piece] = {}
+    faults = []
     for path in manifests:
         try:
-            pieces.append(load_manifest(path))
+            piece = load_manifest(path)
         except ConvertError as error:
             faults.append(f"{error.what} ({error.where})")
-    foreign = [piece for piece in pieces if piece.fingerprint["plan"] != saved.identity]
-    faults += [f"{piece.path} is of another plan" for piece in foreign]
-    own = [piece for piece in pieces if piece.fingerprint["plan"] == saved.identity]
-    counts = {piece.part.count for piece in own}
-    if len(counts) > 1:
-        raise ConvertError(
-            f"the plan was cut into different numbers of parts: {', '.join(map(str, sorted(counts)))}",
-            ", ".join(str(piece.path) for piece in own[:_SHOWN]),
-            "give the manifests of one number of parts",
-        )
+        else:
+            if piece.fingerprint["plan"] == saved.identity:
+                own[path] = piece
+            else:
+                faults.append(f"{path} is of another plan")
+
+    def command(part: Part) -> str:
+        known = next(iter(own.values()), None)
+        output = default_output(saved.path, part) if known is None else renamed(known.path, known.part, part)
+        return shlex.join(encode_command(saved.path, part, output))
+
     if not own:
         raise ConvertError(
             "; ".join(faults) or "no part of this plan is encoded",
             str(saved.path),
-            f"encode it, as one part or as more: {_commands(saved, [Part(1, 1)], own)}",
+            f"encode it, in as many parts as you like: {command(Part(1, 1))}",
         )
-    _check_alike(saved, own)
-    (count,) = counts
-    by_part: dict[Part, Piece] = {piece.part: piece for piece in own}
-    missing = [part for part in (Part(i, count) for i in range(1, count + 1)) if part not in by_part]
-    if missing:
-        numbers = ", ".join(str(part.index) for part in missing)
-        parts = f"part {numbers} of {count} is" if len(missing) == 1 else f"parts {numbers} of {count} are"
-        raise ConvertError(
-            "; ".join([f"{parts} missing", *faults]),
-            str(saved.path),
-            f"encode what is missing: {_commands(saved, missing, own)}",
-        )
+    check_alike({path: (piece.part, piece.fingerprint) for path, piece in own.items()}, command)
+    by_part = {piece.part: piece for piece in own.values()}
+    if lacking := missing(by_part, faults, str(saved.path), command):
+        raise lacking
     return [by_part[part] for part in sorted(by_part)]
-
-
-def _check_alike(saved: SavedPlan, pieces: Sequence[Piece]) -> None:
-    """Refuse parts of machines, or of versions, that do not compute the same to the bit: the fewer ones are named."""
-    alike: dict[str, list[Piece]] = defaultdict(list)
-    for piece in pieces:
-        alike[repr(sorted(piece.fingerprint.items()))].append(piece)
-    if len(alike) == 1:
-        return
-    most, *others = sorted(alike.values(), key=len, reverse=True)
-    odd = [piece for group in others for piece in group]
-    first, other = most[0].fingerprint, odd[0].fingerprint
-    keys = [key for key in {**first, **other} if first.get(key) != other.get(key)]
-    numbers = ", ".join(str(piece.part) for piece in odd)
-    values = "; ".join(f"{key} is {other.get(key)} there and {first.get(key)} in the others" for key in keys)
-    raise ConvertError(
-        f"parts {numbers} were encoded where a machine computes otherwise: {values}",
-        ", ".join(str(piece.path) for piece in odd[:_SHOWN]),
-        "remove these manifests, and encode them on machines of the others' kind: "
-        + _commands(saved, [piece.part for piece in odd], most),
-    )
 
 
 def _owners(saved: SavedPlan, pieces: Sequence[Piece], rows: Sequence[PlannedTensor]) -> dict[str, Piece]:
@@ -131,7 +100,7 @@ def _owners(saved: SavedPlan, pieces: Sequence[Piece], rows: Sequence[PlannedTen
     if sizes != {row.tensor.name: row.n_bytes for row in rows}:
         raise ConvertError(
             "the parts do not have the tensors that the plan has",
-            ", ".join(str(piece.path) for piece in pieces[:_SHOWN]),
+            str(saved.path),
             f"{saved.again}, then encode all parts again",
         )
     return owners
@@ -141,20 +110,3 @@ def _default_manifests(plan: Path) -> list[Path]:
     """Those that `encode` has written without an --output."""
     directory = default_output(plan, Part(1, 1)).parent
     return sorted(directory.glob("*.json")) if directory.is_dir() else []
-
-
-def _commands(saved: SavedPlan, parts: Sequence[Part], known: Sequence[Piece]) -> str:
-    """What encodes these parts, whose manifests are to be called as those that are known are."""
-    lines = [encode_command(saved.path, part, _name(saved.path, part, known)) for part in parts[:_SHOWN]]
-    more = [f"and so on for {len(parts) - _SHOWN} more"] if len(parts) > _SHOWN else []
-    return "\n    ".join(["", *map(shlex.join, lines), *more])
-
-
-def _name(plan: Path, part: Part, known: Sequence[Piece]) -> Path:
-    """The manifest of a part, called as those that are known."""
-    for piece in known:
-        number = rf"(?<!\d)0*{piece.part.index}(?!\d)"
-        if (found := re.search(number, piece.path.name)) is not None:
-            renamed = re.sub(number, f"{part.index:0{len(found[0])}d}", piece.path.name, count=1)
-            return piece.path.with_name(renamed)
-    return default_output(plan, part)

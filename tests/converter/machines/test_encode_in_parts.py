@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from bitwright.converter.machines.shares import rows_of
 from bitwright.converter.pipeline import prepare
 from bitwright.formats.files.disk import Step, observed
 from tests.converter.commands import convert, done, refused
+from tests.converter.machines.elsewhere import run_elsewhere
 
 _FAST = ["--judge", "off", "--effort", "fast", "--device", "cpu", "--threads", "2"]
 _TEXT = ["--calibration", "embedded", "--samples", "128", "--sequence-length", "8"]
@@ -169,12 +168,6 @@ def test_the_default_names_need_no_list(planned, tmp_path):
     assert "already done" in convert("encode", "--plan", copied, "--part", "1/2").stderr
 
 
-def run_elsewhere(capability: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "bitwright.converter", *map(str, arguments)]
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-
-
 def test_machines_of_different_instruction_sets_are_refused_together(planned):
     plan, _ = planned("scales")
     parts = [encode(plan, i, 3) for i in (1, 3)]
@@ -182,7 +175,7 @@ def test_machines_of_different_instruction_sets_are_refused_together(planned):
     ran = run_elsewhere("default", "encode", "--plan", plan, "--part", "2/3", "--output", second, "-q")
     assert ran.returncode == 0, ran.stderr
     said = refused("finish", "--plan", plan, parts[0], second, parts[1])
-    assert "parts 2/3 were encoded where a machine computes otherwise: cpu is DEFAULT there" in said
+    assert "what part 2/3 was made of, or with, is not the others': cpu is DEFAULT there" in said
     assert f"--part 2/3 --output {second}" in said
 
 
