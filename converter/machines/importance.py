@@ -1,6 +1,5 @@
 """`bitwright imatrix --part` and `--merge`: a calibration whose samples are shared among machines."""
 
-import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,8 @@ from bitwright.converter.job.progress import Progress
 from bitwright.converter.job.recipe import IMPORTANCE_FILE
 from bitwright.converter.machines.group_sums import Groups, GroupSumsOfPart, load_part, save_part
 from bitwright.converter.machines.part import Part
-from bitwright.converter.machines.unlike import check_alike, missing, renamed
+from bitwright.converter.machines.saved_plan import plain_options
+from bitwright.converter.machines.unlike import check_alike, command_of, missing, renamed
 from bitwright.converter.machines.work import part_directory, work_path
 from bitwright.converter.measure.calibrate import observed_names
 from bitwright.converter.measure.evidence import ANALYSIS_SAMPLES, ANALYSIS_SEQUENCE_LENGTH, matrices_of
@@ -30,7 +30,7 @@ from bitwright.converter.measure.running import calibration_text, load_tokenizer
 from bitwright.converter.measure.sensitivity import CANDIDATE_FORMATS, Trials, build_sensitivity
 from bitwright.converter.model.model_map import describe
 from bitwright.converter.preflight import check_samples
-from bitwright.converter.source.open import open_checkpoint
+from bitwright.converter.source.open import open_by_content
 from bitwright.formats.errors import ConvertError
 from bitwright.formats.files.disk import remove_tree
 from bitwright.formats.typed import to_plain
@@ -98,9 +98,8 @@ def write_part(
             gradients = stream_gradient_groups(model, few, run.control("analysis"), excerpt, seed=job.seed)
         identity = {"model": model.name, "revision": model.revision, **text.identity}
         importance = {group: of._asdict() for group, of in sums.items()}
-        kept_options = to_plain({name: value for name, value in given.items() if name != "command"})
         fingerprint |= {"text": text_identity(text)}
-        made = GroupSumsOfPart(part, fingerprint, kept_options, identity, list(words), importance, gradients)
+        made = GroupSumsOfPart(part, fingerprint, plain_options(options), identity, list(words), importance, gradients)
         save_part(output, made)
     return output
 
@@ -182,8 +181,7 @@ def _write_sensitivity(
 
 def _run(job: Job, output: Path, work_dir: Path, progress: Progress, should_stop: ShouldStop) -> Run:
     check_samples(job.samples, job.sequence_length)
-    checkpoint = open_checkpoint(job.model, from_quantized=job.from_quantized, base=job.base)
-    checkpoint = replace(checkpoint, by_content=True)
+    checkpoint = open_by_content(job.model, from_quantized=job.from_quantized, base=job.base)
     job = replace(job, output=output, work_dir=work_dir)
     return Run(job, output, work_dir, checkpoint, describe(checkpoint), progress, should_stop)
 
@@ -222,7 +220,7 @@ def _gather(paths: Collection[Path]) -> list[GroupSumsOfPart]:
 
     def command(part: Part) -> str:
         (path, known) = next(iter(found.items()))
-        return shlex.join(_words(known.command, part, renamed(path, known.part, part)))
+        return command_of(known.command, part, renamed(path, known.part, part))
 
     parts = {path: part.part for path, part in found.items()}
     check_alike({path: (part.part, part.fingerprint) for path, part in found.items()}, command)
@@ -230,14 +228,3 @@ def _gather(paths: Collection[Path]) -> list[GroupSumsOfPart]:
         raise lacking
     by_part = {part.part: part for part in found.values()}
     return [by_part[part] for part in sorted(by_part)]
-
-
-def _words(words: Sequence[str], part: Part, output: Path) -> list[str]:
-    """The command that computes another part."""
-    kept: list[str] = []
-    skip = False
-    for word in words:
-        if not skip and not word.startswith(("--part=", "--output=")) and word not in ("--part", "--output", "-o"):
-            kept.append(word)
-        skip = word in ("--part", "--output", "-o")
-    return [*kept, "--part", str(part), "--output", str(output)]

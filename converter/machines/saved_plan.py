@@ -29,8 +29,6 @@ from bitwright.formats.typed import to_plain
 
 _KIND, _VERSION = "bitwright plan", 1
 _FIELDS = {"options": dict, "fingerprint": dict, "results": dict}
-# Of the model, its files in another place on this machine.
-_PLACES = ("model", "imatrix")
 
 
 @dataclass(frozen=True)
@@ -105,14 +103,13 @@ def save_plan(
     if path.exists() and not fresh:
         load_plan(path)
     make_directory(path.parent, "name another file with --save")
-    kept = to_plain({name: value for name, value in options.items() if value not in (None, ()) and name != "command"})
+    kept = plain_options(options)
     saved = SavedPlan(path, kept, {}, {})
     job = saved.job(extent="beginning", command=options.get("command"))
     prepared = measure(job, progress, should_stop, fresh)
-    text = prepared.run.job.calibration
     saved = replace(
         saved,
-        options={**kept, **({} if text is None else {"calibration": text})},
+        options=kept | _decided(prepared),
         fingerprint=_plain(fingerprint(prepared.run, prepared)),
         results={name: sha for name, sha in sealed_files(saved.work_dir).items() if not name.startswith(_OF_THE_END)},
     )
@@ -125,8 +122,24 @@ def save_plan(
     return prepared
 
 
+def _decided(prepared: Prepared[Any]) -> dict[str, Any]:
+    """Options that are what they were found to be, so that no machine finds something else: the text, and the commit
+    of a model on the Hub."""
+    job, checkpoint = prepared.run.job, prepared.run.checkpoint
+    decided = {} if job.calibration is None else {"calibration": job.calibration}
+    if checkpoint.revision is not None and job.model == checkpoint.model_id:
+        decided["model"] = f"{job.model}@{checkpoint.revision}"
+    return decided
+
+
 # What the last machine leaves in the work directory, and no part reads.
 _OF_THE_END = ("report", "plan.json", "quality", "agreement", "candidate", "runtime", "coherence", "generated", "tasks")
+
+
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are given, as they are in a file, of what build_job takes."""
+    given = {name: value for name, value in options.items() if value not in (None, ()) and name != "command"}
+    return {name: str(value) if isinstance(value, Path) else to_plain(value) for name, value in given.items()}
 
 
 def load_plan(path: Path) -> SavedPlan:

@@ -1,8 +1,9 @@
 """Parts that do not go together, and parts that are missing: said with the commands that make them."""
 
 import re
+import shlex
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from bitwright.formats.errors import ConvertError
 _SHOWN = 8
 """Parts whose files and commands an error shows."""
 _LONGEST = 60
+# Options that say which part a command makes, each with a value.
+_OF_A_PART = ("--part", "--output", "-o")
 
 Command = Callable[[Part], str]
 """What makes a part, as one types it."""
@@ -66,6 +69,17 @@ def renamed(path: Path, part: Part, other: Part) -> Path:
     if found is None:
         return path.with_name(f"{path.stem}-{other.index}-of-{other.count}{path.suffix}")
     return path.with_name(re.sub(number, f"{other.index:0{len(found[0])}d}", path.name, count=1))
+
+
+def command_of(words: Sequence[str], part: Part, output: Path) -> str:
+    """What makes another part than the command of these words did, and where, as one types it."""
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        if not skip and not word.startswith(("--part=", "--output=")) and word not in _OF_A_PART:
+            kept.append(word)
+        skip = word in _OF_A_PART
+    return shlex.join([*kept, "--part", str(part), "--output", str(output)])
 
 
 def _commands(parts: Collection[Part], command: Command) -> str:

@@ -129,7 +129,7 @@ class Checkpoint:
         the header is, and the modification time, by_content a hash of places all over it instead: hashing terabytes is
         no option.
         """
-        identity = _places_identity if self.by_content else _weights_identity
+        identity = places_identity if self.by_content else _weights_identity
         if self.location.is_file():
             return [(self.location.name, self.location.stat().st_size, identity(self.location))]
         small = metadata_files(self.location)
@@ -220,7 +220,8 @@ def _weights_identity(path: Path) -> str:
     return f"head-sha256:{hashlib.sha256(head).hexdigest()} mtime_ns:{path.stat().st_mtime_ns}"
 
 
-def _places_identity(path: Path) -> str:
+def places_identity(path: Path) -> str:
+    """A hash of places all over a file, the same of all its copies."""
     digest, n_bytes = hashlib.sha256(), path.stat().st_size
     with open_regular(path) as file:
         digest.update(file.read(1 << 20))
