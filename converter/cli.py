@@ -26,6 +26,9 @@ from bitwright.converter.commands.inspect import inspect
 from bitwright.converter.commands.judging.check import check
 from bitwright.converter.commands.judging.evaluate import evaluate
 from bitwright.converter.commands.judging.verify import verify
+from bitwright.converter.commands.machines.encode import encode
+from bitwright.converter.commands.machines.finish import finish
+from bitwright.converter.commands.machines.workflow import workflow
 from bitwright.converter.commands.outcome import say_as_json
 from bitwright.converter.commands.plan import plan
 from bitwright.converter.commands.publish import publish
@@ -103,7 +106,7 @@ def main() -> None:
 
 _COMMANDS = (
     *(convert_model, publish, split, plan, advise, profiles, architectures, imatrix, evaluate, verify, check),
-    *(inspect, batch, doctor, man, cache),
+    *(inspect, batch, encode, finish, workflow, doctor, man, cache),
 )
 for command in _COMMANDS:
     main.add_command(command)

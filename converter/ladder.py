@@ -15,7 +15,7 @@ from typing import Any
 
 from bitwright.calibration.control import ShouldStop
 from bitwright.converter.artifact.naming import default_imatrix_name
-from bitwright.converter.artifact.run import Finished
+from bitwright.converter.artifact.run import EarlierArtifact
 from bitwright.converter.artifact.writer import JOURNAL
 from bitwright.converter.imatrix import write_importance
 from bitwright.converter.job.build import build_job
@@ -94,14 +94,14 @@ def climb(
     jobs = [job if job.profile.target != "gguf" else given.of(job) for job in jobs]
     jobs = _placed(jobs, rungs)
     reports: list[Report] = []
-    earlier: list[Finished] = []
+    earlier: list[EarlierArtifact] = []
     for job, rung in zip(jobs, rungs, strict=True):
         progress.say(f"rung {len(reports) + 1} of {len(rungs)}: {rung.text}")
         prepared, report = run(job, progress, should_stop, fresh, earlier=tuple(earlier))
         reports.append(report)
         if job.profile.target == "gguf":
             files = tuple(Path(file.path) for file in report.artifact.files)
-            earlier.append(Finished(files, prepared.run.work_dir / JOURNAL))
+            earlier.append(EarlierArtifact(files, prepared.run.work_dir / JOURNAL))
     if own_cache is not None:
         remove_tree(own_cache)
     summary = [report.to_dict() for report in reports]

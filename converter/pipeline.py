@@ -10,6 +10,8 @@ Where the profile decides by measured sensitivity, the order is calibrate -> ana
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,14 +30,14 @@ from bitwright.converter.artifact.ownership import (
     inputs_of,
     locked_output,
 )
-from bitwright.converter.artifact.run import Finished, Run
-from bitwright.converter.artifact.target import Adapted, Prepared, Target
+from bitwright.converter.artifact.run import EarlierArtifact, Run
+from bitwright.converter.artifact.target import Adapted, Encoders, Prepared, Target
 from bitwright.converter.artifact.writer import JOURNAL
 from bitwright.converter.directory.target import DirectoryTarget
+from bitwright.converter.finished import describe_job, finished
 from bitwright.converter.gguf.target import GgufTarget
 from bitwright.converter.job.identity import job_fingerprint
 from bitwright.converter.job.job import Job
-from bitwright.converter.job.kept import is_kept
 from bitwright.converter.job.progress import Clock, Progress
 from bitwright.converter.job.recipe import IMPORTANCE_FILE
 from bitwright.converter.job.work_directory import (
@@ -47,7 +49,6 @@ from bitwright.converter.job.work_directory import (
 )
 from bitwright.converter.measure.calibrate import MOMENTS, check_importance, forget_calibration, planned_importance
 from bitwright.converter.measure.evidence import (
-    TRIALS,
     analysis_is_needed,
     available_evidence,
     given_evidence,
@@ -59,13 +60,11 @@ from bitwright.converter.measure.published import with_published
 from bitwright.converter.preflight import check_samples, preflight, ternary_warning
 from bitwright.converter.report.assemble import Measured, assemble
 from bitwright.converter.report.data import OnMachine, Report
-from bitwright.converter.report.page import report_page
 from bitwright.converter.report.verdict import missed_target, warning
 from bitwright.converter.source.open import open_checkpoint
-from bitwright.formats.errors import ConvertError
-from bitwright.formats.files.disk import file_sha256, remove_tree
+from bitwright.formats.files.disk import remove_tree
 from bitwright.formats.files.seals import write_sealed
-from bitwright.formats.typed import ABSENT, Absent, to_plain
+from bitwright.formats.typed import ABSENT, Absent
 from bitwright.profiles.evidence import Evidence
 from bitwright.profiles.planning.labels import sized_like_its_mix
 from bitwright.profiles.planning.plan import Plan
@@ -88,6 +87,7 @@ def survey(job: Job, progress: Progress | None = None, should_stop: ShouldStop =
     check_samples(job.samples, job.sequence_length)
     job = job.aimed()
     checkpoint = open_checkpoint(job.model, metadata_only=True, from_quantized=job.from_quantized, base=job.base)
+    checkpoint = replace(checkpoint, by_content=job.extent != "whole")
     target = TARGETS[job.profile.target]
     model_map = target.describe(job, checkpoint)
     job = replace(job, profile=sized_like_its_mix(job.profile, model_map))
@@ -224,7 +224,8 @@ def fingerprint(run: Run, prepared: Prepared[Any] | None) -> dict[str, Any]:
         plan, importance = UNDECIDED, planned_importance(run)
         moments_of = UNDECIDED
     corpus = importance.corpus if importance else None
-    return job_fingerprint(job, checkpoint, plan=plan, calibration=corpus, moments=moments_of)
+    decided = {"output": UNDECIDED} if job.extent == "beginning" else {}
+    return job_fingerprint(job, checkpoint, plan=plan, calibration=corpus, moments=moments_of, **decided)
 
 
 def run(
@@ -233,20 +234,59 @@ def run(
     should_stop: ShouldStop = never,
     fresh: bool = False,
     machine: OnMachine | Absent = ABSENT,
-    earlier: tuple[Finished, ...] = (),
+    earlier: tuple[EarlierArtifact, ...] = (),
+    encoders: Encoders | None = None,
 ) -> tuple[Prepared[Any], Report]:
     """Do the job, or what is left of it. Returns what was prepared and the report. machine: what the report is to say
-    of the machine that the profile was chosen for. earlier: as of Run.
+    of the machine that the profile was chosen for. earlier: as of Run. encoders: what encodes the tensors, if not this
+    process.
 
     Raises ConvertError (Stopped when should_stop() asked for it); running the same job again continues.
     """
     clock = Clock()
+    with _begun(job, progress, should_stop, fresh, clock) as (begun, known, work):
+        if known is not None and (done := finished(known)) is not None:
+            return done
+        prepared = known or _analyse(begun, work, clock)
+        prepared = replace(prepared, run=replace(prepared.run, earlier=earlier))
+        prepared, report = _run_stages(prepared, clock, machine, encoders or prepared.target.encoder)
+    for text in filter(None, (missed_target(report), warning(report))):
+        progress.say(f"warning: {text}")
+    return prepared, report
+
+
+def measure(job: Job, progress: Progress, should_stop: ShouldStop = never, fresh: bool = False) -> Prepared[Any]:
+    """Do what of the job comes before its tensors are encoded, or what is left of that. Its results stay in the work
+    directory, where `measured` finds them. Raises as `run` does."""
+    clock = Clock()
+    with _begun(job, progress, should_stop, fresh, clock) as (begun, known, work):
+        prepared = known or _analyse(begun, work, clock)
+        _adapted(prepared, clock)
+    return prepared
+
+
+def measured(job: Job, progress: Progress, should_stop: ShouldStop = never) -> tuple[Prepared[Any], Adapted[Any, Any]]:
+    """What `measure` has prepared of the job, and with what is to be encoded of it: read from the work directory, which
+    nothing is written to."""
+    begun = survey(job, progress, should_stop)
+    begun = replace(begun, checkpoint=begun.checkpoint.with_weights())
+    prepared = _prepared(begun)
+    if prepared is None:
+        raise analysis_is_needed(begun.job)
+    return prepared, _adapted(prepared, Clock())
+
+
+@contextmanager
+def _begun(
+    job: Job, progress: Progress, should_stop: ShouldStop, fresh: bool, clock: Clock
+) -> Iterator[tuple[Run, Prepared[Any] | None, WorkDirectory]]:
+    """The job surveyed, its work directory and its output held and taken; what is known before anything runs."""
     with clock("plan"):
         if job.lm_eval:
             from bitwright.converter.judge.tasks import check_tasks
 
             check_tasks(job.lm_eval)
-        begun = replace(survey(job, progress, should_stop), earlier=earlier)
+        begun = survey(job, progress, should_stop)
         check_places(inputs_of(begun), [begun.output], begun.work_dir)
         prepared = _prepared(begun, in_work_dir=not fresh)
         if prepared is not None:
@@ -270,16 +310,8 @@ def run(
             _claim(begun, prepared, files, work)
         if prepared is not None:
             prepared = replace(prepared, run=begun)
-            if (finished := _finished(prepared)) is not None:
-                return finished
         with stops_cleanly(work.path, begun.job.command):
-            prepared = prepared or _analyse(begun, work, clock)
-            if text := ternary_warning(prepared.run.checkpoint, prepared.plan):
-                progress.say(f"warning: {text}")
-            prepared, report = _run_stages(prepared, clock, machine)
-    for text in filter(None, (missed_target(report), warning(report))):
-        progress.say(f"warning: {text}")
-    return prepared, report
+            yield begun, prepared, work
 
 
 def _fetched(run: Run, asked: Job) -> Run:
@@ -288,7 +320,7 @@ def _fetched(run: Run, asked: Job) -> Run:
     if run.checkpoint.fetch_weights is None:
         return run
     fetched = replace(run, checkpoint=run.checkpoint.with_weights())
-    again = replace(survey(asked, run.progress, run.should_stop), earlier=run.earlier)
+    again = survey(asked, run.progress, run.should_stop)
     if (again.job.imatrix, again.job.sensitivity) == (run.job.imatrix, run.job.sensitivity):
         return fetched
     for note in again.notes:
@@ -360,19 +392,30 @@ def _analyse(run: Run, work: WorkDirectory, clock: Clock) -> Prepared[Any]:
     return prepared
 
 
-def _run_stages(planned: Prepared[Any], clock: Clock, machine: OnMachine | Absent) -> tuple[Prepared[Any], Report]:
-    """calibrate to report: what is done of a plan. Returns the plan as it was carried out, and the report."""
+def _adapted(planned: Prepared[Any], clock: Clock) -> Adapted[Any, Any]:
+    """calibrate and adapt: what is done of a plan before its tensors are encoded."""
     target, job, progress = planned.target, planned.run.job, planned.run.progress
+    if text := ternary_warning(planned.run.checkpoint, planned.plan):
+        progress.say(f"warning: {text}")
     calibrated = _calibrate(planned, clock)
     with clock("adapt"):
         if calibrated.plan.error_feedback and job.imatrix is not None:
             target.calibrate(calibrated.run, calibrated.plan)  # for the second moments, which the file does not have
-        adapted = target.adapt(calibrated)
-    prepared = adapted.prepared
+        adapted: Adapted[Any, Any] = target.adapt(calibrated)
     for note in (*(f"{decision['tensor']}: {decision['why']}" for decision in adapted.decisions), *adapted.notes):
         progress.say(note)
+    return adapted
+
+
+def _run_stages(
+    planned: Prepared[Any], clock: Clock, machine: OnMachine | Absent, encoders: Encoders
+) -> tuple[Prepared[Any], Report]:
+    """calibrate to report: what is done of a plan. Returns the plan as it was carried out, and the report."""
+    target, job = planned.target, planned.run.job
+    adapted = _adapted(planned, clock)
+    prepared = adapted.prepared
     with clock("encode"):
-        paths = _write(planned, adapted)
+        paths = _write(planned, adapted, encoders)
     with clock("verify"):
         errors, coverage = target.verify(adapted, paths)
         paths = target.complete(adapted, paths)
@@ -391,7 +434,7 @@ def _run_stages(planned: Prepared[Any], clock: Clock, machine: OnMachine | Absen
     measured = Measured(errors, coverage, quality, coherence, agreement, tasks)
     report = assemble(planned, adapted, target.hashes(adapted, paths), measured, clock.seconds)
     report = replace(report, machine=machine)
-    _describe(prepared, report)
+    describe_job(prepared, report)
     content = json.dumps(report.to_dict(), indent=1)
     write_sealed(prepared.run.work_dir / "report.json", "report", content.encode())  # with it the job is done
     return prepared, report
@@ -412,71 +455,20 @@ def _calibrate(planned: Prepared[Any], clock: Clock) -> Prepared[Any]:
     return replace(planned, importance=importance)
 
 
-def _write(planned: Prepared[Any], adapted: Adapted[Any, Any]) -> list[Path]:
+def _write(planned: Prepared[Any], adapted: Adapted[Any, Any], encoders: Encoders) -> list[Path]:
     """Encode and write; second moments that are lost on the way are computed again."""
     run, target = planned.run, planned.target
+
+    def write() -> list[Path]:
+        with encoders(adapted) as encoder:
+            return target.write(adapted, encoder)
+
     try:
-        paths = target.write(adapted)
+        paths = write()
     except MomentsLost as lost:
         run.progress.say(f"{lost.where}: {lost.what}: the model is calibrated again")
         forget_calibration(run.work_dir)
         target.calibrate(run, planned.plan)
-        paths = target.write(adapted)
+        paths = write()
     remove_tree(run.work_dir / MOMENTS)
     return paths
-
-
-def _describe(prepared: Prepared[Any], report: Report) -> None:
-    """Write plan.json and report.html, where they are not there as they would be written."""
-    described, work_dir = prepared.to_dict(), prepared.run.work_dir
-    for name, content in (
-        ("plan.json", json.dumps(described, indent=1)),
-        ("report.html", report_page(report, described["tensors"])),
-    ):
-        kept = is_kept(work_dir / name, "report", prepared.run.progress)
-        if not kept or (work_dir / name).read_bytes() != content.encode():
-            write_sealed(work_dir / name, "report", content.encode())
-
-
-def _finished(prepared: Prepared[Any]) -> tuple[Prepared[Any], Report] | None:
-    """What `run` returns of a job that is done already; None of one that is not."""
-    run = prepared.run
-    remove_tree(run.work_dir / TRIALS)  # where a kill has left what its refinement was measured with
-    report = _finished_report(run)
-    adapted = None if report is None else prepared.target.adapted_before(prepared)
-    if report is None or adapted is None:
-        return None
-    _describe(adapted, report)
-    run.progress.say("already done: the artifact is there and its hashes are right")
-    return adapted, report
-
-
-def _finished_report(run: Run) -> Report | None:
-    """The report of a job that is done and whose files are as it left them; a changed or missing file is an error.
-
-    A report without the quality or the tasks that are asked for now does not count: what it lacks is to be measured.
-    """
-    from bitwright.converter.judge.agreement import may_be_completed
-    from bitwright.converter.judge.judging import report_samples
-
-    job, path = run.job, run.work_dir / "report.json"
-    if not is_kept(path, "report", run.progress):
-        return None
-    report = Report.from_dict(json.loads(path.read_bytes()))
-    if job.judge != "off":
-        needed = report_samples(job.judge)
-        if report.quality is None or report.quality.samples < needed or report.not_judged:
-            return None
-        if may_be_completed(to_plain(report.agreement)):
-            return None
-    asked = job.lm_eval, job.lm_eval_limit
-    if job.lm_eval and (report.tasks is None or asked != (report.tasks.tasks, report.tasks.limit)):
-        return None
-    for file in report.artifact.files:
-        if not Path(file.path).exists() or file_sha256(Path(file.path)) != file.sha256:
-            raise ConvertError(
-                "the artifact of this finished job has been removed or changed since",
-                file.path,
-                "put it back, or write it again with --fresh",
-            )
-    return report

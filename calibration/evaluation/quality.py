@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from bitwright.calibration.stream.arithmetic import Arithmetic
     from bitwright.calibration.stream.forward import LayerStream
+    from bitwright.calibration.stream.micro_batches import Excerpt
     from bitwright.calibration.stream.streamable import StreamableModel
     from bitwright.calibration.stream.weights import WeightSource
     from bitwright.calibration.text.corpus import Corpus
@@ -77,7 +78,8 @@ class Baseline:
     As llama-perplexity does, the second half of each sample is scored, so that every prediction has half a sample of
     context at least: of L tokens the L - L // 2 - 1 that follow position L // 2.
     control: its work directory takes twice `control.work_bytes`. keep: the hidden states of every layer, so that
-    weights that differ late are measured sooner. known: where the source's states after the last layer may be from
+    weights that differ late are measured sooner. excerpt: what the corpus is of a text of which other machines measure
+    the rest. known: where the source's states after the last layer may be from
     another time; the head makes its predictions of them, to the bit, and they are a fraction of its logits.
     Raises ConvertError for samples of less than 4 tokens, and for a model that predicts none.
     """
@@ -90,6 +92,7 @@ class Baseline:
         *,
         keep: bool = False,
         known: PassStore | None = None,
+        excerpt: "Excerpt | None" = None,
     ):
         from bitwright.calibration.stream.forward import LayerStream
 
@@ -100,10 +103,11 @@ class Baseline:
                 "give a longer --sequence-length",
             )
         self._source, self.corpus, self._control, self._keep = source, corpus, control, keep
+        self._excerpt = excerpt
         directory = control.within("source").work_dir
         fetched = known is not None and not directory.exists() and known.fetch(directory)
         self._new = None if fetched else known  # where the states of this run are to be kept
-        self._stream = LayerStream(source, corpus.tokens, control.within("source"), keep=keep)
+        self._stream = LayerStream(source, corpus.tokens, control.within("source"), keep=keep, excerpt=excerpt)
         self._stream.require_head()
 
     def stream_scores(
@@ -137,7 +141,7 @@ class Baseline:
         model = replace(self._source, weights=candidate, arithmetic=arithmetic)
         control = self._control.within(name)
         after = (self._stream, first_layer) if self._keep and first_layer else None
-        stream = LayerStream(model, self.corpus.tokens, control, after=after)
+        stream = LayerStream(model, self.corpus.tokens, control, after=after, excerpt=self._excerpt)
         stream.run(stage or f"run {name}")
         parts, n_samples = [], len(self.corpus.tokens)
         for n_done, sample in enumerate(_scores([self._stream, stream], self.corpus.tokens, logits), start=1):
@@ -187,7 +191,25 @@ def stream_quality(
     baseline = Baseline(source, corpus, control, known=known)
     scores = baseline.stream_scores(candidate, arithmetic=arithmetic, must_be_finite=False, logits=logits)
     baseline.discard()
-    return _report(scores, corpus, words, baseline.computed)
+    return quality_of(scores, corpus, words, baseline.computed)
+
+
+def stream_excerpt_scores(
+    source: "StreamableModel",
+    candidate: "WeightSource",
+    corpus: "Corpus",
+    control: PassControl,
+    excerpt: "Excerpt",
+    arithmetic: "Arithmetic | None" = None,
+) -> np.ndarray:
+    """What Baseline.stream_scores tells of an excerpt of the corpus. `quality_of` makes the report of those of all
+    excerpts, one after the other; they are the same, to the bit, however the corpus is cut into excerpts of whole
+    groups."""
+    few = replace(corpus, tokens=corpus.tokens[excerpt.first : excerpt.first + excerpt.n_samples])
+    baseline = Baseline(source, few, control, excerpt=excerpt)
+    scores = baseline.stream_scores(candidate, arithmetic=arithmetic, must_be_finite=False)
+    baseline.discard()
+    return scores
 
 
 def stream_quality_by_position(
@@ -204,7 +226,7 @@ def stream_quality_by_position(
     baseline = Baseline(source, corpus, control)
     scores = baseline.stream_scores(candidate, arithmetic=arithmetic, must_be_finite=False)
     baseline.discard()
-    return _report(scores, corpus, words, baseline.computed), _spans(scores[2], corpus.tokens.shape, n_spans)
+    return quality_of(scores, corpus, words, baseline.computed), _spans(scores[2], corpus.tokens.shape, n_spans)
 
 
 def _spans(divergence: np.ndarray, shape: tuple[int, ...], n_spans: int) -> tuple[Span, ...]:
@@ -267,9 +289,11 @@ def _perplexity(likelihoods: np.ndarray) -> float | None:
     return perplexity if np.isfinite(perplexity) else None
 
 
-def _report(
-    scores: np.ndarray, corpus: "Corpus", words: np.ndarray | None, computed: Mapping[str, str]
+def quality_of(
+    scores: np.ndarray, corpus: "Corpus", words: np.ndarray | None, computed: Mapping[str, str] | None = None
 ) -> QualityReport:
+    """The report of what Baseline.stream_scores tells of a whole corpus; words: as of stream_quality. computed: by
+    what, as Baseline has it."""
     words = np.full(corpus.tokens.shape, NO_WORD) if words is None else words
     source, candidate, divergence, agree, *hits = scores
     n_not_finite = int(np.count_nonzero(~np.isfinite(scores[1:3]).all(axis=0)))
@@ -291,5 +315,5 @@ def _report(
         words=n_words,
         tokens=scores.shape[1],
         **corpus.identity,
-        **computed,
+        **(computed or {}),
     )

@@ -1,6 +1,8 @@
 """The pass that sums the squared inputs of every matrix, and where asked their second moments."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,10 +13,18 @@ from bitwright.calibration.statistics.importance import ImportanceMatrix
 from bitwright.calibration.statistics.second_moments import SecondMoments, write_index, write_moments
 from bitwright.calibration.stream.build import load_config
 from bitwright.calibration.stream.forward import stream_past
-from bitwright.calibration.stream.observer import SquaredInputs
+from bitwright.calibration.stream.micro_batches import Excerpt
+from bitwright.calibration.stream.observer import SquaredInputs, Sums, add_sums
 from bitwright.calibration.stream.streamable import StreamableModel
 from bitwright.calibration.stream.weights import ParameterReader
 from bitwright.calibration.text.corpus import Corpus
+
+
+class TensorSums(NamedTuple):
+    """GGUF tensor -> sums of squared inputs, float64 [n_matrices, n_columns], and counts, int64 [n_matrices]."""
+
+    sums: dict[str, np.ndarray]
+    counts: dict[str, np.ndarray]
 
 
 def stream_importance(
@@ -32,26 +42,48 @@ def stream_importance(
     inputs go too, see statistics/second_moments.py.
     Raises Interrupted when the control, asked after every layer, says so.
     """
-    squared, moments = SquaredInputs(), None
+    excerpt = Excerpt.whole(len(corpus.tokens))
+    squared, moments = SquaredInputs(excerpt), None
     if moments_dir is not None:
         width = load_config(streamable.config_dir).get_text_config().hidden_size
-        squared = moments = InputMoments(moments_dir, width, corpus.tokens.size)
-    parameters = stream_past(squared, streamable, corpus.tokens, control, held_out_apart=True)
-    sums: dict[str, dict[int, np.ndarray]] = {}
-    counts: dict[str, dict[int, np.ndarray]] = {}
-    for parameter, of_parameter in squared.sums.items():
-        for place, span, _ in parameters.places(parameter, len(of_parameter), names):
-            sums.setdefault(place.tensor, {})[place.matrix] = place.of_columns(of_parameter[span])
-            counts.setdefault(place.tensor, {})[place.matrix] = place.of_matrices(squared.counts[parameter][span])
+        squared = moments = InputMoments(moments_dir, width, corpus.tokens.size, excerpt=excerpt)
+    parameters = stream_past(squared, streamable, corpus.tokens, control, excerpt=excerpt)
     if moments is not None:
         write_index(moments.directory, moment_groups(moments, names, parameters))
-    return ImportanceMatrix(
-        sums=_in_order(sums),
-        counts=_in_order(counts),
-        model=streamable.name,
-        revision=streamable.revision,
-        **corpus.identity,
-    )
+    sums, counts = _by_tensor(squared.grouped.total, parameters, names)
+    return ImportanceMatrix(sums, counts, streamable.name, streamable.revision, **corpus.identity)
+
+
+def stream_importance_groups(
+    streamable: StreamableModel, names: MatrixNames, corpus: Corpus, control: PassControl, excerpt: Excerpt
+) -> dict[int, TensorSums]:
+    """The same of an excerpt of the corpus alone: by group the sums and the counts of every tensor, for
+    `importance_of_groups`."""
+    squared = SquaredInputs(excerpt, apart=True)
+    tokens = corpus.tokens[excerpt.first : excerpt.first + excerpt.n_samples]
+    parameters = stream_past(squared, streamable, tokens, control, excerpt=excerpt)
+    return {group: _by_tensor(sums, parameters, names) for group, sums in squared.grouped.groups.items()}
+
+
+def importance_of_groups(groups: Mapping[int, TensorSums], **identity: Any) -> ImportanceMatrix:
+    """What `stream_importance` gives for a corpus all of whose groups were summed. identity: of model and corpus, as
+    ImportanceMatrix has it."""
+    total: dict[str, dict[str, np.ndarray]] = {"sums": {}, "counts": {}}
+    for group in sorted(groups):
+        add_sums(total, groups[group]._asdict())
+    sums, counts = (dict(sorted(of.items())) for of in total.values())
+    return ImportanceMatrix(sums, counts, **identity)
+
+
+def _by_tensor(of_parameters: Sums, parameters: ParameterReader, names: MatrixNames) -> TensorSums:
+    sums: dict[str, dict[int, np.ndarray]] = {}
+    counts: dict[str, dict[int, np.ndarray]] = {}
+    for parameter, of_parameter in of_parameters["sums"].items():
+        of_matrices = of_parameters["counts"][parameter]
+        for place, span, _ in parameters.places(parameter, len(of_parameter), names):
+            sums.setdefault(place.tensor, {})[place.matrix] = place.of_columns(of_parameter[span])
+            counts.setdefault(place.tensor, {})[place.matrix] = place.of_matrices(of_matrices[span])
+    return TensorSums(_in_order(sums), _in_order(counts))
 
 
 def _in_order(parts: dict[str, dict[int, np.ndarray]]) -> dict[str, np.ndarray]:

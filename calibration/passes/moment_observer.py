@@ -16,7 +16,7 @@ from bitwright.calibration.statistics.second_moments import (
     thinned,
     write_moments,
 )
-from bitwright.calibration.stream.micro_batches import is_held_out, samples_of_a_group
+from bitwright.calibration.stream.micro_batches import Excerpt, is_held_out, samples_of_a_group
 from bitwright.calibration.stream.observer import SquaredInputs
 from bitwright.calibration.stream.weights import HEAD
 
@@ -29,11 +29,20 @@ class InputMoments(SquaredInputs):
     width: of the hidden states; experts whose inputs are as wide share one sum. n_tokens: of the text.
     shared: "PARAMETER#MATRIX" -> the name of its moments. The output head, whose products are not computed in this
     pass, has none. Sums are float32, of products of one micro-batch each, added up in their order, on the device that
-    computes them until the layer is done. Of samples that are held out rows are kept instead.
+    computes them until the layer is done. Of samples that are held out rows are kept instead. excerpt: of the text,
+    whose squares are summed by groups.
     """
 
-    def __init__(self, directory: Path, width: int, n_tokens: int, expert_bytes: int = EXPERT_BYTES) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        directory: Path,
+        width: int,
+        n_tokens: int,
+        expert_bytes: int = EXPERT_BYTES,
+        *,
+        excerpt: Excerpt | None = None,
+    ) -> None:
+        super().__init__(excerpt)
         self.directory, self.width, self.n_tokens, self.expert_bytes = directory, width, n_tokens, expert_bytes
         self.holds_out = False
         self.shared: dict[str, str] = {}
@@ -43,7 +52,7 @@ class InputMoments(SquaredInputs):
 
     def fresh(self, first: int) -> Self:
         observer = type(self)(self.directory, self.width, self.n_tokens, self.expert_bytes)
-        observer.holds_out = is_held_out(first)
+        observer.holds_out, observer.first = is_held_out(first), first
         return observer
 
     def observe(

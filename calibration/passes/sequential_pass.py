@@ -24,7 +24,7 @@ from bitwright.calibration.passes.moment_observer import InputMoments
 from bitwright.calibration.places import MatrixNames
 from bitwright.calibration.statistics.second_moments import write_index
 from bitwright.calibration.stream.forward import LayerStream
-from bitwright.calibration.stream.micro_batches import spans_of_samples
+from bitwright.calibration.stream.micro_batches import Excerpt, spans_of_samples
 from bitwright.calibration.stream.observer import NoStatistic, Observer
 from bitwright.calibration.stream.streamable import StreamableModel
 from bitwright.calibration.stream.weights import WeightSource
@@ -93,7 +93,8 @@ class SequentialStream(LayerStream):
 
     def micro_batches(self, batch: int, first: int = 0) -> list[tuple[int, int]]:
         """Of the samples whose turn it is, those that are held out apart."""
-        return spans_of_samples(self._span.stop, batch, True, max(first, self._span.start))
+        excerpt = Excerpt.whole(self._span.stop)
+        return spans_of_samples(self._span.stop, batch, excerpt, max(first, self._span.start))
 
     def _through_layers(self, pool: ThreadPoolExecutor, report: Callable[[int, int], None]) -> None:
         calls = self.arranged.calls

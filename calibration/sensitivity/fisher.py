@@ -9,13 +9,16 @@ import numpy as np
 
 from bitwright.calibration.choices import Labels
 from bitwright.calibration.control import PassControl, work_bytes
-from bitwright.calibration.sensitivity.gradient_sums import by_tensor
+from bitwright.calibration.sensitivity.gradient_sums import KINDS, by_tensor
 from bitwright.formats.errors import ConvertError
 
 if TYPE_CHECKING:
     from bitwright.calibration.places import MatrixNames
+    from bitwright.calibration.sensitivity.squared_gradients import SquaredGradients
+    from bitwright.calibration.stream.micro_batches import Excerpt
+    from bitwright.calibration.stream.observer import Sums
     from bitwright.calibration.stream.streamable import StreamableModel
-    from bitwright.calibration.stream.weights import WeightSource
+    from bitwright.calibration.stream.weights import ParameterReader, WeightSource
     from bitwright.calibration.text.corpus import Corpus
 
 
@@ -87,6 +90,46 @@ def stream_fisher(
     after every layer, says so, and ConvertError for a text whose samples have one token, another run's checkpoint, and
     gradients that are not finite.
     """
+    from bitwright.calibration.stream.micro_batches import Excerpt
+
+    squared, parameters = _stream_gradients(
+        streamable, corpus, control, Excerpt.whole(len(corpus.tokens)), labels=labels, seed=seed
+    )
+    return _factors(streamable, names, corpus, squared.sums, parameters, labels)
+
+
+def stream_gradient_groups(
+    streamable: "StreamableModel", corpus: "Corpus", control: PassControl, excerpt: "Excerpt", *, seed: int = 0
+) -> "dict[int, Sums]":
+    """The same of an excerpt of the corpus alone, as far as it adds up: by group the sums, for `fisher_of_groups`."""
+    squared, _ = _stream_gradients(streamable, corpus, control, excerpt, labels="sampled", seed=seed, apart=True)
+    return dict(squared.grouped.groups)
+
+
+def fisher_of_groups(
+    streamable: "StreamableModel", names: "MatrixNames", corpus: "Corpus", groups: "Mapping[int, Sums]"
+) -> FisherFactors:
+    """What `stream_fisher` gives for a corpus all of whose groups were summed. The model is not run."""
+    from bitwright.calibration.stream.model import LayerwiseModel
+    from bitwright.calibration.stream.observer import add_sums
+
+    total: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in KINDS}
+    for group in sorted(groups):
+        add_sums(total, groups[group])
+    return _factors(streamable, names, corpus, total, LayerwiseModel(streamable).parameters, "sampled")
+
+
+def _stream_gradients(
+    streamable: "StreamableModel",
+    corpus: "Corpus",
+    control: PassControl,
+    excerpt: "Excerpt",
+    *,
+    labels: Labels,
+    seed: int,
+    apart: bool = False,
+) -> "tuple[SquaredGradients, ParameterReader]":
+    """There and back over an excerpt of the corpus. Returns what was summed, and what finds the stored tensors."""
     if corpus.tokens.shape[1] < 2:
         raise ConvertError("samples of 1 token predict nothing", corpus.name, "give a longer --sequence-length")
     from bitwright.calibration.sensitivity.squared_gradients import SquaredGradients
@@ -96,20 +139,35 @@ def stream_fisher(
 
     forward = LayerStream(
         streamable,
-        corpus.tokens,
+        corpus.tokens[excerpt.first : excerpt.first + excerpt.n_samples],
         control.within("forward"),
         observer=SquaredInputs(),  # names the matrix whose input is not finite
         keep=True,
+        excerpt=excerpt,
     )
-    squared = SquaredGradients(cache(lambda parameter, n: len(forward.parameters.matrices(parameter, n)[0])))
+    squared = SquaredGradients(
+        cache(lambda parameter, n: len(forward.parameters.matrices(parameter, n)[0])), excerpt, apart
+    )
     backward = GradientStream(forward, control.within("backward"), squared, labels=labels, seed=seed)
     if not backward.complete:
         forward.run("forward")
     backward.run()
     forward.discard_hidden_states()
+    return squared, forward.parameters
+
+
+def _factors(
+    streamable: "StreamableModel",
+    names: "MatrixNames",
+    corpus: "Corpus",
+    sums: "Sums",
+    parameters: "ParameterReader",
+    labels: Labels,
+) -> FisherFactors:
+    """sums: over the whole corpus."""
     n_samples, sequence_length = corpus.tokens.shape
     n_labels = n_samples * (sequence_length if labels == "sampled" else sequence_length - 1)
-    gradients = by_tensor(squared.sums, forward.parameters, names)
+    gradients = by_tensor(sums, parameters, names)
     factors = {tensor: sums.factors(n_labels) for tensor, sums in gradients.items()}
     return FisherFactors(
         rows={tensor: rows for tensor, (rows, _) in factors.items()},

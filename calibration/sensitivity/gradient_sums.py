@@ -1,6 +1,5 @@
 """Sums of squared gradients: from the parameters of the model to the factors of every tensor."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from bitwright.calibration.statistics.importance import PRIOR_ROWS
 
 if TYPE_CHECKING:
     from bitwright.calibration.places import MatrixNames
+    from bitwright.calibration.stream.observer import Sums
     from bitwright.calibration.stream.weights import ParameterReader
 
 # What is summed over all samples for a parameter: name -> float64 values. A matrix may be made of several blocks of as
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 #   inputs          [n_columns]             inputs, over all matrices; an embedding has none
 #   squared_inputs  [n_columns]
 KINDS = ("rows", "columns", "count", "inputs", "squared_inputs")
-Sums = Mapping[str, Mapping[str, np.ndarray]]
 
 
 @dataclass
@@ -64,7 +63,7 @@ class GradientSums:
         )
 
 
-def by_tensor(sums: Sums, parameters: "ParameterReader", names: "MatrixNames") -> dict[str, GradientSums]:
+def by_tensor(sums: "Sums", parameters: "ParameterReader", names: "MatrixNames") -> dict[str, GradientSums]:
     """The sums of the GGUF tensors in names."""
     by_matrix: dict[str, dict[int, GradientSums]] = {}
     for parameter, rows in sums["rows"].items():
@@ -84,7 +83,7 @@ def by_tensor(sums: Sums, parameters: "ParameterReader", names: "MatrixNames") -
     return {tensor: _stacked([matrices[i] for i in sorted(matrices)]) for tensor, matrices in sorted(by_matrix.items())}
 
 
-def _blocks(sums: Sums, parameter: str) -> GradientSums:
+def _blocks(sums: "Sums", parameter: str) -> GradientSums:
     """The sums of a parameter, every block of a matrix as a matrix of its own."""
     rows, columns, counts = (sums[kind][parameter] for kind in ("rows", "columns", "count"))
     if parameter in sums["inputs"]:

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from bitwright.calibration.sensitivity.gradient_sums import KINDS
-from bitwright.calibration.stream.checkpointing import flat_arrays, load_flat_arrays
 from bitwright.calibration.stream.device.totals import Totals
+from bitwright.calibration.stream.micro_batches import Excerpt
+from bitwright.calibration.stream.observer import GroupedSums, Sums
 from bitwright.calibration.stream.weights import HEAD
 from bitwright.formats.errors import ConvertError
 
@@ -18,8 +19,8 @@ class SquaredGradients:
     """An observer of a GradientStream.
 
     n_blocks: how many blocks of as many rows each matrix of a parameter is made of, by the parameter's name and its
-    number of matrices. Columns are kept apart by block, because a gate and an up projection that the model keeps in one
-    parameter are two tensors of the checkpoint.
+    number of matrices. excerpt, apart: as of GroupedSums. Columns are kept apart by block, because a gate and an up
+    projection that the model keeps in one parameter are two tensors of the checkpoint.
 
     A matrix is multiplied with all tokens of a sequence, so the gradient that is squared is that of a whole sequence;
     on a GPU, where experts see the tokens of several sequences together, of those. The head is the exception: each of
@@ -27,17 +28,21 @@ class SquaredGradients:
     squared one by one, which is the same in the mean and nearer to it.
     """
 
-    def __init__(self, n_blocks: Callable[[str, int], int]):
+    def __init__(self, n_blocks: Callable[[str, int], int], excerpt: Excerpt | None = None, apart: bool = False):
         self.n_blocks = n_blocks
+        self.grouped = GroupedSums({kind: {} for kind in KINDS}, excerpt, _refuse_not_finite, apart)
+        self.first = 0
         self._totals = {kind: Totals[str]() for kind in KINDS}
 
     @property
     def sums(self) -> dict[str, dict[str, np.ndarray]]:
         """Kind -> parameter -> sums, of finished layers."""
-        return {kind: totals.host for kind, totals in self._totals.items()}
+        return self.grouped.total
 
     def fresh(self, first: int) -> "SquaredGradients":
-        return SquaredGradients(self.n_blocks)
+        observer = SquaredGradients(self.n_blocks)
+        observer.first = first
+        return observer
 
     def observe(
         self, parameter: str, matrix: int, n_matrices: int, inputs: torch.Tensor, outputs: torch.Tensor | None
@@ -81,21 +86,17 @@ class SquaredGradients:
         self._totals[kind].add(parameter, shape, place, values)
 
     def merge(self, other: "SquaredGradients") -> None:
-        _refuse_not_finite(other.sums["columns"])
-        for kind, totals in self._totals.items():
-            totals.merge(other._totals[kind])
+        self.grouped.add(other.first, other._totals)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        settled = {kind: totals.settle() for kind, totals in self._totals.items()}
-        _refuse_not_finite(settled["columns"])
-        return flat_arrays(self.sums)
+        return self.grouped.to_arrays()
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        load_flat_arrays(arrays, self.sums)
+        self.grouped.load_arrays(arrays)
 
 
-def _refuse_not_finite(columns: Mapping[str, np.ndarray]) -> None:
-    for parameter, of_parameter in columns.items():
+def _refuse_not_finite(sums: Sums) -> None:
+    for parameter, of_parameter in sums["columns"].items():
         if not np.isfinite(of_parameter).all():
             raise ConvertError(
                 "the gradients are not finite",

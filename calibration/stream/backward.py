@@ -59,7 +59,9 @@ class GradientStream:
         # On a CPU a sequence by itself is as fast, and an observer can tell it from others in every product.
         on_cpu = forward.device.type == "cpu"
         self._batch = MicroBatch(1, 1) if on_cpu else largest_micro_batch(forward.device, forward.sequence_length)
-        settings = {"labels": labels} | ({"seed": seed} if labels == "sampled" else {})
+        settings: dict[str, object] = {"labels": labels} | ({"seed": seed} if labels == "sampled" else {})
+        if (excerpt := forward.excerpt) is not None:
+            settings["samples of the text"] = [excerpt.first, excerpt.n_text]
         self._checkpoint = forward.open_checkpoint(control.work_dir, observer, self._batch, settings)
 
     @property
@@ -98,10 +100,11 @@ class GradientStream:
             self._for_all_samples(pool, micro_batch, weights, report)
 
     def _head_backward(self, logits: Callable[[torch.Tensor], torch.Tensor], start: int, stop: int) -> None:
-        states = self.forward.hidden_states(start, stop)
+        forward = self.forward
+        states = forward.hidden_states(start, stop)
         for sample, rows in enumerate(states, start):
-            uniform = np.random.default_rng([self.seed, sample]).random(len(rows))
-            for span in self.forward.logit_spans(len(rows)):
+            uniform = np.random.default_rng([self.seed, forward.first + sample]).random(len(rows))
+            for span in forward.logit_spans(len(rows)):
                 inputs = rows[span].clone().requires_grad_()
                 outputs = logits(inputs)
                 loss_gradient = self._loss_gradient(outputs.detach(), sample, span, uniform)
@@ -158,7 +161,7 @@ class GradientStream:
         with forward.first_states(forward.arranged) as (weights, first):
             owners = locate_matrices({name: weights[name] for name in forward.arranged.before})
             for start, stop in forward.micro_batches(self._batch.samples):
-                tokens, seen = forward.token_tensor(start, stop), self.observer.fresh(start)
+                tokens, seen = forward.token_tensor(start, stop), self.observer.fresh(forward.first + start)
                 with ProductTap(owners, seen), _LookedUp(tables, tokens) as looked_up:
                     states, _ = first(tokens)
                 above = forward.read_states(gradients, start, stop)

@@ -22,7 +22,7 @@ from bitwright.calibration.control import Interrupted, PassControl
 from bitwright.calibration.stream.anatomy.state import Layout
 from bitwright.calibration.stream.checkpointing import NOT_STARTED, HiddenStates, StreamCheckpoint
 from bitwright.calibration.stream.device.memory import MicroBatch, is_out_of_memory
-from bitwright.calibration.stream.micro_batches import largest_micro_batch, spans_of_samples
+from bitwright.calibration.stream.micro_batches import Excerpt, largest_micro_batch, spans_of_samples
 from bitwright.calibration.stream.model import Arranged, LayerCall, LayerwiseModel
 from bitwright.calibration.stream.observer import NoStatistic, Observer, ProductTap, locate_matrices
 from bitwright.calibration.stream.streamable import StreamableModel
@@ -40,7 +40,7 @@ class LayerStream(LayerwiseModel):
     keep: every layer's input, for a pass back; otherwise only the last one is kept.
     after: a finished stream that has kept them, over the same tokens, and the number of its layers whose weights are
     the same: these are not run again, and the observer does not see them.
-    held_out_apart: no micro-batch has samples that are held out beside others, see micro_batches.is_held_out.
+    excerpt: what the tokens are of a text whose statistics are summed by groups, see Excerpt.
     """
 
     def __init__(
@@ -53,15 +53,16 @@ class LayerStream(LayerwiseModel):
         settings: Mapping[str, object] | None = None,
         keep: bool = False,
         after: "tuple[LayerStream, int] | None" = None,
-        held_out_apart: bool = False,
+        excerpt: Excerpt | None = None,
     ):
         super().__init__(streamable)
         self.tokens, self.control, self.observer = tokens, control, observer or NoStatistic()
         self.n_samples, self.sequence_length = tokens.shape
-        self._held_out_apart = held_out_apart
+        self.excerpt, self.first = excerpt, 0 if excerpt is None else excerpt.first
         self._after, self._batch = after, largest_micro_batch(self.device, self.sequence_length, self.observer)
         self._arranged: Arranged | None = None
         settings = dict(settings or {}) | ({} if after is None else {"layers taken over": after[1]})
+        settings |= {} if excerpt is None else {"samples of the text": [excerpt.first, excerpt.n_text]}
         self._checkpoint = self.open_checkpoint(control.work_dir, self.observer, self._batch, settings, keep=keep)
         layouts = self._checkpoint.notes.get("layouts", {})
         self.layouts = {int(layers): Layout.from_json(of) for layers, of in layouts.items()}
@@ -189,7 +190,7 @@ class LayerStream(LayerwiseModel):
         owners = locate_matrices(weights)
 
         def run(start: int, stop: int) -> Observer:
-            seen = observer.fresh(start)
+            seen = observer.fresh(self.first + start)
             with ProductTap(owners, seen), self.cache.shown_to(seen), self.computing(weights):
                 micro_batch(start, stop)
             return seen
@@ -202,7 +203,7 @@ class LayerStream(LayerwiseModel):
 
     def micro_batches(self, batch: int, first: int = 0) -> list[tuple[int, int]]:
         """(first sample, the one after the last) of each, from the first sample on."""
-        return spans_of_samples(self.n_samples, batch, self._held_out_apart, first)
+        return spans_of_samples(self.n_samples, batch, self.excerpt, first)
 
     def report(self, stage: str, n_steps: int, step: int, samples_done: int) -> None:
         """A token that is through half of the steps counts half."""
@@ -266,7 +267,7 @@ class LayerStream(LayerwiseModel):
         with self.head_inputs() as head_inputs:
             owners = locate_matrices(self.weights_after_layers(arranged))
             for start, stop in self.micro_batches(self._batch.samples):
-                seen = self.observer.fresh(start)
+                seen = self.observer.fresh(self.first + start)
                 with torch.inference_mode():
                     with ProductTap(owners, seen):
                         inputs = head_inputs(self.hidden_states(start, stop))
@@ -300,14 +301,12 @@ def stream_past(
     *,
     stage: str = "calibrate",
     settings: Mapping[str, object] | None = None,
-    held_out_apart: bool = False,
+    excerpt: Excerpt | None = None,
 ) -> ParameterReader:
     """Run the model over the tokens, int [n_samples, sequence_length], for the observer alone, which then has seen
-    everything; settings, held_out_apart: as of LayerStream. The checkpoint stays, without its hidden states: with it a
+    everything; settings, excerpt: as of LayerStream. The checkpoint stays, without its hidden states: with it a
     second call returns at once. Returns what finds the stored tensors of the parameters that the observer names."""
-    stream = LayerStream(
-        streamable, tokens, control, observer=observer, settings=settings, held_out_apart=held_out_apart
-    )
+    stream = LayerStream(streamable, tokens, control, observer=observer, settings=settings, excerpt=excerpt)
     stream.run(stage)
     stream.discard_hidden_states()
     return stream.parameters

@@ -1,5 +1,8 @@
 """How many samples go through a layer at once, and which."""
 
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
@@ -11,6 +14,8 @@ from bitwright.calibration.stream.device.memory import MicroBatch
 # micro-batches in flight, so that it computes while hidden states are read, hashed and written.
 _TOKENS = {"cpu": 512, "cuda": 8192, "mps": 2048}
 _IN_FLIGHT = {"cuda": 4, "mps": 1}
+N_GROUPS = 16
+"""Groups of consecutive samples whose sums are added up in their order."""
 # Of so many samples, which ones are held out of what is summed.
 _HELD_OUT_OF, _HELD_OUT = 32, (1, 3)
 
@@ -47,13 +52,50 @@ def micro_batches_at_once(device: torch.device, threads: int) -> int:
     return threads if device.type == "cpu" else _IN_FLIGHT[device.type]
 
 
-def spans_of_samples(n_samples: int, batch: int, held_out_apart: bool, first: int = 0) -> list[tuple[int, int]]:
+@dataclass(frozen=True)
+class Excerpt:
+    """Consecutive samples of a text: `n_samples` of its `n_text`, from the number `first` on.
+
+    A sum over a text is the sum over its N_GROUPS groups of consecutive samples, added up in their order; so it is the
+    same, to the bit, whichever machines have summed which groups.
+    """
+
+    first: int
+    n_samples: int
+    n_text: int
+
+    @classmethod
+    def whole(cls, n_text: int) -> "Excerpt":
+        return cls(0, n_text, n_text)
+
+    @classmethod
+    def of_groups(cls, groups: range, n_text: int) -> "Excerpt":
+        first, last = (n_text * group // N_GROUPS for group in (groups.start, groups.stop))
+        return cls(first, last - first, n_text)
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [self.n_text * group // N_GROUPS for group in range(N_GROUPS)]
+
+    def group_of(self, sample: int) -> int:
+        """The group of a sample, which goes by its number in the text."""
+        return bisect_right(self._starts, sample) - 1
+
+    def cuts(self) -> list[int]:
+        """Where a micro-batch ends, whatever its size: at the end of a group, and between samples of which one is held
+        out and the other is not. Counted from the first sample of the excerpt."""
+        numbers = range(self.first + 1, self.first + self.n_samples)
+        inner = (n for n in numbers if n in self._starts or is_held_out(n) != is_held_out(n - 1))
+        return sorted({0, self.n_samples, *(n - self.first for n in inner)})
+
+
+def spans_of_samples(
+    n_samples: int, batch: int, excerpt: Excerpt | None = None, first: int = 0
+) -> list[tuple[int, int]]:
     """(first sample, the one after the last) of micro-batches of `batch` samples or fewer, from the first sample on.
 
-    held_out_apart: none has samples that are held out beside others.
+    excerpt: what the samples are of a text whose sums are made of groups; None for samples of no matter which.
     """
-    cuts = [first, n_samples]
-    if held_out_apart:
-        changes = (s for s in range(first + 1, n_samples) if is_held_out(s) != is_held_out(s - 1))
-        cuts = sorted({first, n_samples, *changes})
+    cuts = [] if excerpt is None else excerpt.cuts()
+    cuts = [first, *(cut for cut in cuts if first < cut < n_samples), n_samples]
     return [(start, min(start + batch, last)) for begin, last in pairwise(cuts) for start in range(begin, last, batch)]

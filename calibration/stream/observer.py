@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from bitwright.calibration.stream.checkpointing import flat_arrays, load_flat_arrays
 from bitwright.calibration.stream.device.totals import Totals
+from bitwright.calibration.stream.micro_batches import Excerpt
 from bitwright.formats.errors import ConvertError
 
 
@@ -19,7 +20,7 @@ class Observer(Protocol):
     micro-batch; these are merged in the order of the micro-batches, whatever the order in which they end."""
 
     def fresh(self, first: int) -> Self:
-        """first: the first sample of the micro-batch."""
+        """first: the first sample of the micro-batch, by its number in the text."""
 
     def observe(
         self, parameter: str, matrix: int, n_matrices: int, inputs: torch.Tensor, outputs: torch.Tensor | None
@@ -162,6 +163,10 @@ class ProductTap(ProductMode):
         return outputs
 
 
+Sums = Mapping[str, Mapping[str, np.ndarray]]
+"""kind -> parameter -> an array that is added up."""
+
+
 def refuse_not_finite(sums: np.ndarray, parameter: str) -> None:
     """Raises ConvertError where inputs of a parameter's matrices were not finite; sums: of these, [..., n_columns]."""
     if not np.isfinite(sums).all():
@@ -171,6 +176,69 @@ def refuse_not_finite(sums: np.ndarray, parameter: str) -> None:
             f"column {column} of the inputs of {parameter}",
             "check the weights; on a GPU try --device cpu, which computes in float32",
         )
+
+
+class GroupedSums:
+    """Sums over an excerpt of a text, made of the sums over its groups: of a group first, then of the groups in order.
+
+    total: kind -> parameter -> array, into which the sums of all finished groups go; excerpt: None for a single group.
+    refuse: raises ConvertError for sums, by kind, that cannot be; asked of every group that is done.
+    apart: the sums of every group are kept by themselves in `groups` instead, for a machine that has some of them.
+    """
+
+    def __init__(
+        self,
+        total: dict[str, dict[str, np.ndarray]],
+        excerpt: Excerpt | None,
+        refuse: Callable[[Sums], None],
+        apart: bool = False,
+    ):
+        self.total, self.excerpt, self.refuse, self.apart = total, excerpt, refuse, apart
+        self.groups: dict[int, dict[str, dict[str, np.ndarray]]] = {}
+        self._open: tuple[int, dict[str, Totals[str]]] | None = None
+
+    def add(self, first: int, totals: Mapping[str, Totals[str]]) -> None:
+        """What a micro-batch that begins with this sample has shown, by kind, which is not used again; micro-batches
+        come in order."""
+        group = 0 if self.excerpt is None else self.excerpt.group_of(first)
+        self.refuse({kind: of.host for kind, of in totals.items()})
+        if self._open is not None and self._open[0] == group:
+            for kind, of_kind in self._open[1].items():
+                of_kind.merge(totals[kind])
+        else:
+            self.close()
+            self._open = group, dict(totals)
+
+    def close(self) -> None:
+        """Nothing more comes of the group that was summed last: a layer, or the pass, is done."""
+        if self._open is not None:
+            group, totals = self._open
+            self.refuse({kind: of.settle() for kind, of in totals.items()})
+            into = self.groups.setdefault(group, {kind: {} for kind in self.total}) if self.apart else self.total
+            add_sums(into, {kind: of.host for kind, of in totals.items()})
+            self._open = None
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Everything of the layers that are done, for a checkpoint."""
+        self.close()
+        of_groups = ((f"{group}:{kind}", of) for group, sums in self.groups.items() for kind, of in sums.items())
+        return flat_arrays({**self.total, **dict(of_groups)})
+
+    def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        numbers = {int(name.partition(":")[0]) for name in arrays if ":" in name.partition("/")[0]}
+        self.groups = {group: {kind: {} for kind in self.total} for group in sorted(numbers)}
+        of_groups = {f"{group}:{kind}": of for group, sums in self.groups.items() for kind, of in sums.items()}
+        load_flat_arrays(arrays, {**self.total, **of_groups})
+
+
+def add_sums(into: dict[str, dict[str, np.ndarray]], sums: Sums) -> None:
+    """What is not there yet is taken over, without a copy."""
+    for kind, of_kind in sums.items():
+        for parameter, values in of_kind.items():
+            if parameter in into[kind]:
+                into[kind][parameter] += values
+            else:
+                into[kind][parameter] = values
 
 
 class NoStatistic:
@@ -198,19 +266,28 @@ class SquaredInputs:
     """Per matrix the sum of squared inputs of every column, and the rows they were summed over.
 
     sums: parameter -> float64 [n_matrices, n_columns], of finished layers; counts: parameter -> int64 [n_matrices].
-    Within a micro-batch the sum is taken in float32 by torch's cascade summation, beyond it as Totals do.
+    Within a micro-batch the sum is taken in float32 by torch's cascade summation, beyond it as Totals do. excerpt,
+    apart: as of GroupedSums.
     """
 
-    def __init__(self) -> None:
-        self._totals, self.counts = Totals[str](), dict[str, np.ndarray]()
+    def __init__(self, excerpt: Excerpt | None = None, apart: bool = False) -> None:
+        self.grouped = GroupedSums({"sums": {}, "counts": {}}, excerpt, _refuse_squares, apart)
+        self.first = 0
+        self._totals = {"sums": Totals[str](), "counts": Totals[str](np.int64)}
         self._latest: tuple[weakref.ref[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def sums(self) -> dict[str, np.ndarray]:
-        return self._totals.host
+        return self.grouped.total["sums"]
+
+    @property
+    def counts(self) -> dict[str, np.ndarray]:
+        return self.grouped.total["counts"]
 
     def fresh(self, first: int) -> Self:
-        return type(self)()
+        observer = type(self)()
+        observer.first = first
+        return observer
 
     def observe(
         self, parameter: str, matrix: int, n_matrices: int, inputs: torch.Tensor, outputs: torch.Tensor | None
@@ -221,24 +298,19 @@ class SquaredInputs:
             squares = inputs.detach().reshape(-1, inputs.shape[-1]).float().square()
             self._latest = (weakref.ref(inputs), squares.sum(0))
         squares = self._latest[1]
-        self._totals.add(parameter, (n_matrices, len(squares)), matrix, squares)
-        counts = self.counts.setdefault(parameter, np.zeros(n_matrices, np.int64))
-        counts[matrix] += inputs.numel() // inputs.shape[-1]
+        self._totals["sums"].add(parameter, (n_matrices, len(squares)), matrix, squares)
+        self._totals["counts"].add(parameter, (n_matrices,), matrix, inputs.numel() // inputs.shape[-1])
 
     def merge(self, other: Self) -> None:
-        for parameter, sums in other.sums.items():
-            refuse_not_finite(sums, parameter)
-        self._totals.merge(other._totals)
-        for parameter, counts in other.counts.items():
-            if parameter in self.counts:
-                self.counts[parameter] += counts
-            else:
-                self.counts[parameter] = counts
+        self.grouped.add(other.first, other._totals)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        for parameter, sums in self._totals.settle().items():
-            refuse_not_finite(sums, parameter)
-        return flat_arrays({"sums": self.sums, "counts": self.counts})
+        return self.grouped.to_arrays()
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        load_flat_arrays(arrays, {"sums": self.sums, "counts": self.counts})
+        self.grouped.load_arrays(arrays)
+
+
+def _refuse_squares(sums: Sums) -> None:
+    for parameter, of_parameter in sums["sums"].items():
+        refuse_not_finite(of_parameter, parameter)

@@ -12,7 +12,7 @@ from bitwright.profiles.vocabulary import ModelMap
 
 
 @dataclass(frozen=True)
-class Finished:
+class EarlierArtifact:
     """An artifact of the same source that is done. files: its own; journal: what was written into them."""
 
     files: tuple[Path, ...]
@@ -38,7 +38,7 @@ class Run:
     progress: Progress
     should_stop: ShouldStop
     notes: tuple[str, ...] = ()
-    earlier: tuple[Finished, ...] = ()
+    earlier: tuple[EarlierArtifact, ...] = ()
 
     @property
     def cache(self) -> SourceCache:

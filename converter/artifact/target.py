@@ -3,6 +3,8 @@
 The pipeline's stages are the same for a GGUF and for a safetensors directory; what differs is behind the seam Target.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -12,6 +14,7 @@ from bitwright.converter.artifact.candidate import Candidate
 from bitwright.converter.artifact.layout import Files
 from bitwright.converter.artifact.run import Run
 from bitwright.converter.artifact.tensor_errors import TensorError
+from bitwright.converter.artifact.writer import PlanEncoder
 from bitwright.converter.job.job import Job
 from bitwright.converter.source.checkpoint import Checkpoint
 from bitwright.formats.typed import to_plain
@@ -93,6 +96,10 @@ class Adapted(Generic[P, F]):
     notes: tuple[str, ...] = ()
 
 
+Encoders = Callable[[Adapted[Any, Any]], AbstractContextManager[PlanEncoder[Any]]]
+"""As Target.encoder."""
+
+
 class Target(Protocol[P, F]):
     """One kind of artifact. What a method has done when it raises Interrupted is there for a later call."""
 
@@ -115,7 +122,10 @@ class Target(Protocol[P, F]):
     def adapted_before(self, prepared: Prepared[P]) -> Prepared[P] | None:
         """What `adapt` has made of a finished job; None where that is lost."""
 
-    def write(self, adapted: Adapted[P, F]) -> list[Path]:
+    def encoder(self, adapted: Adapted[P, F]) -> AbstractContextManager[PlanEncoder[Any]]:
+        """What encodes the rows of the plan, ready as long as the `with` block."""
+
+    def write(self, adapted: Adapted[P, F], encoder: PlanEncoder[Any]) -> list[Path]:
         """Encode and write what is not there yet; returns all files of the artifact, those with the weights first."""
 
     def verify(self, adapted: Adapted[P, F], paths: list[Path]) -> tuple[list[TensorError], dict[str, Any] | None]:

@@ -1,17 +1,31 @@
 """`bitwright imatrix`: the importance matrix alone, and what else is measured of a model."""
 
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from bitwright.converter.commands.outcome import fails_clearly, this_command
-from bitwright.converter.commands.parameters import PATH, GroupedCommand, option, options_of, quiet_option
+from bitwright.converter.commands.parameters import (
+    PATH,
+    GroupedCommand,
+    option,
+    options_of,
+    part_option,
+    quiet_option,
+    scratch_option,
+)
 from bitwright.converter.job.options import CALIBRATION, OUTPUT
+from bitwright.formats.errors import ConvertError
+
+if TYPE_CHECKING:
+    from bitwright.calibration.control import ShouldStop
+    from bitwright.converter.job.progress import Progress
 
 
 @click.command(cls=GroupedCommand, short_help="Compute the importance matrix, and what else is measured.")
-@click.argument("model")
+@click.argument("sources", nargs=-1, required=True, metavar="MODEL | PARTS...")
 @option(
     "-o",
     "--output",
@@ -33,6 +47,10 @@ from bitwright.converter.job.options import CALIBRATION, OUTPUT
     is_flag=True,
     help="Write statistics of activations instead of importance.",
 )
+@part_option
+@scratch_option
+@option("--merge", group=OUTPUT, is_flag=True, help="Add up PARTS, the files of `bitwright imatrix --part`.")
+@option("--model", group=OUTPUT, metavar="MODEL", help="With --merge --sensitivity: where the model is here.")
 @option(
     "--fresh",
     group=OUTPUT,
@@ -41,16 +59,77 @@ from bitwright.converter.job.options import CALIBRATION, OUTPUT
 )
 @quiet_option
 @fails_clearly
-def imatrix(model: str, output: Path | None, quiet: bool, **options: Any) -> None:
-    """Compute the importance matrix of MODEL, or convert one between GGUF and .dat."""
+def imatrix(sources: tuple[str, ...], output: Path | None, quiet: bool, **options: Any) -> None:
+    """Compute the importance matrix of MODEL, or convert one between GGUF and .dat; or a part of it on one of many
+    machines (--part), or the whole of PARTS (--merge)."""
     from bitwright.converter.boundary.interrupts import Stop
-    from bitwright.converter.imatrix import write_importance
     from bitwright.converter.job.progress import Progress
 
     progress = Progress(quiet)
     try:
         with Stop().on_interrupt() as should_stop:
-            written = write_importance(model, output, progress, should_stop, command=this_command(), **options)
+            written = _written(sources, output, progress, should_stop, **options)
     finally:
         progress.close()
     click.echo("\n".join(map(str, written)))
+
+
+def _written(
+    sources: tuple[str, ...],
+    output: Path | None,
+    progress: "Progress",
+    should_stop: "ShouldStop",
+    *,
+    part: str | None,
+    scratch: Path | None,
+    merge: bool,
+    model: str | None,
+    **options: Any,
+) -> list[Path]:
+    """What the command does: the whole, a part, or the parts merged."""
+    command = this_command()
+    if merge:
+        from bitwright.converter.machines.importance import merge_parts
+
+        if output is None or part is not None or options["super_weights"] or options["activations"]:
+            raise ConvertError(
+                "parts are merged into an importance matrix, and have sensitivity beside it at most",
+                "--merge",
+                "name it with --output FILE.gguf, and add no --part, --super-weights or --activations",
+            )
+        kept = {name: options[name] for name in ("sensitivity", "fresh", "threads")}
+        paths = [Path(source) for source in sources]
+        return merge_parts(paths, output, progress, should_stop, model=model, command=command, **kept)
+    if len(sources) > 1 or model is not None:
+        raise ConvertError("one model at a time is measured", " ".join(sources), "merge files of parts with --merge")
+    if part is None:
+        from bitwright.converter.imatrix import write_importance
+
+        if scratch is not None:
+            raise ConvertError(
+                "--scratch is where a part is worked on", "--scratch", "use --work-dir, or add --part I/N"
+            )
+        return write_importance(sources[0], output, progress, should_stop, command=command, **options)
+    from bitwright.converter.machines.importance import write_part
+    from bitwright.converter.machines.part import part_of
+
+    if options.pop("super_weights") or options.pop("activations") or options.pop("fresh"):
+        raise ConvertError(
+            "a part has sums of importance and gradients, and nothing to start over",
+            "--super-weights, --activations or --fresh with --part",
+            "look for super weights, or measure activations, on one machine; remove a part's file to compute it again",
+        )
+    options.pop("work_dir")
+    return [
+        write_part(
+            part_of(part),
+            output,
+            progress,
+            should_stop,
+            words=shlex.split(command),
+            scratch=scratch,
+            model=sources[0],
+            command=command,
+            **options,
+        )
+    ]

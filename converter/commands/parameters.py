@@ -79,6 +79,17 @@ against_option = click.option(
     "--against", "model", required=True, metavar="MODEL", help="The source: a directory, Hub id or GGUF."
 )
 
+part_option = click.option(
+    "--part", metavar="I/N", help="Which part of how many; /N, or nothing, as Slurm's or Kubernetes' variables say."
+)
+
+scratch_option = click.option(
+    "--scratch",
+    type=PATH,
+    metavar="DIR",
+    help="A disk of this machine for unfinished work. [default: beside the output]",
+)
+
 report_place_option = click.option("--work-dir", type=PATH, help="Where its report is. [default: beside the artifact]")
 
 

@@ -16,6 +16,7 @@ from bitwright.converter.artifact.naming import directory_name
 from bitwright.converter.artifact.run import Run
 from bitwright.converter.artifact.target import Adapted, Located, Planned, Prepared
 from bitwright.converter.artifact.tensor_errors import TensorError
+from bitwright.converter.artifact.writer import PlanEncoder
 from bitwright.converter.directory.activations import adapt_activations, smoothing_of, uses_activations
 from bitwright.converter.directory.artifact import DirectoryArtifact
 from bitwright.converter.directory.config import quantization_config, stored_dtype
@@ -146,11 +147,11 @@ class DirectoryTarget:
         run = replace(prepared.run, should_stop=never)
         return self.adapt(replace(prepared, run=run)).prepared
 
-    def write(self, adapted: Adapted[ModulePlan, Findings]) -> list[Path]:
+    def encoder(self, adapted: Adapted[ModulePlan, Findings]) -> ModuleEncoder:
         prepared, run, plan = adapted.prepared, adapted.prepared.run, adapted.prepared.plan
         feedback = open_feedback(run, plan)
         smooths = feedback is not None and smoothing_of(run.job) is not None
-        with ModuleEncoder(
+        return ModuleEncoder(
             run.checkpoint,
             plan,
             prepared.importance,
@@ -159,10 +160,13 @@ class DirectoryTarget:
             run.job.n_threads,
             feedback,
             load_smoothing(run.work_dir / SMOOTHING_FILE).factors if smooths else None,
-        ) as encoder:
-            stated = {"dtype": stored_dtype(plan), "quantization_config": quantization_config(plan)}
-            layouts = directory_layouts(plan, run.job.shard_bytes)
-            return write_directory(run, encoder, layouts, stated, _description(prepared))
+        )
+
+    def write(self, adapted: Adapted[ModulePlan, Findings], encoder: PlanEncoder[PlannedModule]) -> list[Path]:
+        run, plan = adapted.prepared.run, adapted.prepared.plan
+        stated = {"dtype": stored_dtype(plan), "quantization_config": quantization_config(plan)}
+        layouts = directory_layouts(plan, run.job.shard_bytes)
+        return write_directory(run, encoder, layouts, stated, _description(adapted.prepared))
 
     def verify(
         self, adapted: Adapted[ModulePlan, Findings], paths: list[Path]

@@ -8,12 +8,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from typing import Self
 
 import numpy as np
 
 from bitwright.calibration.control import OnProgress, say
 from bitwright.converter.artifact.feedback import wants_feedback
-from bitwright.converter.artifact.run import Finished, Run
+from bitwright.converter.artifact.run import EarlierArtifact, Run
 from bitwright.converter.gguf.encode import Encoder
 from bitwright.converter.job.identity import job_fingerprint
 from bitwright.formats.errors import ConvertError
@@ -64,8 +65,12 @@ class ReusingEncoder:
         feedback = self._taken[name].feedback
         return {_KEY: self._key(planned)} | ({} if feedback is None else {_FEEDBACK: feedback})
 
-    def finish(self) -> None:
-        """Say how many tensors were copied, where any were."""
+    def __enter__(self) -> Self:
+        self.encoder.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.encoder.__exit__(*error)
         if self._taken:
             n_bytes = sum(donor.stored.n_bytes for donor in self._taken.values())
             say(self.run.progress, f"{len(self._taken)} tensors ({n_bytes:,} bytes) are those of earlier artifacts")
@@ -102,7 +107,7 @@ def _digest(plain: object) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _donors(finished: Finished, progress: OnProgress) -> dict[str, _Donor]:
+def _donors(finished: EarlierArtifact, progress: OnProgress) -> dict[str, _Donor]:
     """The tensors of an artifact by key; none of one that cannot be read any more."""
     try:
         stored = {tensor.name: tensor for path in finished.files for tensor in read_gguf(path).tensors}

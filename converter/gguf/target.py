@@ -15,7 +15,7 @@ from bitwright.converter.artifact.ownership import Replaceable
 from bitwright.converter.artifact.run import Run
 from bitwright.converter.artifact.target import Adapted, Located, Planned, Prepared
 from bitwright.converter.artifact.tensor_errors import TensorError
-from bitwright.converter.artifact.writer import JOURNAL, ArtifactWriter, written_sha256
+from bitwright.converter.artifact.writer import JOURNAL, ArtifactWriter, PlanEncoder, written_sha256
 from bitwright.converter.gguf.coverage import gguf_coverage
 from bitwright.converter.gguf.encode import Encoder
 from bitwright.converter.gguf.layout import gguf_layouts, uniform_sizes
@@ -41,7 +41,7 @@ from bitwright.formats.errors import ConvertError
 from bitwright.profiles.evidence import Evidence
 from bitwright.profiles.planning.assign import assign
 from bitwright.profiles.planning.labels import expected_mix
-from bitwright.profiles.planning.plan import Plan
+from bitwright.profiles.planning.plan import Plan, PlannedTensor
 from bitwright.profiles.planning.protect import looks_for_super_weights
 from bitwright.profiles.planning.summary import fallback_lines, mtp_lines, unscaled_lines
 from bitwright.profiles.vocabulary import ModelMap, Role
@@ -115,19 +115,19 @@ class GgufTarget:
         protected = protected_before(prepared.run, prepared.plan, prepared.importance)
         return None if protected is None else _with(prepared, protected)
 
-    def write(self, adapted: Adapted[Plan, Protected]) -> list[Path]:
+    def encoder(self, adapted: Adapted[Plan, Protected]) -> ReusingEncoder | SequencedEncoder:
         prepared, run = adapted.prepared, adapted.prepared.run
-        layouts = prepared.files.layouts
-        _check_size(prepared.plan, layouts)
+        _check_size(prepared.plan, prepared.files.layouts)
         sequential = encode_in_sequence(prepared) if _in_sequence(run.job, prepared.plan) else None
         feedback = open_feedback(run, prepared.plan) if sequential is None else None
-        with Encoder(run.checkpoint, prepared.plan, prepared.importance, run.job.n_threads, feedback) as encoder:
-            chosen = ReusingEncoder(encoder, run) if sequential is None else SequencedEncoder(encoder, sequential)
-            replaceable = Replaceable(run.work_dir / REPLACEABLE)
-            writer = ArtifactWriter(chosen, layouts, run.output.parent, run.work_dir / JOURNAL, replaceable)
-            paths = writer.write(run.progress, run.should_stop)
-        chosen.finish()
-        return paths
+        encoder = Encoder(run.checkpoint, prepared.plan, prepared.importance, run.job.n_threads, feedback)
+        return ReusingEncoder(encoder, run) if sequential is None else SequencedEncoder(encoder, sequential)
+
+    def write(self, adapted: Adapted[Plan, Protected], encoder: PlanEncoder[PlannedTensor]) -> list[Path]:
+        run, layouts = adapted.prepared.run, adapted.prepared.files.layouts
+        replaceable = Replaceable(run.work_dir / REPLACEABLE)
+        writer = ArtifactWriter(encoder, layouts, run.output.parent, run.work_dir / JOURNAL, replaceable)
+        return writer.write(run.progress, run.should_stop)
 
     def verify(
         self, adapted: Adapted[Plan, Protected], paths: list[Path]

@@ -87,7 +87,7 @@ class SourceCache:
             "revision": self.source.revision,
             "files": self.source.files(),
             "tool": tool_identity(),
-            **_machine(self.device),
+            **machine_identity(self.device),
             **settings,
         }
         return CachedResult(self.cache, what, key, self.progress)
@@ -150,7 +150,7 @@ class CachedResult:
 
 
 @cache
-def _machine(device: Device) -> dict[str, Any]:
+def machine_identity(device: Device) -> dict[str, Any]:
     """What of the machine and of the packages decides the last bits of a result."""
     import torch
 

@@ -392,6 +392,13 @@ class Job:
         ),
     )
 
+    extent: Literal["whole", "beginning", "end"] = field(
+        default="whole",
+        metadata=option("What of the job this process does.", commands=(), identity=None, recipe="never"),
+    )
+    """Of a job on several machines one does the beginning, up to the plan, and one the end, from the assembling on;
+    what its files are is told by their content alone then, and the output is decided at the end."""
+
     command: str = field(
         default="the same call",
         metadata=option("What continues the job when it is run again.", commands=(), identity=None, recipe="never"),

@@ -39,9 +39,10 @@ _KEPT = frozenset(
         *("quality", "quality.json", "agreement", "agreement.json", "candidate-logits.npy", "runtime-logits.npy"),
         *("guard", "coherence.json", "generated.json", "tasks.json"),
         *("plan.json", "report.html", "report.json", "report-split.json", "seals.jsonl"),
+        "piece",
     )
 )
-_DRAFTS = ((".", ".tmp"), (".", ".fetched"), (".unsealed-", ""), ("..unsealed-", ".tmp"))
+_DRAFTS = ((".", ".tmp"), (".", ".partial"), (".", ".fetched"), (".unsealed-", ""), ("..unsealed-", ".tmp"))
 # And what a kill leaves while one of them is written.
 _DELETED = _KEPT | {f"{begin}{name}{end}" for name in _KEPT for begin, end in _DRAFTS}
 # The beginning of every description of a job, even of one that was damaged further on.

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bitwright.calibration.choices import CacheRounding, Device
-from bitwright.calibration.control import never
+from bitwright.calibration.control import ShouldStop, never
 from bitwright.converter.artifact.candidate import Candidate
 from bitwright.converter.artifact.tensor_errors import TensorError
 from bitwright.converter.directory.artifact import DirectoryArtifact
@@ -95,24 +95,20 @@ def evaluate_artifact(
     Raises ConvertError when the artifact is not of this model, and for a model with latent attention and kv:
     transformers caches what is made of the latent, and runtimes the latent.
     """
-    checkpoint = open_checkpoint(model, from_quantized=True)
     with scratch_directory() as work_dir:
-        judging = Judging(
-            checkpoint,
-            _described(artifact, checkpoint),
+        judging = judging_of(
+            artifact,
+            open_checkpoint(model, from_quantized=True),
             work_dir,
-            text,
-            samples,
-            sequence_length,
-            seed=0,
+            progress,
+            text=text,
+            samples=samples,
+            sequence_length=sequence_length,
+            threads=threads,
             device=device,
-            threads=threads or usable_cores(),
-            progress=progress,
-            should_stop=never,
-            cache=SourceCache(open_cache(cache), checkpoint, device, progress),
+            cache=cache,
         )
-        _, running_map = judging.running
-        candidate = open_artifact(artifact, running_map).candidate()
+        candidate = candidate_of(artifact, judging)
         if kv is not None:
             return quality_with_cache(judging, candidate, kv)
         quality = streamed_quality(judging, candidate)
@@ -122,6 +118,38 @@ def evaluate_artifact(
         except RuntimeTroubled as error:
             progress.say(f"warning: not judged is what the runtime computes: {error}")
     return quality | {"agreement": agreement}
+
+
+def judging_of(
+    artifact: Path,
+    checkpoint: Checkpoint,
+    work_dir: Path,
+    progress: Progress,
+    should_stop: ShouldStop = never,
+    **how: Any,
+) -> Judging:
+    """How an artifact is evaluated beside a source. how: text, samples, sequence_length, threads, device and cache, as
+    of evaluate_artifact."""
+    return Judging(
+        checkpoint,
+        _described(artifact, checkpoint),
+        work_dir,
+        how["text"],
+        how["samples"],
+        how["sequence_length"],
+        seed=0,
+        device=how["device"],
+        threads=how["threads"] or usable_cores(),
+        progress=progress,
+        should_stop=should_stop,
+        cache=SourceCache(open_cache(how["cache"]), checkpoint, how["device"], progress),
+    )
+
+
+def candidate_of(artifact: Path, judging: Judging) -> Candidate:
+    """Raises ConvertError as open_artifact does."""
+    _, running_map = judging.running
+    return open_artifact(artifact, running_map).candidate()
 
 
 def verify_artifact(artifact: Path, model: str, progress: Progress) -> list[TensorError]:

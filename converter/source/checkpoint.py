@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,9 @@ IMATRIX_PATTERN, SENSITIVITY_PATTERN = "*.imatrix.gguf", "*.sensitivity.safetens
 """Statistics of the model, which are fetched with its weights, see converter/measure/published.py."""
 
 _BLOCK_WEIGHTS = 1 << 20
+# What is hashed of a file of weights beside its beginning, where its content alone tells: so many places of so many
+# bytes, the last one at its end.
+_N_PLACES, _PLACE_BYTES = 64, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Checkpoint:
     metadata: the key-value pairs of a GGUF; None for a Hugging Face checkpoint.
     beside: small files outside of location that it is made of, too.
     fetch_weights: brings the weights to this machine and opens them; None when they are here.
+    by_content: files are told apart by what is in them alone, so that copies on several machines are the same.
     """
 
     location: Path
@@ -69,6 +73,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     beside: tuple[Path, ...] = ()
     fetch_weights: Callable[[], "Checkpoint"] | None = field(default=None, compare=False, repr=False)
+    by_content: bool = False
 
     def with_weights(self) -> "Checkpoint":
         """This checkpoint with its weights on this machine; downloads what is missing.
@@ -84,7 +89,7 @@ class Checkpoint:
                 self.model_id,
                 "run the same command again: the weights are here now, and it begins with them",
             )
-        return fetched
+        return replace(fetched, by_content=self.by_content)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows start to stop, counted over all matrices of the tensor: float32 [stop - start, n_columns]; the values
@@ -124,10 +129,12 @@ class Checkpoint:
 
         The identity is "sha256:..." of the content of small files. Of weights it is the commit on the Hub, the same
         before and after their download, with the bytes of the tensors; elsewhere a hash of the file's beginning, where
-        the header is, and the modification time: hashing terabytes is no option.
+        the header is, and the modification time, by_content a hash of places all over it instead: hashing terabytes is
+        no option.
         """
+        identity = places_identity if self.by_content else _weights_identity
         if self.location.is_file():
-            return [(self.location.name, self.location.stat().st_size, _weights_identity(self.location))]
+            return [(self.location.name, self.location.stat().st_size, identity(self.location))]
         small = metadata_files(self.location)
         entries = [
             (path.relative_to(self.location).as_posix(), path.stat().st_size, _content_identity(path)) for path in small
@@ -140,7 +147,7 @@ class Checkpoint:
             if self.revision is not None and path.is_relative_to(self.location):
                 entries.append((path.name, n_bytes, f"commit:{self.revision}"))
             else:
-                entries.append((path.name, path.stat().st_size, _weights_identity(path)))
+                entries.append((path.name, path.stat().st_size, identity(path)))
         return sorted(entries)
 
 
@@ -217,3 +224,14 @@ def _weights_identity(path: Path) -> str:
     with open_regular(path) as file:
         head = file.read(1 << 20)
     return f"head-sha256:{hashlib.sha256(head).hexdigest()} mtime_ns:{path.stat().st_mtime_ns}"
+
+
+def places_identity(path: Path) -> str:
+    """A hash of places all over a file, the same of all its copies."""
+    digest, n_bytes = hashlib.sha256(), path.stat().st_size
+    with open_regular(path) as file:
+        digest.update(file.read(1 << 20))
+        for i in range(1, _N_PLACES + 1):
+            file.seek(max(0, n_bytes * i // _N_PLACES - _PLACE_BYTES))
+            digest.update(file.read(_PLACE_BYTES))
+    return f"places-sha256:{digest.hexdigest()}"

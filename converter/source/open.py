@@ -1,6 +1,7 @@
 """The stage `source`: from MODEL to a Checkpoint."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from bitwright.converter.source import gguf as gguf_source
@@ -54,6 +55,11 @@ def open_checkpoint(
             "--base names what an adapter is merged into, and MODEL is no adapter", model, "leave out --base"
         )
     return checkpoint
+
+
+def open_by_content(model: str, *, from_quantized: bool = False, base: str | None = None) -> Checkpoint:
+    """The same, with files that are told apart by their content alone: copies on several machines are one model."""
+    return replace(open_checkpoint(model, from_quantized=from_quantized, base=base), by_content=True)
 
 
 def open_adapter_of(

@@ -47,6 +47,12 @@ def is_sealed(path: Path) -> bool:
     return _seal(path) is not None
 
 
+def sealed_files(directory: Path) -> dict[str, str]:
+    """Name -> SHA-256 of the files in a directory that are there and were sealed, by name."""
+    last = {entry["file"]: entry["sha256"] for entry in read_lines(directory / SEALS)}
+    return {name: last[name] for name in sorted(last) if (directory / name).is_file()}
+
+
 def _seal(path: Path) -> str | None:
     return next(reversed(_seals(path)), None)
 

@@ -39,6 +39,12 @@ class PlannedTensor:
         return self.tensor.n_rows * get_format(self.format).row_bytes(self.tensor.n_columns)
 
     @property
+    def encoded_with(self) -> str:
+        """The tensor whose weights tell what this one becomes, too: itself, or the matrix that a scale is of."""
+        name = self.tensor.name
+        return f"{name.removesuffix('.scale')}.weight" if self.tensor.origin == "scale" else name
+
+    @property
     def extra_bytes(self) -> int:
         """What a fallback costs: bytes beyond the wanted format's rate, rounded to whole bytes."""
         if self.wanted is None:

@@ -71,6 +71,10 @@ class PlannedModule(PlannedTensor):
         return scheme.n_bytes(*self.tensor.shape) + scales
 
     @property
+    def encoded_with(self) -> str:
+        return min(self.shares_scale_with, default=self.tensor.name)
+
+    @property
     def extra_bytes(self) -> int:
         """What a fallback costs: bytes beyond what the wanted scheme takes on a matrix that it fits."""
         if self.wanted is None:

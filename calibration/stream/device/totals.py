@@ -35,10 +35,11 @@ class Pair:
 
 
 class Totals(Generic[Key]):
-    """Sums by name. host: float64, of what has been settled or was never elsewhere."""
+    """Sums by name. host: of what has been settled or was never elsewhere; dtype: of these."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: type = np.float64) -> None:
         self.host: dict[Key, np.ndarray] = {}
+        self.dtype = dtype
         self._pairs: dict[Key, Pair] = {}
 
     def add(self, key: Key, shape: tuple[int, ...], place: Any, values: torch.Tensor | float) -> None:
@@ -49,7 +50,7 @@ class Totals(Generic[Key]):
             self._pairs[key].add(values, place)
             return
         if key not in self.host:
-            self.host[key] = np.zeros(shape)
+            self.host[key] = np.zeros(shape, self.dtype)
         self.host[key][place] += values.numpy() if isinstance(values, torch.Tensor) else values
 
     def merge(self, other: Self) -> None:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -65,10 +66,16 @@ class SequencedEncoder:
         """As Encoder.remarks."""
         return self._remarks[name] if name in self._remarks else self.encoder.remarks(name)
 
-    def finish(self) -> None:
-        """Remove what is in the artifact now."""
-        for name in (_LAYERS, _PASS, _MOMENTS):
-            remove_tree(self.directory.with_name(name))
+    def __enter__(self) -> Self:
+        self.encoder.__enter__()
+        return self
+
+    def __exit__(self, error: object, *more: object) -> None:
+        """What is in the artifact now is removed."""
+        self.encoder.__exit__(error, *more)
+        if error is None:
+            for name in (_LAYERS, _PASS, _MOMENTS):
+                remove_tree(self.directory.with_name(name))
 
 
 def encode_in_sequence(prepared: Prepared[Plan]) -> Path:

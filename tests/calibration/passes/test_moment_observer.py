@@ -138,13 +138,13 @@ def test_what_is_held_out_goes_by_sample_whatever_the_micro_batch(name, tiny, tm
 
 @pytest.mark.parametrize("batch", [1, 3, 32, 1000])
 def test_micro_batches_keep_apart_what_is_held_out(batch):
-    spans = micro_batches.spans_of_samples(100, batch, held_out_apart=True)
+    spans = micro_batches.spans_of_samples(100, batch, micro_batches.Excerpt.whole(100))
     assert [i for span in spans for i in range(*span)] == list(range(100))
     for start, stop in spans:
         assert 0 < stop - start <= batch
         assert len({micro_batches.is_held_out(i) for i in range(start, stop)}) == 1
     assert [i for i in range(100) if micro_batches.is_held_out(i)] == [1, 2, 33, 34, 65, 66, 97, 98]
-    assert len(micro_batches.spans_of_samples(100, batch, held_out_apart=False)) == -(-100 // batch)
+    assert len(micro_batches.spans_of_samples(100, batch)) == -(-100 // batch)
 
 
 def test_of_a_long_text_a_share_of_the_rows_is_summed(tiny, tmp_path, monkeypatch):

@@ -1,0 +1,1 @@
+"""Commands of a job that many machines do."""
