@@ -32,10 +32,13 @@ from bitwright.converter.artifact.run import Run
 from bitwright.converter.artifact.target import Adapted, Prepared, Target
 from bitwright.converter.artifact.writer import JOURNAL
 from bitwright.converter.directory.target import DirectoryTarget
+from bitwright.converter.finished import describe_work, finished_job
+from bitwright.converter.forecast.forecast import Foreseen, foresee
+from bitwright.converter.forecast.rates import RateKeeper, Rates
+from bitwright.converter.gguf.bounds import Bounds, size_bounds
 from bitwright.converter.gguf.target import GgufTarget
 from bitwright.converter.job.identity import job_fingerprint
 from bitwright.converter.job.job import Job
-from bitwright.converter.job.kept import is_kept
 from bitwright.converter.job.progress import Clock, Progress
 from bitwright.converter.job.recipe import IMPORTANCE_FILE
 from bitwright.converter.job.work_directory import (
@@ -47,7 +50,6 @@ from bitwright.converter.job.work_directory import (
 )
 from bitwright.converter.measure.calibrate import MOMENTS, check_importance, forget_calibration, planned_importance
 from bitwright.converter.measure.evidence import (
-    TRIALS,
     analysis_is_needed,
     available_evidence,
     given_evidence,
@@ -56,15 +58,14 @@ from bitwright.converter.measure.evidence import (
 from bitwright.converter.measure.moments import collects_moments
 from bitwright.converter.measure.obstacles import Need, obstacle_to_analysis
 from bitwright.converter.preflight import check_samples, preflight, ternary_warning
+from bitwright.converter.record.log import LOG_FILE
 from bitwright.converter.report.assemble import Measured, assemble
 from bitwright.converter.report.data import OnMachine, Report
-from bitwright.converter.report.page import report_page
-from bitwright.converter.report.verdict import missed_target, warning
+from bitwright.converter.report.verdict import missed_target, verdict_line, warning
 from bitwright.converter.source.open import open_checkpoint
-from bitwright.formats.errors import ConvertError
-from bitwright.formats.files.disk import file_sha256, remove_tree
+from bitwright.formats.files.disk import remove_tree
 from bitwright.formats.files.seals import write_sealed
-from bitwright.formats.typed import ABSENT, Absent, to_plain
+from bitwright.formats.typed import ABSENT, Absent
 from bitwright.profiles.evidence import Evidence
 from bitwright.profiles.planning.labels import sized_like_its_mix
 from bitwright.profiles.planning.plan import Plan
@@ -80,6 +81,7 @@ _BEFORE_ANALYSIS = (
     "this is the plan of the rules alone: a run measures first what each format costs every tensor, and spends the same"
     " bytes, at most, where they save most; --no-analysis stays with the rules"
 )
+_BEFORE_REFINEMENT = "this is the plan that --refine begins with: it is measured as a whole first, and corrected"
 
 
 def survey(job: Job, progress: Progress | None = None, should_stop: ShouldStop = never) -> Run:
@@ -169,10 +171,28 @@ def prepare(job: Job) -> Prepared[Any]:
     Raises ConvertError for a profile that decides by measured sensitivity alone when that has not been measured yet.
     """
     run = survey(job)
-    prepared = _prepared(run) or _ruled(run)
+    prepared, _ = prepared_or_ruled(run)
     if prepared is None:
         raise analysis_is_needed(run.job)
     return prepared
+
+
+def prepared_or_ruled(run: Run) -> tuple[Prepared[Any] | None, bool]:
+    """The plan that is known before anything runs; or the one that an analysis begins with, and True; or None."""
+    if (prepared := _prepared(run)) is not None:
+        return prepared, False
+    if run.job.refine and (evidence := given_evidence(run)) is not None:
+        return decide(replace(run, notes=(*run.notes, _BEFORE_REFINEMENT)), evidence), True
+    return _ruled(run), True
+
+
+def bounds_of(run: Run) -> Bounds:
+    """How small and how large the artifact can be, of a run whose budget has a goal that nothing is measured for.
+    Raises ConvertError for a size that cannot be met."""
+    budget = run.job.profile.budget
+    if budget is None or budget.as_rules or not budget.has_goal:
+        raise analysis_is_needed(run.job)
+    return size_bounds(run, decide)
 
 
 def _ruled(run: Run) -> Prepared[Any] | None:
@@ -236,7 +256,8 @@ def run(
 
     Raises ConvertError (Stopped when should_stop() asked for it); running the same job again continues.
     """
-    clock = Clock()
+    keeper = RateKeeper(None)
+    progress.on_work, clock = keeper.took, Clock(progress, keeper)
     with clock("plan"):
         if job.lm_eval:
             from bitwright.converter.judge.tasks import check_tasks
@@ -247,30 +268,61 @@ def run(
         prepared = _prepared(begun, in_work_dir=not fresh)
         if prepared is not None:
             begun = prepared.run
+        elif begun.job.profile.budget is not None and not begun.job.profile.has_rules_instead:
+            bounds_of(begun)
         files = _checked_files(begun, prepared)
     for note in begun.notes if prepared is None else prepared.notes:
         progress.say(note)
     work = WorkDirectory(begun.work_dir)
     with work.locked(), locked_output(begun.output):
-        begun = replace(begun, checkpoint=begun.checkpoint.with_weights())
+        if begun.checkpoint.fetch_weights is not None:
+            _foretell(begun, prepared, keeper)
+            with clock("download"):
+                begun = replace(begun, checkpoint=begun.checkpoint.with_weights())
         if begun.job.sensitivity is not None:  # the weights tell models apart that look alike by their headers
             available_evidence(begun)
+        if fresh or not work.is_begun:
+            keeper.rates = Rates.of_job(begun.job)
         if fresh:
             _start_over(begun, prepared, files, work)
         else:
             _claim(begun, prepared, files, work)
         if prepared is not None:
             prepared = replace(prepared, run=begun)
-            if (finished := _finished(prepared)) is not None:
+            if (finished := finished_job(prepared)) is not None:
+                _tell(progress, finished[1])
                 return finished
-        with stops_cleanly(work.path, begun.job.command):
-            prepared = prepared or _analyse(begun, work, clock)
+        with progress.logged(work.path / LOG_FILE), stops_cleanly(work.path, begun.job.command):
+            _foretell(begun, prepared, keeper, again="download" in clock.seconds)
+            if prepared is None:
+                prepared = _analyse(begun, work, clock)
+                _foretell(prepared.run, prepared, keeper, again=True)
             if text := ternary_warning(prepared.run.checkpoint, prepared.plan):
                 progress.say(f"warning: {text}")
             prepared, report = _run_stages(prepared, clock, machine)
+            _tell(progress, report)
     for text in filter(None, (missed_target(report), warning(report))):
         progress.say(f"warning: {text}")
     return prepared, report
+
+
+def forecast(run: Run, prepared: Prepared[Any] | None, rates: Rates | None = None) -> Foreseen:
+    """What a job will take. prepared: as of fingerprint. rates: those of its machine, read where they are not given."""
+    ruled = _ruled(run) if prepared is None else None
+    return foresee(run, prepared, ruled, bool(_needs(run.job, prepared)), rates or Rates.of_job(run.job))
+
+
+def _foretell(run: Run, prepared: Prepared[Any] | None, keeper: RateKeeper, again: bool = False) -> None:
+    foreseen = forecast(run, prepared, keeper.rates)
+    keeper.expect(foreseen.works, foreseen.kinds)
+    run.progress.expect(foreseen.forecast, again)
+
+
+def _tell(progress: Progress, report: Report) -> None:
+    """What has come out, for programs and for the log."""
+    for file in report.artifact.files:
+        progress.made(file.path, file.bytes, file.sha256)
+    progress.judged(report.verdict, verdict_line(report))
 
 
 def _checked_files(run: Run, prepared: Prepared[Any] | None) -> Files:
@@ -367,7 +419,7 @@ def _run_stages(planned: Prepared[Any], clock: Clock, machine: OnMachine | Absen
     measured = Measured(errors, coverage, quality, coherence, agreement, tasks)
     report = assemble(planned, adapted, target.hashes(adapted, paths), measured, clock.seconds)
     report = replace(report, machine=machine)
-    _describe(prepared, report)
+    describe_work(prepared, report)
     content = json.dumps(report.to_dict(), indent=1)
     write_sealed(prepared.run.work_dir / "report.json", "report", content.encode())  # with it the job is done
     return prepared, report
@@ -400,59 +452,3 @@ def _write(planned: Prepared[Any], adapted: Adapted[Any, Any]) -> list[Path]:
         paths = target.write(adapted)
     remove_tree(run.work_dir / MOMENTS)
     return paths
-
-
-def _describe(prepared: Prepared[Any], report: Report) -> None:
-    """Write plan.json and report.html, where they are not there as they would be written."""
-    described, work_dir = prepared.to_dict(), prepared.run.work_dir
-    for name, content in (
-        ("plan.json", json.dumps(described, indent=1)),
-        ("report.html", report_page(report, described["tensors"])),
-    ):
-        kept = is_kept(work_dir / name, "report", prepared.run.progress)
-        if not kept or (work_dir / name).read_bytes() != content.encode():
-            write_sealed(work_dir / name, "report", content.encode())
-
-
-def _finished(prepared: Prepared[Any]) -> tuple[Prepared[Any], Report] | None:
-    """What `run` returns of a job that is done already; None of one that is not."""
-    run = prepared.run
-    remove_tree(run.work_dir / TRIALS)  # where a kill has left what its refinement was measured with
-    report = _finished_report(run)
-    adapted = None if report is None else prepared.target.adapted_before(prepared)
-    if report is None or adapted is None:
-        return None
-    _describe(adapted, report)
-    run.progress.say("already done: the artifact is there and its hashes are right")
-    return adapted, report
-
-
-def _finished_report(run: Run) -> Report | None:
-    """The report of a job that is done and whose files are as it left them; a changed or missing file is an error.
-
-    A report without the quality or the tasks that are asked for now does not count: what it lacks is to be measured.
-    """
-    from bitwright.converter.judge.agreement import may_be_completed
-    from bitwright.converter.judge.judging import report_samples
-
-    job, path = run.job, run.work_dir / "report.json"
-    if not is_kept(path, "report", run.progress):
-        return None
-    report = Report.from_dict(json.loads(path.read_bytes()))
-    if job.judge != "off":
-        needed = report_samples(job.judge)
-        if report.quality is None or report.quality.samples < needed or report.not_judged:
-            return None
-        if may_be_completed(to_plain(report.agreement)):
-            return None
-    asked = job.lm_eval, job.lm_eval_limit
-    if job.lm_eval and (report.tasks is None or asked != (report.tasks.tasks, report.tasks.limit)):
-        return None
-    for file in report.artifact.files:
-        if not Path(file.path).exists() or file_sha256(Path(file.path)) != file.sha256:
-            raise ConvertError(
-                "the artifact of this finished job has been removed or changed since",
-                file.path,
-                "put it back, or write it again with --fresh",
-            )
-    return report

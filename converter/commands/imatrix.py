@@ -41,16 +41,13 @@ from bitwright.converter.job.options import CALIBRATION, OUTPUT
 )
 @quiet_option
 @fails_clearly
-def imatrix(model: str, output: Path | None, quiet: bool, **options: Any) -> None:
+def imatrix(model: str, output: Path | None, quiet: bool, events: Path | None, **options: Any) -> None:
     """Compute the importance matrix of MODEL, or convert one between GGUF and .dat."""
     from bitwright.converter.boundary.interrupts import Stop
     from bitwright.converter.imatrix import write_importance
     from bitwright.converter.job.progress import Progress
 
     progress = Progress(quiet)
-    try:
-        with Stop().on_interrupt() as should_stop:
-            written = write_importance(model, output, progress, should_stop, command=this_command(), **options)
-    finally:
-        progress.close()
+    with progress.recorded(events, this_command()), Stop().on_interrupt() as should_stop:
+        written = write_importance(model, output, progress, should_stop, command=this_command(), **options)
     click.echo("\n".join(map(str, written)))

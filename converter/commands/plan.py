@@ -7,14 +7,14 @@ import click
 
 from bitwright.converter.commands.outcome import fails_clearly, this_command
 from bitwright.converter.commands.parameters import GroupedCommand, json_option, options_of
-from bitwright.formats.errors import ConvertError
+from bitwright.formats.errors import ConvertError, nearest
 
 if TYPE_CHECKING:
     from bitwright.converter.job.job import Job
 
 
-# What a plan is the same without.
-IDLE = ("refine", "judge", "lm_eval", "lm_eval_limit", "threads", "device")
+# What changes nothing of a plan or of its forecast.
+IDLE = ("refine", "events")
 
 
 @click.command(cls=GroupedCommand, short_help="Print what would be written, to the byte.")
@@ -37,27 +37,37 @@ def build_job(**options: Any) -> "Job":
 
 def print_plan(job: "Job", as_json: bool, explain: str | None) -> None:
     """explain: show only the tensors whose name or role matches, with the reason."""
-    from fnmatch import fnmatchcase
+    from bitwright.converter.measure.evidence import analysis_is_needed
+    from bitwright.converter.outlook import outlook
+    from bitwright.converter.report.text import bounds_text, explanation, plan_text, wrapped
 
-    from bitwright.converter.pipeline import prepare
-    from bitwright.converter.report.text import explanation, plan_text
-    from bitwright.formats.errors import nearest
-
-    prepared = prepare(job)
-    for note in prepared.notes:
-        click.echo(note, err=as_json)
-    data = prepared.to_dict()
+    seen = outlook(job)
+    for note in seen.notes:
+        click.echo(wrapped(note), err=as_json)
+    data = seen.to_dict()
     if explain is not None:
-        rows = [r for r in data["tensors"] if fnmatchcase(r["tensor"], explain) or fnmatchcase(r["role"], explain)]
-        if not rows:
-            names = sorted({r["role"] for r in data["tensors"]}) + [r["tensor"] for r in data["tensors"]]
-            raise ConvertError(f"no tensor matches {explain!r}", "--explain", nearest(explain, names))
-        data["tensors"] = rows
+        if seen.prepared is None:
+            raise analysis_is_needed(job)
+        data["tensors"] = matching(explain, data["tensors"])
     if as_json:
         click.echo(json.dumps(data))
-        return
-    if explain is not None:
+    elif explain is not None:
         click.echo(explanation(data["tensors"]))
-        return
-    click.echo(plan_text(prepared.plan, data["bytes"]))
-    click.echo(f"would write {prepared.run.output}, {prepared.run.job.profile.kind}")
+    else:
+        if seen.prepared is not None:
+            click.echo(plan_text(seen.prepared.plan, data["bytes"]))
+        elif seen.bounds is not None:
+            click.echo(bounds_text(seen.bounds, seen.run.job.profile.name))
+        click.echo(f"would write {seen.run.output}, {seen.run.job.profile.kind}")
+        click.echo("\n".join(map(wrapped, seen.forecast.lines())))
+
+
+def matching(pattern: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tensors whose name or role matches. Raises ConvertError where none does."""
+    from fnmatch import fnmatchcase
+
+    matched = [row for row in rows if fnmatchcase(row["tensor"], pattern) or fnmatchcase(row["role"], pattern)]
+    if not matched:
+        names = sorted({row["role"] for row in rows}) + [row["tensor"] for row in rows]
+        raise ConvertError(f"no tensor matches {pattern!r}", "--explain", nearest(pattern, names))
+    return matched
