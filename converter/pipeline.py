@@ -275,14 +275,14 @@ def run(
         progress.say(note)
     work = WorkDirectory(begun.work_dir)
     with work.locked(), locked_output(begun.output):
+        if fresh or not work.is_begun:
+            keeper.rates = Rates.of_job(begun.job)
         if begun.checkpoint.fetch_weights is not None:
             _foretell(begun, prepared, keeper)
             with clock("download"):
                 begun = replace(begun, checkpoint=begun.checkpoint.with_weights())
         if begun.job.sensitivity is not None:  # the weights tell models apart that look alike by their headers
             available_evidence(begun)
-        if fresh or not work.is_begun:
-            keeper.rates = Rates.of_job(begun.job)
         if fresh:
             _start_over(begun, prepared, files, work)
         else:

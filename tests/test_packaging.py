@@ -68,3 +68,13 @@ def test_it_runs_without_the_checkout(installed, tmp_path, tiny):
     )
     assert done.returncode == 0, done.stderr
     assert output.is_file() and (tmp_path / "m.bitwright" / "report.html").is_file()
+
+
+def test_make_convert_names_no_profile_unless_it_is_told():
+    """A target chooses its own."""
+    for given, named in ((["OPTIONS=--target-size 80MiB"], False), (["PROFILE=two-bit"], True)):
+        command = ["make", "--dry-run", "--old-file", ".venv/.ready", "convert", "MODEL=org/model", *given]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        (line,) = (line for line in done.stdout.splitlines() if "/bitwright " in line)
+        assert ("--profile" in line) == named and "'org/model'" in line
+        assert named or "--target-size 80MiB" in line

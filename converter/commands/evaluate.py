@@ -7,7 +7,7 @@ from typing import Any, get_args
 import click
 
 from bitwright.calibration.choices import CacheRounding
-from bitwright.converter.commands.outcome import fails_clearly
+from bitwright.converter.commands.outcome import fails_clearly, this_command
 from bitwright.converter.commands.parameters import PATH, against_option, job_option, json_option, quiet_option
 
 
@@ -43,10 +43,8 @@ def evaluate(artifact: Path, model: str, as_json: bool, quiet: bool, **options: 
     from bitwright.formats.typed import from_plain
 
     progress = Progress(quiet)
-    try:
+    with progress.recorded(None, this_command()):
         evaluation = evaluate_artifact(artifact, model, progress, **options)
-    finally:
-        progress.close()
     quality, agreement = from_plain(QualityReport, evaluation), from_plain(Agreement | None, evaluation["agreement"])
     lines = [
         wrapped(f"Verdict: {grade_of_loss(quality)} ({figures_text(quality)})"),

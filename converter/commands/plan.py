@@ -24,8 +24,11 @@ IDLE = ("refine", "events")
 @click.option("--explain", metavar="PATTERN", help="Show every tensor whose name or role matches, with the reason.")
 @fails_clearly
 def plan(explain: str | None, as_json: bool, **options: Any) -> None:
-    """Print what would be written, to the byte (a dry run)."""
-    print_plan(build_job(**options), as_json, explain)
+    """Print what would be written, to the byte, and what that takes (a dry run)."""
+    from bitwright.converter.job.progress import Progress
+
+    with Progress().recorded(None, this_command()):
+        print_plan(build_job(**options), as_json, explain)
 
 
 def build_job(**options: Any) -> "Job":

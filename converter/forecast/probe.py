@@ -18,8 +18,8 @@ from bitwright.profiles.vocabulary import ModelMap
 _TOKENS = 256
 _MOST_WEIGHTS = 1 << 22  # of a matrix that products are timed with
 _SHAPES = 8
-_ROWS = 16
-_ENOUGH_SECONDS, _TRIES = 0.05, 3
+_ENCODED_WEIGHTS = 1 << 15
+_ENOUGH_SECONDS = 0.05
 
 
 def measured_products(job: Job, model_map: ModelMap) -> float | None:
@@ -38,6 +38,7 @@ def measured_products(job: Job, model_map: ModelMap) -> float | None:
     for n_rows, n_columns in sorted(shapes, reverse=True)[:_SHAPES]:
         weights = np.ones((min(n_rows, max(1, _MOST_WEIGHTS // n_columns)), n_columns), np.float32)
         tokens = np.ones((_TOKENS, n_columns), np.float32)
+        tokens[:1] @ weights.T  # which may start threads
         seconds += _shortest(lambda tokens=tokens, weights=weights: tokens @ weights.T)  # type: ignore[misc]
         n_products += _TOKENS * weights.size
     share = min(1.0, job.n_threads / usable_cores())
@@ -51,9 +52,10 @@ def measured_encoding(name: str, n_columns: int, effort: Effort, threads: int) -
     if encode is None:
         return None
     importance = np.linspace(0.5, 2.0, n_columns, dtype=np.float32)
-    rows = np.random.default_rng(0).standard_normal((_ROWS, n_columns), np.float32)
-    seconds = _shortest(lambda: encode(rows, importance))
-    return threads * rows.size / seconds
+    n_rows = max(1, _ENCODED_WEIGHTS // n_columns)
+    rows = np.random.default_rng(0).standard_normal((n_rows, n_columns), np.float32)
+    encode(rows[:1], importance)  # which may compile it
+    return threads * rows.size / _shortest(lambda: encode(rows, importance))
 
 
 def _encoder(name: str, effort: Effort) -> Callable[[np.ndarray, np.ndarray], object] | None:
@@ -66,11 +68,10 @@ def _encoder(name: str, effort: Effort) -> Callable[[np.ndarray, np.ndarray], ob
 
 
 def _shortest(work: Callable[[], object]) -> float:
-    """Seconds that it takes once it has been done before: the least of some tries, as others use the machine, too."""
-    work()
-    shortest, began, tries = float("inf"), time.perf_counter(), 0
-    while tries < _TRIES or time.perf_counter() - began < _ENOUGH_SECONDS:
-        start, tries = time.perf_counter(), tries + 1
+    """Seconds that it takes at best, of as many tries as there is time for: others use the machine, too."""
+    shortest, began = float("inf"), time.perf_counter()
+    while shortest == float("inf") or time.perf_counter() - began < _ENOUGH_SECONDS:
+        start = time.perf_counter()
         work()
         shortest = min(shortest, time.perf_counter() - start)
     return max(shortest, 1e-9)
