@@ -1,7 +1,7 @@
 """The forecast of a job: its work, times what a unit takes here. It decides nothing, and no byte depends on it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -89,7 +89,6 @@ class _Probe:
 
     run: Run
     plan: Plan | None
-    _encoding: dict[str, float | None] = field(default_factory=dict)
 
     def seconds(self, work: Work) -> float | None:
         if not work.amount:

@@ -14,6 +14,7 @@ from bitwright.converter.judge.judging import REPORT_SEQUENCE_LENGTH, report_sam
 from bitwright.converter.measure.evidence import ANALYSIS_SAMPLES, ANALYSIS_SEQUENCE_LENGTH
 from bitwright.converter.measure.moments import collects_moments
 from bitwright.profiles.planning.plan import Plan, PlannedTensor
+from bitwright.profiles.planning.plan_modules import PlannedModule
 from bitwright.profiles.planning.protect import looks_for_super_weights
 from bitwright.profiles.vocabulary import EXPERT_ROLES, ModelMap
 
@@ -24,14 +25,12 @@ _GRADIENT_PRODUCTS = 4
 @dataclass(frozen=True)
 class Work:
     """A part of a stage. amount: in units of its own; None where it is not known yet. what: what else the rate depends
-    on, in words. products: those of the model's run in it, where that is what it mostly is; 0.0 elsewhere.
-    lasts_longer: it does more than these."""
+    on, in words. products: those of the model's run in it, where that is what it mostly is; 0.0 elsewhere."""
 
     stage: str
     amount: float | None
     what: str = ""
     products: float = 0.0
-    lasts_longer: bool = False
 
 
 def work_of(run: Run, plan: Plan | None, importance_is_given: bool, reads_text_later: bool) -> Iterator[Work]:
@@ -53,7 +52,7 @@ def work_of(run: Run, plan: Plan | None, importance_is_given: bool, reads_text_l
         read = ANALYSIS_SAMPLES * min(ANALYSIS_SEQUENCE_LENGTH, job.sequence_length)
         if job.sensitivity is None:
             products = float(_GRADIENT_PRODUCTS * read * weights)
-            yield Work("analyse", products, computing, products, lasts_longer=True)
+            yield Work("analyse", products, computing, products)
         if job.refine:
             yield Work("refine", float(job.refine * weights), computing)
     if _adapts(run, plan, reads_text_later):
@@ -77,19 +76,21 @@ def work_of(run: Run, plan: Plan | None, importance_is_given: bool, reads_text_l
 def encoding_of(plan: Plan) -> Iterator[Work]:
     """Of every kind of encoding, how many weights."""
     amounts: Counter[str] = Counter()
-    fed = set()
     for row in plan.tensors:
         amounts[kind_of_encoding(plan, row)] += row.tensor.n_weights
-        if plan.error_feedback is not None and wants_feedback(row):
-            fed.add(kind_of_encoding(plan, row))
     for kind, amount in amounts.items():
-        yield Work("encode", float(amount), kind, lasts_longer=kind in fed)
+        yield Work("encode", float(amount), kind)
 
 
 def kind_of_encoding(plan: Plan, row: PlannedTensor) -> str:
     """What the time of encoding a weight depends on: the format comes first."""
-    fed = plan.error_feedback is not None and wants_feedback(row)
+    takes = _takes_feedback(row) if isinstance(row, PlannedModule) else wants_feedback(row)
+    fed = plan.error_feedback is not None and takes
     return f"{row.format} {plan.effort} {plan.error_feedback if fed else 'plain'}"
+
+
+def _takes_feedback(row: PlannedModule) -> bool:
+    return row.scheme is not None and row.scheme.takes_feedback
 
 
 def active_weights(model_map: ModelMap) -> int:

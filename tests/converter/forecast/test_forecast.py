@@ -173,3 +173,11 @@ def test_a_forecast_says_what_it_rests_on():
     assert "memory 1.00 GiB at most, disk 1.00 MiB, download 1.00 GiB" in text
     assert "how long it takes is not known" in replace(known, steps=(Step("guard"),)).lines()[0]
     assert [seconds_text(s) for s in (0.2, 89, 600, 7800, 90000)] == ["1 s", "89 s", "10 min", "2 h 10 min", "25 h"]
+
+
+@pytest.mark.parametrize("profile", ["w4a16", "smoothquant-w8a8", "fp8", "nvfp4-vllm"])
+def test_a_directory_is_foreseen_too(tiny, profile):
+    """With error feedback, which its schemes take otherwise than formats do."""
+    foreseen = outlook(build_job(tiny("llama-256"), profile, error_feedback="quick", **SHORT)).forecast
+    steps = {step.stage: step for step in foreseen.steps}
+    assert steps["encode"].basis == "measured" and steps["encode"].seconds > 0 and "verify" in steps
