@@ -27,6 +27,12 @@ def say(progress: OnProgress, text: str) -> None:
         told(text)
 
 
+def took(progress: OnProgress, what: str, amount: int, seconds: float) -> None:
+    """So much of a kind of work was done in so many seconds, for a progress that wants to know."""
+    if (told := getattr(progress, "took", None)) is not None:
+        told(what, amount, seconds)
+
+
 def silent(stage: str, done: int, total: int, unit: str) -> None:
     """Progress that nobody watches."""
 

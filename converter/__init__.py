@@ -3,12 +3,13 @@ evaluate, publish, inspect. Nothing heavy is imported before one of them is call
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from bitwright.calibration.choices import Device
 
 if TYPE_CHECKING:
     from bitwright.converter.advice.recommendation import Recommendation
+    from bitwright.converter.typed_options import Options
 
 
 def convert(
@@ -18,7 +19,7 @@ def convert(
     overrides: str | Sequence[str] = (),
     fresh: bool = False,
     quiet: bool = False,
-    **options: Any,
+    **options: "Unpack[Options]",
 ) -> dict[str, Any]:
     """Convert a model; returns the report (see docs/report.md).
 
@@ -37,7 +38,9 @@ def convert(
         check_value("fresh", fresh, bool, "--fresh")
         check_value("quiet", quiet, bool, "--quiet")
         job = build_job(model, profile, overrides, output=output, **options)
-        return run(job, Progress(quiet), fresh=fresh)[1].to_dict()
+        progress = Progress(quiet)
+        with progress.recorded(job.events, job.command):
+            return run(job, progress, fresh=fresh)[1].to_dict()
 
 
 def advise(model: str | Path, hardware: str = "this", **options: Any) -> "Recommendation":
@@ -61,16 +64,16 @@ def plan(
     profile: str | Path | None = None,
     output: str | Path | None = None,
     overrides: str | Sequence[str] = (),
-    **options: Any,
+    **options: "Unpack[Options]",
 ) -> dict[str, Any]:
-    """What `convert` with the same arguments would write, to the byte, as `bitwright plan --json` prints it. Reads
-    headers only. Raises formats.errors.ConvertError."""
+    """What `convert` with the same arguments would write, to the byte, and about how long that takes, as
+    `bitwright plan --json` prints it. Reads headers only. Raises formats.errors.ConvertError."""
     from bitwright.converter.boundary.errors import clear_errors
     from bitwright.converter.job.build import build_job
-    from bitwright.converter.pipeline import prepare
+    from bitwright.converter.outlook import outlook
 
     with clear_errors():
-        return prepare(build_job(model, profile, overrides, output=output, **options)).to_dict()
+        return outlook(build_job(model, profile, overrides, output=output, **options)).to_dict()
 
 
 def evaluate(

@@ -65,7 +65,8 @@ class DefaultGroup(click.Group):
             return super().invoke(ctx)
         except click.UsageError as error:
             if ctx.meta["as_json"]:
-                say_as_json(error.format_message(), "the command line", "see --help", error.exit_code)
+                told = ConvertError(error.format_message(), "the command line", "see --help")
+                say_as_json(told.to_dict(), error.exit_code)
             raise
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

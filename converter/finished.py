@@ -1,4 +1,4 @@
-"""Jobs that are done: their records, and what the same command finds of them."""
+"""A job that is done: what its work directory says of it, and whether a later run finds it as it was left."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from bitwright.formats.files.seals import write_sealed
 from bitwright.formats.typed import to_plain
 
 
-def describe_job(prepared: Prepared[Any], report: Report) -> None:
+def describe_work(prepared: Prepared[Any], report: Report) -> None:
     """Write plan.json and report.html, where they are not there as they would be written."""
     described, work_dir = prepared.to_dict(), prepared.run.work_dir
     for name, content in (
@@ -28,7 +28,7 @@ def describe_job(prepared: Prepared[Any], report: Report) -> None:
             write_sealed(work_dir / name, "report", content.encode())
 
 
-def finished(prepared: Prepared[Any]) -> tuple[Prepared[Any], Report] | None:
+def finished_job(prepared: Prepared[Any]) -> tuple[Prepared[Any], Report] | None:
     """What `run` returns of a job that is done already; None of one that is not."""
     run = prepared.run
     remove_tree(run.work_dir / TRIALS)  # where a kill has left what its refinement was measured with
@@ -36,7 +36,7 @@ def finished(prepared: Prepared[Any]) -> tuple[Prepared[Any], Report] | None:
     adapted = None if report is None else prepared.target.adapted_before(prepared)
     if report is None or adapted is None:
         return None
-    describe_job(adapted, report)
+    describe_work(adapted, report)
     run.progress.say("already done: the artifact is there and its hashes are right")
     return adapted, report
 

@@ -31,6 +31,7 @@ from bitwright.converter.measure.sensitivity import CANDIDATE_FORMATS
 from bitwright.converter.measure.super_weights import given_or_streamed_super_weights
 from bitwright.converter.model.model_map import describe
 from bitwright.converter.preflight import check_samples
+from bitwright.converter.record.log import LOG_FILE
 from bitwright.converter.source.open import open_checkpoint
 from bitwright.formats.errors import ConvertError
 from bitwright.formats.files.disk import remove_tree
@@ -82,22 +83,27 @@ def write_importance(
     run = Run(job, output, work_dir, checkpoint, model_map, progress, should_stop)
     check_places(inputs_of(run), written, work_dir)
     work = WorkDirectory(work_dir)
-    with work.locked(), locked_output(output), stops_cleanly(work_dir, job.command):
+    with work.locked(), locked_output(output):
         checkpoint = checkpoint.with_weights()
         run = replace(run, checkpoint=checkpoint)
         replaceable = _claim(work, run, written, fresh)
-        if activations:
-            save_activations(output, streamed_activations(run), replaceable.put)
-            return written
-        importance = streamed_importance(run, work_dir / MOMENTS if moments else None)
-        remove_tree(work_dir / MOMENTS)
-        if sensitivity:
-            table = streamed_sensitivity(run, importance, CANDIDATE_FORMATS)
-            save_sensitivity(written[1], table, replaceable.put)
-        if super_weights:
-            importance = replace(importance, super_weights=given_or_streamed_super_weights(run, None))
-        save_imatrix(output, importance, replaceable.put)
-        return written
+        with progress.logged(work_dir / LOG_FILE), stops_cleanly(work_dir, job.command):
+            if activations:
+                with progress.stage("activations"):
+                    save_activations(output, streamed_activations(run), replaceable.put)
+                return written
+            with progress.stage("calibrate"):
+                importance = streamed_importance(run, work_dir / MOMENTS if moments else None)
+                remove_tree(work_dir / MOMENTS)
+            if sensitivity:
+                with progress.stage("analyse"):
+                    table = streamed_sensitivity(run, importance, CANDIDATE_FORMATS)
+                    save_sensitivity(written[1], table, replaceable.put)
+            if super_weights:
+                with progress.stage("super weights"):
+                    importance = replace(importance, super_weights=given_or_streamed_super_weights(run, None))
+            save_imatrix(output, importance, replaceable.put)
+    return written
 
 
 def _claim(work: WorkDirectory, run: Run, written: list[Path], fresh: bool) -> Replaceable:

@@ -8,7 +8,8 @@ in the same format is encoded once.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from bitwright.converter.job.job import Job
 from bitwright.converter.job.options import option_of
 from bitwright.converter.job.progress import Progress
 from bitwright.converter.measure.obstacles import obstacle, obstacle_to_analysis
-from bitwright.converter.pipeline import prepare, run, survey
+from bitwright.converter.pipeline import run
+from bitwright.converter.preparation import bounds_of, prepare, survey
 from bitwright.converter.report.data import Report
 from bitwright.converter.report.page import ladder_page
 from bitwright.formats.errors import ConvertError
@@ -90,6 +92,7 @@ def climb(
     own_cache = directory / _OWN_CACHE if cache_directory(jobs[0].cache) is None else None
     if own_cache is not None:
         jobs = [replace(job, cache=own_cache) for job in jobs]
+    _check_reachable(jobs, rungs)
     given = _measured(jobs, directory, progress, should_stop, fresh)
     jobs = [job if job.profile.target != "gguf" else given.of(job) for job in jobs]
     jobs = _placed(jobs, rungs)
@@ -146,6 +149,23 @@ def _measured(
     return _Measured(*written)
 
 
+def _check_reachable(jobs: Sequence[Job], rungs: Sequence[Rung]) -> None:
+    """Raises ConvertError for a size that no choice of formats meets, before anything is measured for the others."""
+    for job, rung in zip(jobs, rungs, strict=True):
+        budget = job.aimed().profile.budget
+        if budget is not None and budget.has_goal and not budget.as_rules:
+            with _of_rung(rung):
+                bounds_of(survey(job))
+
+
+@contextmanager
+def _of_rung(rung: Rung) -> Iterator[None]:
+    try:
+        yield
+    except ConvertError as error:
+        raise ConvertError(f"the rung {rung.text} cannot be had: {error.what}", error.where, error.remedy) from None
+
+
 def _placed(jobs: Sequence[Job], rungs: Sequence[Rung]) -> list[Job]:
     """The same with an output each: of files that are called after one mix, all but the first are called after their
     rungs, too. Raises ConvertError for a plan that cannot be made, and for two rungs that write the same artifact."""
@@ -153,10 +173,8 @@ def _placed(jobs: Sequence[Job], rungs: Sequence[Rung]) -> list[Job]:
     plans: dict[str, Rung] = {}
     outputs = []
     for job, rung in zip(jobs, rungs, strict=True):
-        try:
+        with _of_rung(rung):
             prepared = prepare(job)
-        except ConvertError as error:
-            raise ConvertError(f"the rung {rung.text} cannot be had: {error.what}", error.where, error.remedy) from None
         output, plan = prepared.run.output, prepared.plan.digest()
         same = plans.get(plan)
         if output in placed and output.suffix == ".gguf":

@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.calibration.control import ShouldStop, never
-from bitwright.calibration.statistics.importance import ImportanceMatrix
 from bitwright.calibration.statistics.second_moments import MomentsLost
-from bitwright.calibration.text.corpus import resolve_corpus
 from bitwright.converter.artifact.layout import Files
 from bitwright.converter.artifact.ownership import (
     Replaceable,
@@ -31,20 +29,16 @@ from bitwright.converter.artifact.ownership import (
     locked_output,
 )
 from bitwright.converter.artifact.run import EarlierArtifact, Run
-from bitwright.converter.artifact.target import Adapted, Encoders, Prepared, Target
+from bitwright.converter.artifact.target import Adapted, Encoders, Prepared
 from bitwright.converter.artifact.writer import JOURNAL
-from bitwright.converter.directory.target import DirectoryTarget
-from bitwright.converter.finished import describe_job, finished
-from bitwright.converter.gguf.target import GgufTarget
-from bitwright.converter.job.identity import job_fingerprint
+from bitwright.converter.finished import describe_work, finished_job
+from bitwright.converter.forecast.rates import RateKeeper, Rates
 from bitwright.converter.job.job import Job
 from bitwright.converter.job.progress import Clock, Progress
 from bitwright.converter.job.recipe import IMPORTANCE_FILE
 from bitwright.converter.job.work_directory import (
     REPLACEABLE,
-    UNDECIDED,
     WorkDirectory,
-    default_work_dir,
     stops_cleanly,
 )
 from bitwright.converter.measure.calibrate import MOMENTS, check_importance, forget_calibration, planned_importance
@@ -55,177 +49,26 @@ from bitwright.converter.measure.evidence import (
     streamed_evidence,
 )
 from bitwright.converter.measure.moments import collects_moments
-from bitwright.converter.measure.obstacles import Need, obstacle_to_analysis
-from bitwright.converter.measure.published import with_published
-from bitwright.converter.preflight import check_samples, preflight, ternary_warning
+from bitwright.converter.preflight import preflight, ternary_warning
+from bitwright.converter.preparation import (
+    TARGETS,
+    bounds_of,
+    decide,
+    fingerprint,
+    forecast,
+    gain_of_analysis,
+    known_beforehand,
+    needs_of,
+    ruled,
+    survey,
+)
+from bitwright.converter.record.log import LOG_FILE
 from bitwright.converter.report.assemble import Measured, assemble
 from bitwright.converter.report.data import OnMachine, Report
-from bitwright.converter.report.verdict import missed_target, warning
-from bitwright.converter.source.open import open_checkpoint
+from bitwright.converter.report.verdict import missed_target, verdict_line, warning
 from bitwright.formats.files.disk import remove_tree
 from bitwright.formats.files.seals import write_sealed
 from bitwright.formats.typed import ABSENT, Absent
-from bitwright.profiles.evidence import Evidence
-from bitwright.profiles.planning.labels import sized_like_its_mix
-from bitwright.profiles.planning.plan import Plan
-
-TARGETS: dict[str, Target[Any, Any]] = {"gguf": GgufTarget(), "safetensors": DirectoryTarget()}
-"""What a profile's target makes."""
-
-_EMBEDS = (
-    "the model embeds texts and predicts no tokens: what is proved of the artifact is the error of every tensor, and no"
-    " perplexity, divergence or generated text is measured"
-)
-_BEFORE_ANALYSIS = (
-    "this is the plan of the rules alone: a run measures first what each format costs every tensor, and spends the same"
-    " bytes, at most, where they save most; --no-analysis stays with the rules"
-)
-
-
-def survey(job: Job, progress: Progress | None = None, should_stop: ShouldStop = never) -> Run:
-    """source and describe: reads headers, configuration and tokenizer, and no weight. Quiet without a progress."""
-    check_samples(job.samples, job.sequence_length)
-    job = job.aimed()
-    checkpoint = open_checkpoint(job.model, metadata_only=True, from_quantized=job.from_quantized, base=job.base)
-    checkpoint = replace(checkpoint, by_content=job.extent != "whole")
-    target = TARGETS[job.profile.target]
-    model_map = target.describe(job, checkpoint)
-    job = replace(job, profile=sized_like_its_mix(job.profile, model_map))
-    output, notes = target.located(job, checkpoint, model_map)
-    notes = (*_naming_notes(job), *notes)
-    if job.judge != "off" and not model_map.predicts_tokens:
-        job = replace(job, judge="off")
-        notes = (*notes, _EMBEDS)
-    would_measure = job.profile.has_rules_instead and job.sensitivity is None and not job.refine
-    if would_measure and (why := obstacle_to_analysis(checkpoint, model_map.predicts_tokens)):
-        job = replace(job, profile=job.profile.by_rules())
-        notes = (*notes, f"the rules of {job.profile.name} decide, and no measurement: {why}")
-    work_dir = job.work_dir or default_work_dir(output)
-    job = replace(job, output=output, work_dir=work_dir)
-    run = Run(job, output, work_dir, checkpoint, model_map, progress or Progress(quiet=True), should_stop, notes)
-    run = with_published(run)
-    job = run.job
-    analyses = job.sensitivity is None or job.refine > 0
-    return _with_corpus(run, even_with_imatrix=analyses) if job.profile.needs_sensitivity else run
-
-
-def _naming_notes(job: Job) -> list[str]:
-    """What a profile is that was asked for by a name that people have for it."""
-    profile = job.profile
-    notes = [f"--profile {profile.asked_as} is the profile {profile.name}"] if profile.asked_as else []
-    if profile.budget is not None and profile.budget.mix is not None:
-        notes.append(
-            f"formats chosen by what they are measured to cost, at {profile.budget.bpw:.2f} bits per weight: as many as"
-            f" llama.cpp's {profile.budget.mix} takes of this model"
-        )
-    return notes
-
-
-def _with_corpus(run: Run, even_with_imatrix: bool = False) -> Run:
-    """The same with the text of its calibration: decided once, as the network may come and go while the job runs.
-
-    even_with_imatrix: sensitivity is measured on that text, super weights are looked for on it, and error feedback
-    takes the moments of its inputs, even where the importance is given."""
-    job = run.job
-    if (job.imatrix is not None and not even_with_imatrix) or job.calibration is not None:
-        return run
-    corpus, reason = resolve_corpus(None)
-    note = f"calibration on {corpus}: {reason}"
-    return replace(run, job=replace(job, calibration=corpus), notes=(*run.notes, note))
-
-
-def decide(run: Run, evidence: Evidence | None) -> Prepared[Any]:
-    """plan: by the profile, and by the evidence where the profile decides by any. A function of these alone: with
-    corrected evidence it makes a corrected plan."""
-    job, target = run.job, TARGETS[run.job.profile.target]
-    importance = None
-    if job.profile.needs_sensitivity or job.imatrix is not None:
-        importance = _weighed_importance(run, evidence)
-    planned = target.plan(run, evidence, importance)
-    if importance is None and planned.needs_statistics:
-        run = _with_corpus(run)
-        importance = _weighed_importance(run, evidence)
-    elif planned.reads_text_later:
-        run = _with_corpus(run, even_with_imatrix=True)
-    notes = (*run.notes, *planned.notes)
-    if job.imatrix is not None and importance is not None:
-        check_importance(importance, run.model_map, planned.plan, str(job.imatrix))
-        if importance.model not in (None, run.checkpoint.model_id):
-            notes += (f"{job.imatrix} was computed of {importance.model}, and this model is {run.checkpoint.model_id}",)
-    prepared = Prepared(run, target, planned.plan, importance, notes, planned.reads_text_later)
-    if job.shard_bytes is not None and not prepared.reads_text_later and len(prepared.files.layouts) == 1:
-        # A limit that nothing reaches makes no other job.
-        prepared = replace(prepared, run=replace(run, job=replace(run.job, shard_bytes=None)))
-    return prepared
-
-
-def _weighed_importance(run: Run, evidence: Evidence | None) -> ImportanceMatrix:
-    """What is planned to be used, with the costs of columns where these were measured."""
-    importance = planned_importance(run)
-    return importance if evidence is None else importance.with_costs(evidence.columns)
-
-
-def prepare(job: Job) -> Prepared[Any]:
-    """The plan of a job before anything runs: a dry run. Where sensitivity is still to be measured, that of the rules
-    which tell the size.
-
-    Raises ConvertError for a profile that decides by measured sensitivity alone when that has not been measured yet.
-    """
-    run = survey(job)
-    prepared = _prepared(run) or _ruled(run)
-    if prepared is None:
-        raise analysis_is_needed(run.job)
-    return prepared
-
-
-def _ruled(run: Run) -> Prepared[Any] | None:
-    """The plan of the rules alone, of a job whose profile has such; None for others. What is measured gives a plan of
-    as many bytes at most, but for the header."""
-    if not run.job.profile.has_rules_instead or run.job.refine:
-        return None
-    return decide(_by_rules(run, _BEFORE_ANALYSIS), None)
-
-
-def _by_rules(run: Run, *notes: str) -> Run:
-    return replace(run, job=replace(run.job, profile=run.job.profile.by_rules()), notes=(*run.notes, *notes))
-
-
-def _gain(run: Run, evidence: Evidence, chosen: Plan) -> str | None:
-    """What the analysis has bought; None for a profile without rules to stand beside."""
-    if not run.job.profile.has_rules_instead:
-        return None
-    by_rules, by_choice = decide(_by_rules(run), evidence).plan.predicted_kld, chosen.predicted_kld
-    if by_rules is None or by_choice is None:
-        return None
-    return (
-        f"predicted mean KL divergence: {by_rules:.4g} by the rules of {run.job.profile.name}, {by_choice:.4g} with the"
-        " same bytes spent by what was measured"
-    )
-
-
-def _prepared(run: Run, in_work_dir: bool = True) -> Prepared[Any] | None:
-    """What is known before anything runs; None where the plan rests on an analysis that is still to be made.
-
-    in_work_dir: an earlier run's analysis in the work directory counts."""
-    evidence = available_evidence(run, in_work_dir)
-    if evidence is None and run.job.profile.needs_sensitivity:
-        return None
-    return decide(run, evidence)
-
-
-def fingerprint(run: Run, prepared: Prepared[Any] | None) -> dict[str, Any]:
-    """What decides the artifact's bytes: finished work is reused only where all of it is the same. prepared: None where
-    the plan rests on an analysis that is still to be made."""
-    job, checkpoint = run.job, run.checkpoint
-    if prepared is not None:
-        plan, importance = prepared.plan.digest(), prepared.importance
-        moments_of = job.calibration if prepared.plan.error_feedback else None
-    else:
-        plan, importance = UNDECIDED, planned_importance(run)
-        moments_of = UNDECIDED
-    corpus = importance.corpus if importance else None
-    decided = {"output": UNDECIDED} if job.extent == "beginning" else {}
-    return job_fingerprint(job, checkpoint, plan=plan, calibration=corpus, moments=moments_of, **decided)
 
 
 def run(
@@ -243,13 +86,17 @@ def run(
 
     Raises ConvertError (Stopped when should_stop() asked for it); running the same job again continues.
     """
-    clock = Clock()
-    with _begun(job, progress, should_stop, fresh, clock) as (begun, known, work):
-        if known is not None and (done := finished(known)) is not None:
+    keeper = RateKeeper(None)
+    progress.on_work, clock = keeper.took, Clock(progress, keeper)
+    with _begun(job, progress, should_stop, fresh, clock, keeper) as (begun, known, work):
+        if known is not None and (done := finished_job(known)) is not None:
+            _tell(progress, done[1])
             return done
-        prepared = known or _analyse(begun, work, clock)
-        prepared = replace(prepared, run=replace(prepared.run, earlier=earlier))
-        prepared, report = _run_stages(prepared, clock, machine, encoders or prepared.target.encoder)
+        with progress.logged(work.path / LOG_FILE), stops_cleanly(work.path, begun.job.command):
+            prepared = _planned(begun, known, work, clock, keeper)
+            prepared = replace(prepared, run=replace(prepared.run, earlier=earlier))
+            prepared, report = _run_stages(prepared, clock, machine, encoders or prepared.target.encoder)
+            _tell(progress, report)
     for text in filter(None, (missed_target(report), warning(report))):
         progress.say(f"warning: {text}")
     return prepared, report
@@ -258,9 +105,14 @@ def run(
 def measure(job: Job, progress: Progress, should_stop: ShouldStop = never, fresh: bool = False) -> Prepared[Any]:
     """Do what of the job comes before its tensors are encoded, or what is left of that. Its results stay in the work
     directory, where `measured` finds them. Raises as `run` does."""
-    clock = Clock()
-    with _begun(job, progress, should_stop, fresh, clock) as (begun, known, work):
-        prepared = known or _analyse(begun, work, clock)
+    keeper = RateKeeper(None)
+    clock = Clock(progress, keeper)
+    with (
+        _begun(job, progress, should_stop, fresh, clock, keeper) as (begun, known, work),
+        progress.logged(work.path / LOG_FILE),
+        stops_cleanly(work.path, begun.job.command),
+    ):
+        prepared = _planned(begun, known, work, clock, keeper)
         _adapted(prepared, clock)
     return prepared
 
@@ -270,15 +122,15 @@ def measured(job: Job, progress: Progress, should_stop: ShouldStop = never) -> t
     nothing is written to."""
     begun = survey(job, progress, should_stop)
     begun = replace(begun, checkpoint=begun.checkpoint.with_weights())
-    prepared = _prepared(begun)
+    prepared = known_beforehand(begun)
     if prepared is None:
         raise analysis_is_needed(begun.job)
-    return prepared, _adapted(prepared, Clock())
+    return prepared, _adapted(prepared, Clock(progress, RateKeeper(None)))
 
 
 @contextmanager
 def _begun(
-    job: Job, progress: Progress, should_stop: ShouldStop, fresh: bool, clock: Clock
+    job: Job, progress: Progress, should_stop: ShouldStop, fresh: bool, clock: Clock, keeper: RateKeeper
 ) -> Iterator[tuple[Run, Prepared[Any] | None, WorkDirectory]]:
     """The job surveyed, its work directory and its output held and taken; what is known before anything runs."""
     with clock("plan"):
@@ -288,20 +140,27 @@ def _begun(
             check_tasks(job.lm_eval)
         begun = survey(job, progress, should_stop)
         check_places(inputs_of(begun), [begun.output], begun.work_dir)
-        prepared = _prepared(begun, in_work_dir=not fresh)
+        prepared = known_beforehand(begun, in_work_dir=not fresh)
         if prepared is not None:
             begun = prepared.run
+        elif begun.job.profile.budget is not None and not begun.job.profile.has_rules_instead:
+            bounds_of(begun)
         files = _checked_files(begun, prepared)
     for note in begun.notes if prepared is None else prepared.notes:
         progress.say(note)
     work = WorkDirectory(begun.work_dir)
     with work.locked(), locked_output(begun.output):
-        fetched = _fetched(begun, job)
-        if fetched.job != begun.job:  # it comes with what was to be measured
-            prepared = _prepared(fetched, in_work_dir=not fresh)
-            fetched = fetched if prepared is None else prepared.run
-            files = _checked_files(fetched, prepared)
-        begun = fetched
+        if fresh or not work.is_begun:
+            keeper.rates = Rates.of_job(begun.job)
+        if begun.checkpoint.fetch_weights is not None:
+            _foretell(begun, prepared, keeper)
+            with clock("download"):
+                fetched = _fetched(begun, job)
+            if fetched.job != begun.job:  # it comes with what was to be measured
+                prepared = known_beforehand(fetched, in_work_dir=not fresh)
+                fetched = fetched if prepared is None else prepared.run
+                files = _checked_files(fetched, prepared)
+            begun = fetched
         if begun.job.sensitivity is not None:  # the weights tell models apart that look alike by their headers
             available_evidence(begun)
         if fresh:
@@ -310,15 +169,24 @@ def _begun(
             _claim(begun, prepared, files, work)
         if prepared is not None:
             prepared = replace(prepared, run=begun)
-        with stops_cleanly(work.path, begun.job.command):
-            yield begun, prepared, work
+        yield begun, prepared, work
+
+
+def _planned(
+    begun: Run, known: Prepared[Any] | None, work: WorkDirectory, clock: Clock, keeper: RateKeeper
+) -> Prepared[Any]:
+    """The plan, measured first where it rests on an analysis, and foreseen."""
+    _foretell(begun, known, keeper, again="download" in clock.seconds)
+    prepared = known
+    if prepared is None:
+        prepared = _analyse(begun, work, clock)
+        _foretell(prepared.run, prepared, keeper, again=True)
+    return prepared
 
 
 def _fetched(run: Run, asked: Job) -> Run:
     """The same with the weights on this machine; begun anew, as a later call will begin, where statistics that the job
     has a use for came along with them. asked: the job before its survey."""
-    if run.checkpoint.fetch_weights is None:
-        return run
     fetched = replace(run, checkpoint=run.checkpoint.with_weights())
     again = survey(asked, run.progress, run.should_stop)
     if (again.job.imatrix, again.job.sensitivity) == (run.job.imatrix, run.job.sensitivity):
@@ -329,6 +197,19 @@ def _fetched(run: Run, asked: Job) -> Run:
     return again
 
 
+def _foretell(run: Run, prepared: Prepared[Any] | None, keeper: RateKeeper, again: bool = False) -> None:
+    foreseen = forecast(run, prepared, keeper.rates)
+    keeper.expect(foreseen.works, foreseen.kinds)
+    run.progress.expect(foreseen.forecast, again)
+
+
+def _tell(progress: Progress, report: Report) -> None:
+    """What has come out, for programs and for the log."""
+    for file in report.artifact.files:
+        progress.made(file.path, file.bytes, file.sha256)
+    progress.judged(report.verdict, verdict_line(report))
+
+
 def _checked_files(run: Run, prepared: Prepared[Any] | None) -> Files:
     """The files of the artifact, none of which replaces what is read, and for which there is room. Raises ConvertError
     for whatever else would stop the job."""
@@ -336,21 +217,9 @@ def _checked_files(run: Run, prepared: Prepared[Any] | None) -> Files:
     if files.layouts:
         check_places(inputs_of(run), files.outputs, run.work_dir)
     moments = collects_moments(run, None if prepared is None else prepared.plan)
-    ruled = _ruled(run) if prepared is None else None
-    preflight(run, files if ruled is None else ruled.files, moments, _needs(run.job, prepared))
+    by_rules = ruled(run) if prepared is None else None
+    preflight(run, files if by_rules is None else by_rules.files, moments, needs_of(run.job, prepared))
     return files
-
-
-def _needs(job: Job, prepared: Prepared[Any] | None) -> list[Need]:
-    """What the model is run for. prepared: as of fingerprint."""
-    analysed = prepared is None
-    needs = {
-        Need.IMPORTANCE: job.imatrix is None and (prepared is None or prepared.importance is not None),
-        Need.SENSITIVITY: analysed and job.sensitivity is None,
-        Need.TEXT: prepared is not None and prepared.reads_text_later,
-        Need.QUALITY: job.judge != "off",
-    }
-    return [need for need, needed in needs.items() if needed]
 
 
 def _start_over(run: Run, prepared: Prepared[Any] | None, files: Files, work: WorkDirectory) -> None:
@@ -387,7 +256,7 @@ def _analyse(run: Run, work: WorkDirectory, clock: Clock) -> Prepared[Any]:
     with clock("plan"):
         prepared = decide(run, evidence)
         _claim(prepared.run, prepared, _checked_files(prepared.run, prepared), work)
-    for note in (*prepared.notes[len(run.notes) :], *filter(None, [_gain(run, evidence, prepared.plan)])):
+    for note in (*prepared.notes[len(run.notes) :], *filter(None, [gain_of_analysis(run, evidence, prepared.plan)])):
         run.progress.say(note)
     return prepared
 
@@ -434,7 +303,7 @@ def _run_stages(
     measured = Measured(errors, coverage, quality, coherence, agreement, tasks)
     report = assemble(planned, adapted, target.hashes(adapted, paths), measured, clock.seconds)
     report = replace(report, machine=machine)
-    describe_job(prepared, report)
+    describe_work(prepared, report)
     content = json.dumps(report.to_dict(), indent=1)
     write_sealed(prepared.run.work_dir / "report.json", "report", content.encode())  # with it the job is done
     return prepared, report

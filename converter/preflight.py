@@ -3,7 +3,8 @@
 import os
 import shutil
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -55,12 +56,11 @@ def preflight(run: Run, files: Files, collects_moments: bool, needs: Collection[
     check_runs(run.checkpoint, needs, run.model_map.predicts_tokens)
     _check_writable(run.output.parent, "--output")
     _check_writable(run.work_dir, "--work-dir")
-    in_sequence = run.job.in_sequence and run.job.feedback is not None
-    widths = [*moment_widths(run.model_map).values()] if collects_moments or in_sequence else []
-    _check_space(run, files, widths, bool(needs))
-    _check_memory(run, widths, bool(needs))
+    needed = demand(run, files, collects_moments, bool(needs))
+    _check_space(needed.disk)
+    _check_memory(needed.memory, bool(_widths(run, collects_moments)))
     if needs:
-        _check_device_memory(run, widths, needs)
+        _check_device_memory(run, _widths(run, collects_moments), needs)
 
 
 def ternary_warning(checkpoint: Checkpoint, plan: Plan) -> str | None:
@@ -94,27 +94,44 @@ def _check_writable(directory: Path, option: str) -> None:
     make_directory(directory, f"use {option}")
 
 
-def _check_memory(run: Run, widths: list[list[int]], runs: bool) -> None:
-    """Memory of the layer stream, by far the largest: one layer computes in float32 while the next one loads. A GGUF is
-    read by transformers as a whole. widths: of a layer's inputs whose second moments are kept."""
-    job = run.job
+@dataclass(frozen=True)
+class Demand:
+    """What a job takes at most. memory: bytes of the layer stream, or of what runs the model. disk: (for what, where,
+    bytes) each; what an earlier run has written of the artifact already counts as there."""
+
+    memory: int
+    disk: tuple[tuple[str, Path, int], ...]
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(n_bytes for _, _, n_bytes in self.disk)
+
+
+def demand(run: Run, files: Files, collects_moments: bool, runs: bool) -> Demand:
+    """collects_moments: as of preflight. runs: whether the model is run."""
+    widths = _widths(run, collects_moments)
+    return Demand(_memory(run, widths, runs), _disk(run, files, widths, runs))
+
+
+def _widths(run: Run, collects_moments: bool) -> list[list[int]]:
+    """Of the inputs whose second moments are kept, by layer."""
+    in_sequence = run.job.in_sequence and run.job.feedback is not None
+    return [*moment_widths(run.model_map).values()] if collects_moments or in_sequence else []
+
+
+def _memory(run: Run, widths: list[list[int]], runs: bool) -> int:
+    """Of the layer stream, by far the largest: one layer computes in float32 while the next one loads. A GGUF is read
+    by transformers as a whole."""
     weights: Counter[int | None] = Counter()
     for tensor in run.model_map.tensors:
         weights[tensor.layer] += tensor.n_weights
     # Tuned, a layer is there in its two parts as well, with the gradients of each thread's sample.
-    copies = 2 if not job.tune else 5 + job.n_threads
+    copies = 2 if not run.job.tune else 5 + run.job.n_threads
     streamed = copies * max((n for layer, n in weights.items() if layer is not None), default=0)
     resident = 0 if not runs else streamed if run.checkpoint.location.is_dir() else sum(weights.values())
     # Square matrices of a layer's inputs: the sums, and what each thread has just added up.
-    squares = max((sum(n * n for n in layer) for layer in widths), default=0) * (2 + job.n_threads)
-    needed, available = 4 * (resident + squares), psutil.virtual_memory().available
-    if needed > available:
-        raise ConvertError(
-            f"{size_text(available)} of memory are available, and running this model takes {size_text(needed)}",
-            "the calibration and the quality report",
-            "use a machine with more, or run no model here: --imatrix FILE --judge off"
-            + (", or add --no-error-feedback" if widths else ""),
-        )
+    squares = max((sum(n * n for n in layer) for layer in widths), default=0) * (2 + run.job.n_threads)
+    return 4 * (resident + squares)
 
 
 def _check_device_memory(run: Run, widths: list[list[int]], needs: Collection[Need]) -> None:
@@ -148,14 +165,12 @@ def _check_device_memory(run: Run, widths: list[list[int]], needs: Collection[Ne
         )
 
 
-def _check_space(run: Run, files: Files, widths: list[list[int]], runs: bool) -> None:
-    """Disk space by stage; what an earlier run has written of the artifact already counts as there."""
+def _disk(run: Run, files: Files, widths: list[list[int]], runs: bool) -> tuple[tuple[str, Path, int], ...]:
     job, model_map = run.job, run.model_map
     written = sum(path.stat().st_size for path in files.growing if path.exists())
     # Before there is a plan, the artifact is as large as its budget says.
     budget = job.profile.budget
     expected = files.n_bytes or (budget.size if budget is not None else None) or 0
-    needs = [("the artifact", run.output.parent, expected - written)]
     width = int(run.checkpoint.config.get("hidden_size", 0))
     calibrates = job.imatrix is None or bool(widths)
     states = work_bytes(job.samples, job.sequence_length, width) if calibrates else 0
@@ -165,7 +180,25 @@ def _check_space(run: Run, files: Files, widths: list[list[int]], runs: bool) ->
     moments = sum(map(moment_bytes, widths))
     if job.in_sequence and widths:  # those of one layer at a time; the encoded layers wait until all are there
         moments = max(map(moment_bytes, widths)) + expected
-    needs.append(("the work directory", run.work_dir, states + restored + moments + _SMALL_FILES))
+    return (
+        ("the artifact", run.output.parent, expected - written),
+        ("the work directory", run.work_dir, states + restored + moments + _SMALL_FILES),
+    )
+
+
+def _check_memory(needed: int, collects_moments: bool) -> None:
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise ConvertError(
+            f"{size_text(available)} of memory are available, and running this model takes {size_text(needed)}",
+            "the calibration and the quality report",
+            "use a machine with more, or run no model here: --imatrix FILE --judge off"
+            + (", or add --no-error-feedback" if collects_moments else ""),
+        )
+
+
+def _check_space(needs: Sequence[tuple[str, Path, int]]) -> None:
+    """Disk space by stage."""
     by_device: dict[int, list[tuple[str, Path, int]]] = {}
     for need in needs:
         by_device.setdefault(os.stat(need[1]).st_dev, []).append(need)

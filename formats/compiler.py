@@ -95,6 +95,13 @@ class _CheckedCache(FunctionCache):
         own = sha256(Path(inspect.getfile(function)).read_bytes()).hexdigest()
         self._cache_file = _CheckedFile(self._cache_path, name, (own, _GGUF_VERSION, *kernel_sources().values()))
 
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """What the cache has; whoever listens is told where that is nothing, as compiling takes a while."""
+        loaded = super().load_overload(sig, target_context)
+        if loaded is None:
+            _LOG.info("compiling %s", self._py_func.__qualname__)
+        return loaded
+
     def save_overload(self, sig: Any, data: Any) -> None:
         try:
             super().save_overload(sig, data)

@@ -10,13 +10,21 @@ class ConvertError(Exception):
     """
 
     exit_code = 1
+    log: str | None = None
+    """The log of the job that failed, where it has one: all of what it said, and the traceback."""
 
     def __init__(self, what: str, where: str, remedy: str):
         super().__init__(what, where, remedy)
         self.what, self.where, self.remedy = what, where, remedy
 
     def __str__(self) -> str:
-        return f"{self.what}\n  where: {self.where}\n  remedy: {self.remedy}"
+        text = f"{self.what}\n  where: {self.where}\n  remedy: {self.remedy}"
+        return text if self.log is None else f"{text}\n  log: {self.log}"
+
+    def to_dict(self) -> dict[str, str]:
+        """As plain JSON data."""
+        told = {"what": self.what, "where": self.where, "remedy": self.remedy}
+        return told if self.log is None else {**told, "log": self.log}
 
 
 class TryAgain(ConvertError):

@@ -115,3 +115,13 @@ def test_the_commands_of_the_readme_run_from_the_wheel(programs, tmp_path, tiny)
 def test_both_names_of_the_command_are_installed(programs, tmp_path):
     versions = [run(programs, [name, "--version"], tmp_path).stdout for name in ("bitwright", "convert")]
     assert all(f"version {version('bitwright')}" in said for said in versions)
+
+
+def test_make_convert_names_no_profile_unless_it_is_told():
+    """A target chooses its own."""
+    for given, named in ((["OPTIONS=--target-size 80MiB"], False), (["PROFILE=two-bit"], True)):
+        command = ["make", "--dry-run", "--old-file", ".venv/.ready", "convert", "MODEL=org/model", *given]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        (line,) = (line for line in done.stdout.splitlines() if "/bitwright " in line)
+        assert ("--profile" in line) == named and "'org/model'" in line
+        assert named or "--target-size 80MiB" in line

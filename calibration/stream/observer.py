@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from bitwright.calibration.stream.checkpointing import flat_arrays, load_flat_arrays
-from bitwright.calibration.stream.device.totals import Totals
+from bitwright.calibration.stream.device.totals import Totals, settle_all
 from bitwright.calibration.stream.micro_batches import Excerpt
 from bitwright.formats.errors import ConvertError
 
@@ -195,28 +195,27 @@ class GroupedSums:
     ):
         self.total, self.excerpt, self.refuse, self.apart = total, excerpt, refuse, apart
         self.groups: dict[int, dict[str, dict[str, np.ndarray]]] = {}
-        self._open: tuple[int, dict[str, Totals[str]]] | None = None
+        self._open: list[tuple[int, dict[str, Totals[str]]]] = []
 
     def add(self, first: int, totals: Mapping[str, Totals[str]]) -> None:
         """What a micro-batch that begins with this sample has shown, by kind, which is not used again; micro-batches
         come in order."""
         group = 0 if self.excerpt is None else self.excerpt.group_of(first)
         self.refuse({kind: of.host for kind, of in totals.items()})
-        if self._open is not None and self._open[0] == group:
-            for kind, of_kind in self._open[1].items():
+        if self._open and self._open[-1][0] == group:
+            for kind, of_kind in self._open[-1][1].items():
                 of_kind.merge(totals[kind])
         else:
-            self.close()
-            self._open = group, dict(totals)
+            self._open.append((group, dict(totals)))
 
     def close(self) -> None:
-        """Nothing more comes of the group that was summed last: a layer, or the pass, is done."""
-        if self._open is not None:
-            group, totals = self._open
-            self.refuse({kind: of.settle() for kind, of in totals.items()})
+        """Nothing more comes of the layer: its groups are added up."""
+        settled = iter(settle_all([of_kind for _, totals in self._open for of_kind in totals.values()]))
+        for group, totals in self._open:
+            self.refuse({kind: next(settled) for kind in totals})
             into = self.groups.setdefault(group, {kind: {} for kind in self.total}) if self.apart else self.total
             add_sums(into, {kind: of.host for kind, of in totals.items()})
-            self._open = None
+        self._open = []
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Everything of the layers that are done, for a checkpoint."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from bitwright.converter.advice.recommendation import Candidate, Machine, Recommendation, Speed
+from bitwright.converter.report.text import table_of_two, wrapped
 from bitwright.profiles.advice.hardware import GIB
 from bitwright.profiles.sizes import size_text
 
@@ -15,8 +16,8 @@ def advice_text(advice: Recommendation) -> str:
 
 def _lines(advice: Recommendation) -> Iterator[str]:
     sequences = "One sequence" if advice.batch == 1 else f"{advice.batch} sequences"
-    yield f"{advice.model} on {machine_text(advice.machine)}."
-    yield (
+    yield wrapped(f"{advice.model} on {machine_text(advice.machine)}.")
+    yield wrapped(
         f"{sequences} at {advice.context} tokens; {size_text(advice.kv_token_bytes)} of keys and values a token in 16"
         f" bits; attention by {_kernel(advice.attention)}."
     )
@@ -28,51 +29,45 @@ def _lines(advice: Recommendation) -> Iterator[str]:
         yield ""
     best = advice.best
     if best is not None:
-        yield f"best here: {best.profile}, {advice.reason}."
+        yield wrapped(f"best here: {best.profile}, {advice.reason}.")
         yield f"  {best.command}"
         if best.run:
             yield f"  and run it with {best.run}"
-        yield f"confidence {best.quality.confidence}: {_quality(best)}"
+        yield wrapped(f"confidence {best.quality.confidence}: {_quality(best)}")
     else:
-        yield f"nothing to recommend: {advice.reason}."
-    yield from _ranges(advice)
+        yield wrapped(f"nothing to recommend: {advice.reason}.")
+    yield from map(wrapped, _ranges(advice))
     if advice.left_out:
-        yield "left out: " + "; ".join(f"{entry.profile} ({entry.why})" for entry in advice.left_out)
+        yield wrapped("left out: " + "; ".join(f"{entry.profile} ({entry.why})" for entry in advice.left_out))
     for note in advice.notes:
-        yield f"note: {note}"
+        yield wrapped(f"note: {note}")
 
 
 def _table(advice: Recommendation) -> Iterator[str]:
-    head = ["profile", "for", "file", "with KV", "KV"]
-    head += [name for name in ("decode t/s", "prompt t/s") if _has(advice, name)]
-    head += ["speed-up", "longest context", "KLD", "a step's time"]
-    rows = [head]
+    """Two lines a profile: what it takes and gives, and what stands behind that."""
+    speeds = [name for name in ("decode t/s", "prompt t/s") if _has(advice, name)]
+    rows, remarks = [], []
     for candidate in advice.candidates:
-        row = [
-            candidate.profile,
-            candidate.runtime,
-            size_text(candidate.file_bytes),
-            size_text(candidate.total_bytes) + ("" if candidate.fits else " !"),
-            candidate.kv,
-        ]
+        row = [candidate.profile, size_text(candidate.file_bytes)]
+        row.append(size_text(candidate.total_bytes) + (" !" if not candidate.fits else ""))
         row += [speed_text(candidate.decode)] if _has(advice, "decode t/s") else []
         row += [speed_text(candidate.prefill)] if _has(advice, "prompt t/s") else []
-        longest = candidate.longest_context
-        is_models = longest == advice.model_context
-        row += [
-            f"{candidate.speed_up:.2f}x",
-            f"{longest} (model)" if is_models else str(longest) if longest else "none",
-            candidate.quality.text,
-            shares_text(candidate),
-        ]
-        rows.append(row)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        rows.append([*row, candidate.quality.text])
+        remarks.append(_remark(candidate, advice.model_context))
+    yield table_of_two(["profile", "file", "with KV", *speeds, "KLD"], rows, remarks)
     if any(not candidate.fits for candidate in advice.candidates):
         yield "! does not fit"
     if any(candidate.quality.kind == "predicted" for candidate in advice.candidates):
         yield "* predicted from the sensitivity table"
+
+
+def _remark(candidate: Candidate, model_context: int | None) -> str:
+    longest = candidate.longest_context
+    context = f"up to {longest} tokens{' (the model)' if longest == model_context else ''}"
+    return (
+        f"{candidate.runtime}, KV in {candidate.kv}, {context if longest else 'no context fits'},"
+        f" {candidate.speed_up:.2f}x as fast as 16 bits; a step's time: {shares_text(candidate)}"
+    )
 
 
 def _has(advice: Recommendation, column: str) -> bool:
@@ -109,9 +104,17 @@ def speed_text(speed: Speed | None) -> str:
     if speed is None:
         return "-"
     digits = 0 if speed.high >= 10 else 1
-    low, high = f"{speed.low:.{digits}f}", f"{speed.high:.{digits}f}"
+    low, high = _number(speed.low, digits), _number(speed.high, digits)
     text = low if low == high else f"{low}-{high}"
     return f"~{text}" if speed.is_class else text
+
+
+def _number(value: float, digits: int) -> str:
+    """In thousands or millions where it is long."""
+    for factor, unit in ((1e6, "M"), (1e3, "k")):
+        if value >= 100_000 and value >= factor:
+            return f"{value / factor:.3g}{unit}"
+    return f"{value:.{digits}f}"
 
 
 def shares_text(candidate: Candidate) -> str:

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
+from bitwright.converter.boundary.machine import cpu_name, nvidia_gpu
 from bitwright.formats.errors import ConvertError
 from bitwright.profiles.advice.hardware import Architecture, Device, find_device
 
 _BYTES = 256 << 20  # beyond any cache, a thread
 _SECONDS = 0.6
 _BEST_OF = 3
-_NVIDIA = Path("/proc/driver/nvidia/gpus")
 
 
 def this_machine(threads: int) -> Device:
     """A GPU that NVIDIA's driver lists and that is in the registry; or else the CPU, its bandwidth measured by reading
     with so many threads. Raises ConvertError for a GPU that is not in the registry."""
-    if (name := _nvidia_gpu()) is not None:
+    if (name := nvidia_gpu()) is not None:
         return find_device(name.removeprefix("NVIDIA ").removeprefix("GeForce "))
     if platform.system() == "Darwin" and (chip := platform.processor()):
         raise ConvertError(
@@ -65,21 +65,3 @@ def memory_bytes() -> int:
     except OSError:
         return total
     return min(total, int(text)) if text.isdigit() else total
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _nvidia_gpu() -> str | None:
-    """The name of the first GPU that NVIDIA's driver lists; None without one."""
-    for path in sorted(_NVIDIA.glob("*/information")):
-        for line in path.read_text().splitlines():
-            if line.startswith("Model:"):
-                return line.partition(":")[2].strip()
-    return None

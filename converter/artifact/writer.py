@@ -6,6 +6,7 @@ directory says which tensors are safely on the disk, and what their bytes were.
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import BinaryIO, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from bitwright.calibration.control import Interrupted, OnProgress, ShouldStop, say
+from bitwright.calibration.control import Interrupted, OnProgress, ShouldStop, say, took
 from bitwright.converter.artifact.layout import Layout, partial_path, spans
 from bitwright.converter.artifact.ownership import Replaceable, check_free, put_in_place, remove_replaced, same_file
 from bitwright.formats.errors import ConvertError
@@ -101,11 +102,13 @@ class ArtifactWriter(Generic[R]):
                             raise Interrupted
                         file.seek(offset)
                         file.truncate()
+                        began = time.monotonic()
                         digest = self._write_tensor(file, planned, progress, done)
                         file.write(bytes(end - file.tell()))
                         sync_file(file)
                         record = {"tensor": entry.name, "sha256": digest, **self.encoder.remarks(entry.name)}
                         append_line(self.journal, record)
+                        took(progress, entry.name, planned.tensor.n_weights, time.monotonic() - began)
                     layer = planned.tensor.layer
                     done += entry.n_bytes
                     progress("encode", done, self._total, "B")

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -16,6 +16,7 @@ from bitwright.formats.errors import ConvertError
 from bitwright.formats.typed import ABSENT, Absent
 
 if TYPE_CHECKING:
+    from bitwright.converter.job.job import Job
     from bitwright.converter.job.progress import Progress
     from bitwright.converter.publishing.stage import Target
     from bitwright.converter.report.data import OnMachine
@@ -40,84 +41,116 @@ _OF_ONE_ARTIFACT = ("profile", "target_size", "target_bpw", "target_kld", "work_
 @json_option
 @quiet_option
 @fails_clearly
-def convert_model(
-    dry_run: bool,
-    fresh: bool,
-    strict: bool,
-    lora_gguf: bool,
-    quiet: bool,
+def convert_model(quiet: bool, events: Path | None, **options: Any) -> None:
+    """Convert MODEL."""
+    from bitwright.converter.job.progress import Progress
+
+    progress = Progress(quiet)
+    with progress.recorded(events, this_command()):
+        damaged = _convert(progress, **options)
+    if damaged:
+        from bitwright.converter.report.verdict import EXIT_CODE
+
+        sys.exit(EXIT_CODE)
+
+
+def _convert(
+    progress: "Progress",
     ladder: str | None,
     advise: str | None,
+    lora_gguf: bool,
+    dry_run: bool,
     as_json: bool,
-    push_to: str | None,
-    public: bool,
-    base_model: str | None,
-    shard_bytes: str | None,
     **options: Any,
-) -> None:
-    """Convert MODEL."""
+) -> bool:
+    """What the options ask for; returns whether --strict refuses what came out."""
     if ladder is not None:
-        if dry_run or strict or lora_gguf or push_to is not None:
+        if dry_run or options["strict"] or lora_gguf or options["push_to"] is not None:
             raise ConvertError(
                 "a ladder is neither planned alone nor judged or published as a whole",
                 "--ladder with --dry-run, --strict, --lora-gguf or --push-to",
                 "plan a rung with `bitwright plan --profile RUNG`, publish each with `bitwright publish`",
             )
-        climb_ladder(ladder, fresh, as_json, quiet, shard_bytes=shard_bytes, **options)
-        return
+        for name in ("strict", "push_to", "public", "base_model"):
+            del options[name]
+        climb_ladder(ladder, progress, as_json, **options)
+        return False
     machine: OnMachine | Absent = ABSENT
     if advise is not None:
         options["profile"], machine = advised(advise, options)
-    job = build_job(**options, shard_bytes=shard_bytes or (HUB_FILE_SIZE if push_to is not None else None))
+    hub = _Hub(*(options.pop(name) for name in ("push_to", "public", "base_model")))
+    fresh, strict = options.pop("fresh"), options.pop("strict")
+    if hub.repository is not None:
+        options["shard_bytes"] = options["shard_bytes"] or HUB_FILE_SIZE
+    job = build_job(**options)
     if lora_gguf:
         from bitwright.converter.lora_gguf import write_lora_gguf
 
         written = write_lora_gguf(job.model, job.base, job.output)
         click.echo(json.dumps({"path": str(written)}) if as_json else f"wrote {written}")
-        return
-    target = None
-    if push_to is not None:
-        from bitwright.converter.publishing.stage import Target, preflight
-
-        target = Target(push_to, public, base_model)
-        preflight(target, job.shard_bytes, lambda line: click.echo(line, err=True))
-    elif public or base_model is not None:
-        raise ConvertError("nothing is published", "--public, --base-model", "say where: --push-to org/name")
+        return False
+    target = hub.target(job.shard_bytes)
     if dry_run:
         print_plan(job, as_json, None)
-        return
-    if strict and options["judge"] == "off":
+        return False
+    if strict and job.judge == "off":
         raise ConvertError("--strict judges what --judge off leaves out", "--strict", "leave out one of the two")
+    return _convert_one(job, progress, target, (fresh, strict, as_json), machine)
+
+
+class _Hub(NamedTuple):
+    """What is said of publishing."""
+
+    repository: str | None
+    public: bool
+    base_model: str | None
+
+    def target(self, shard_bytes: int | None) -> "Target | None":
+        """Where it goes, and whether it may; None where it is not published. Raises ConvertError."""
+        if self.repository is None:
+            if self.public or self.base_model is not None:
+                raise ConvertError("nothing is published", "--public, --base-model", "say where: --push-to org/name")
+            return None
+        from bitwright.converter.publishing.stage import Target, preflight
+
+        target = Target(self.repository, self.public, self.base_model)
+        preflight(target, shard_bytes, lambda line: click.echo(line, err=True))
+        return target
+
+
+def _convert_one(
+    job: "Job",
+    progress: "Progress",
+    target: "Target | None",
+    switches: tuple[bool, bool, bool],
+    machine: "OnMachine | Absent",
+) -> bool:
+    """switches: fresh, strict, as_json."""
     from bitwright.converter.boundary.interrupts import Stop
-    from bitwright.converter.job.progress import Progress
     from bitwright.converter.pipeline import run
     from bitwright.converter.report.text import report_text
-    from bitwright.converter.report.verdict import EXIT_CODE, is_damaged, verdict_line
+    from bitwright.converter.report.verdict import is_damaged, verdict_line
 
-    progress = Progress(quiet)
-    try:
-        with Stop().on_interrupt() as should_stop:
-            prepared, report = run(job, progress, should_stop, fresh, machine)
-        if not as_json:
-            click.echo(report_text(report, prepared.plan, verdict_line(report)))
-        if strict and report.not_judged:
-            raise ConvertError(
-                "the system kept ending the runtime, so the artifact could not be judged",
-                report.artifact.first.path,
-                "free some memory and run the same command again; the artifact is complete",
-            )
-        damaged, shown = strict and is_damaged(report.verdict), report.to_dict()
-        if target is not None and not damaged:
-            location = report.artifact.location
-            shown["published"] = push(location, prepared.run.work_dir, target, progress, as_json)
-        elif target is not None:
-            progress.say(f"not published in {target.repository}: --strict, and the model is damaged")
-    finally:
-        progress.close()
+    fresh, strict, as_json = switches
+    with Stop().on_interrupt() as should_stop:
+        prepared, report = run(job, progress, should_stop, fresh, machine)
+    if not as_json:
+        click.echo(report_text(report, prepared.plan, verdict_line(report)))
+    if strict and report.not_judged:
+        raise ConvertError(
+            "the system kept ending the runtime, so the artifact could not be judged",
+            report.artifact.first.path,
+            "free some memory and run the same command again; the artifact is complete",
+        )
+    damaged, shown = strict and is_damaged(report.verdict), report.to_dict()
+    if target is not None and not damaged:
+        with progress.stage("publish"):
+            shown["published"] = push(report.artifact.location, prepared.run.work_dir, target, progress, as_json)
+    elif target is not None:
+        progress.say(f"not published in {target.repository}: --strict, and the model is damaged")
     if as_json:
         click.echo(json.dumps(shown))
-    if damaged:
-        sys.exit(EXIT_CODE)
+    return damaged
 
 
 def advised(hardware: str, options: dict[str, Any]) -> "tuple[str, OnMachine]":
@@ -150,35 +183,21 @@ def push(
     return result
 
 
-def climb_ladder(rungs: str, fresh: bool, as_json: bool, quiet: bool, **options: Any) -> list[Path]:
+def climb_ladder(rungs: str, progress: "Progress", as_json: bool, fresh: bool, **options: Any) -> list[Path]:
     """Write every rung, print what came out, and return where the artifacts are. options: those of a job."""
     for name in _OF_ONE_ARTIFACT:
         if options.pop(name, None) is not None:
             flag = f"--{name.replace('_', '-')}"
             raise ConvertError("a rung says this for each artifact", f"--ladder, {flag}", f"leave {flag} out")
     from bitwright.converter.boundary.interrupts import Stop
-    from bitwright.converter.job.progress import Progress
     from bitwright.converter.ladder import PAGE, SUMMARY, climb, parse_rungs
     from bitwright.converter.report.text import ladder_text
 
     directory = Path(options.pop("output") or ".")
     model, overrides = options.pop("model"), options.pop("overrides")
-    progress = Progress(quiet)
-    try:
-        with Stop().on_interrupt() as should_stop:
-            reports = climb(
-                model,
-                parse_rungs(rungs),
-                directory,
-                progress,
-                should_stop,
-                fresh,
-                overrides=overrides,
-                command=this_command(),
-                **options,
-            )
-    finally:
-        progress.close()
+    told = {"overrides": overrides, "command": this_command(), **options}
+    with Stop().on_interrupt() as should_stop:
+        reports = climb(model, parse_rungs(rungs), directory, progress, should_stop, fresh, **told)
     if as_json:
         click.echo(json.dumps([report.to_dict() for report in reports]))
     else:

@@ -59,18 +59,15 @@ if TYPE_CHECKING:
 )
 @quiet_option
 @fails_clearly
-def imatrix(sources: tuple[str, ...], output: Path | None, quiet: bool, **options: Any) -> None:
+def imatrix(sources: tuple[str, ...], output: Path | None, quiet: bool, events: Path | None, **options: Any) -> None:
     """Compute the importance matrix of MODEL, or convert one between GGUF and .dat; or a part of it on one of many
     machines (--part), or the whole of PARTS (--merge)."""
     from bitwright.converter.boundary.interrupts import Stop
     from bitwright.converter.job.progress import Progress
 
     progress = Progress(quiet)
-    try:
-        with Stop().on_interrupt() as should_stop:
-            written = _written(sources, output, progress, should_stop, **options)
-    finally:
-        progress.close()
+    with progress.recorded(events, this_command()), Stop().on_interrupt() as should_stop:
+        written = _written(sources, output, progress, should_stop, **options)
     click.echo("\n".join(map(str, written)))
 
 

@@ -17,6 +17,8 @@ from bitwright.converter.boundary.interrupts import STOPPED, stops_at_once
 from bitwright.converter.boundary.streams import give_up_stdout
 from bitwright.formats.errors import ConvertError
 
+_CONTINUE = "run the same command again to continue"
+
 
 def fails_clearly(command: Callable[..., None]) -> Callable[..., None]:
     """Turn an error into three lines on stderr and an exit code, with --json into an object on stdout, too; --verbose
@@ -32,21 +34,20 @@ def fails_clearly(command: Callable[..., None]) -> Callable[..., None]:
                 traceback.print_exc()
             click.echo(f"error: {error}", err=True)
             if kwargs.get("as_json"):
-                say_as_json(error.what, error.where, error.remedy, error.exit_code)
+                say_as_json(error.to_dict(), error.exit_code)
             give_up_stdout()
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("error: stopped at once; run the same command again to continue", err=True)
+            click.echo(f"error: stopped at once; {_CONTINUE}", err=True)
             if kwargs.get("as_json"):
-                say_as_json("stopped at once", this_command(), "run the same command again to continue", STOPPED)
+                say_as_json(ConvertError("stopped at once", this_command(), _CONTINUE).to_dict(), STOPPED)
             sys.exit(STOPPED)
 
     return click.option("--verbose", is_flag=True, help="Show the traceback of an error.")(wrapped)
 
 
-def say_as_json(what: str, where: str, remedy: str, exit_code: int) -> None:
-    """An error for machines, on stdout."""
-    error = {"what": what, "where": where, "remedy": remedy}
+def say_as_json(error: dict[str, str], exit_code: int) -> None:
+    """An error for machines, on stdout. error: as of ConvertError.to_dict."""
     with suppress(OSError):  # where stdout itself is the trouble, stderr and the exit code have said so
         click.echo(json.dumps({"error": error, "exit_code": exit_code}))
 

@@ -21,6 +21,7 @@ from bitwright.converter.job.job import Job
 from bitwright.converter.job.progress import Progress
 from bitwright.converter.source.checkpoint import Checkpoint
 from bitwright.formats.errors import ConvertError
+from bitwright.formats.files.disk import remove
 from bitwright.formats.files.result_cache import Key, ResultCache
 from bitwright.formats.files.whole import whole_file
 
@@ -29,6 +30,8 @@ T = TypeVar("T")
 DIRECTORY_VARIABLE = "BITWRIGHT_CACHE"
 """The environment variable of --cache."""
 OFF = "off"
+RATES_FILE = "rates.jsonl"
+"""What lies in the directory beside the entries: how fast this machine was, see converter.forecast.rates."""
 # What the results depend on beside this tool: products, tokens, and the model's own code.
 _PACKAGES = ("numpy", "tokenizers", "torch", "transformers")
 
@@ -47,6 +50,14 @@ def open_cache(directory: Path | None, most_bytes: int | None = None) -> ResultC
     """directory: as of cache_directory. most_bytes: None for the default. None where the cache is switched off."""
     found = cache_directory(directory)
     return None if found is None else ResultCache(found, most_bytes or CACHE_BYTES)
+
+
+def clear_cache(opened: ResultCache) -> int:
+    """Remove all that is kept there. Returns the bytes that were freed. Raises ConvertError."""
+    rates = opened.directory / RATES_FILE
+    freed = rates.stat().st_size if rates.is_file() else 0
+    remove(rates)
+    return freed + opened.clear()
 
 
 def text_identity(corpus: Corpus) -> dict[str, Any]:
@@ -92,6 +103,20 @@ class SourceCache:
         }
         return CachedResult(self.cache, what, key, self.progress)
 
+    def knows(self, what: str, samples: int, sequence_length: int) -> bool:
+        """Whether there is such a result of this source over a text of this extent: most likely the one that is needed,
+        which only the tokens tell for certain."""
+        if self.cache is None:
+            return False
+        extent = {"samples": samples, "sequence_length": sequence_length}
+        wanted: dict[str, object] = {"result": what, "model": self.source.model_id, "revision": self.source.revision}
+        wanted |= {"files": [list(file) for file in self.source.files()], "tool": tool_identity()}
+        for entry in self.cache.entries():
+            text = entry.key.get("text")
+            if wanted.items() <= entry.key.items() and isinstance(text, dict) and extent.items() <= text.items():
+                return True
+        return False
+
     def states(self, corpus: Corpus) -> "CachedResult":
         """The source's states over a text, see calibration.evaluation.quality.Baseline."""
         return self.entry("source states", text=text_identity(corpus))
@@ -111,6 +136,7 @@ class CachedResult:
         if self.cache is None or not self.cache.fetch(self._kind, self.key, target):
             return False
         self.progress.say(f"{self.what}: from the cache, {self.cache.directory}")
+        self.progress.reuse()
         return True
 
     def store(self, source: Path) -> None:

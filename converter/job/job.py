@@ -309,6 +309,17 @@ class Job:
         ),
     )
 
+    events: Path | None = field(
+        default=None,
+        metadata=option(
+            "Append what happens to this file, as JSON lines for programs.",
+            commands=_BOTH,
+            identity=None,
+            recipe="never",
+            group=OUTPUT,
+        ),
+    )
+
     cache: Path | None = field(
         default=None,
         metadata=option(

@@ -11,6 +11,7 @@ from typing import Any
 
 from bitwright.calibration.control import Interrupted
 from bitwright.converter.boundary.interrupts import STOPPED
+from bitwright.converter.record.log import LOG_FILE
 from bitwright.formats.errors import ConvertError, TryAgain
 from bitwright.formats.files.disk import make_directory, remove, remove_tree
 from bitwright.formats.files.whole import whole_file
@@ -38,7 +39,7 @@ _KEPT = frozenset(
         *("protection", "protection.json", "encoded.jsonl", REPLACEABLE),
         *("quality", "quality.json", "agreement", "agreement.json", "candidate-logits.npy", "runtime-logits.npy"),
         *("guard", "coherence.json", "generated.json", "tasks.json"),
-        *("plan.json", "report.html", "report.json", "report-split.json", "seals.jsonl"),
+        *("plan.json", "report.html", "report.json", "report-split.json", "seals.jsonl", LOG_FILE),
         "piece",
     )
 )
@@ -87,12 +88,18 @@ class WorkDirectory:
     calibration/   checkpoints of the layer stream, gone when it is done
     moments/       second moments of the inputs, gone when the tensors are encoded
     super-weights/ checkpoints of the search for super weights
+    job.log        what was said, and the whole of an error
     imatrix.gguf, super_weights.json, protection.json, encoded.jsonl, report.json
                    the stages' results; a stage whose result is there does not run again
     """
 
     def __init__(self, path: Path):
         self.path = path
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a job has been here."""
+        return (self.path / DESCRIPTION).exists()
 
     @contextmanager
     def locked(self) -> Iterator[None]:

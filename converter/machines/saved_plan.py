@@ -19,7 +19,8 @@ from bitwright.converter.job.build import build_job
 from bitwright.converter.job.job import Job
 from bitwright.converter.job.progress import Progress
 from bitwright.converter.job.work_directory import default_work_dir
-from bitwright.converter.pipeline import fingerprint, measure, measured
+from bitwright.converter.pipeline import measure, measured
+from bitwright.converter.preparation import fingerprint
 from bitwright.formats.errors import ConvertError
 from bitwright.formats.files.disk import file_sha256, make_directory
 from bitwright.formats.files.regular_file import read_json

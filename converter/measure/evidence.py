@@ -152,12 +152,6 @@ def evidence_of(
 
 def analysis_is_needed(job: Job) -> ConvertError:
     """What a dry run says of a plan that rests on measurements which are still to be made."""
-    if job.refine and job.sensitivity is not None:
-        return ConvertError(
-            "a plan that is to be refined is measured first, and there is none before that",
-            f"--refine {job.refine}",
-            "convert without --dry-run; or plan without --refine to see where it starts",
-        )
     return ConvertError(
         f"the profile {job.profile.name!r} decides by measured sensitivity, which has not been measured yet:"
         " there is no plan before the analysis",

@@ -64,7 +64,7 @@ def build_sensitivity(
     Raises Interrupted when the run is to stop, which is asked after every tensor, and ConvertError for weights that are
     not finite or a tensor without factors.
     """
-    tensors = _measurable(run.model_map)
+    tensors = measurable_tensors(run.model_map)
     journal = run.work_dir / _JOURNAL
     finished: dict[str, dict[str, Any]] = {
         entry.pop("tensor"): entry for entry in read_lines(journal, partial(say, run.progress))
@@ -89,7 +89,7 @@ def build_sensitivity(
     )
 
 
-def _measurable(model_map: ModelMap) -> list[TensorSpec]:
+def measurable_tensors(model_map: ModelMap) -> list[TensorSpec]:
     """The tensors that may be quantized and that the model computes with as the runtime does: of others no gradient is
     known, and their roles have floors. Rows that no block divides stay in 16 bits, which costs nothing."""
     matrices = (tensor for tensor in model_map.tensors if tensor.quantizable and tensor.role is not Role.MTP)
@@ -114,7 +114,7 @@ def check_sensitivity(table: SensitivityTable, checkpoint: Checkpoint, model_map
     """
     if table.architecture != model_map.architecture:
         raise _another_model(table, f"it is of a {table.architecture}, the model is a {model_map.architecture}")
-    tensors = {tensor.name: tensor for tensor in _measurable(model_map)}
+    tensors = {tensor.name: tensor for tensor in measurable_tensors(model_map)}
     for name in sorted(table.losses.keys() | tensors.keys()):
         wanted = (t.n_matrices, t.n_rows // t.n_matrices, t.n_columns) if (t := tensors.get(name)) else None
         has = None

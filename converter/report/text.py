@@ -1,28 +1,76 @@
 """What a conversion cost and what it bought: lines and tables for people."""
 
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitwright.calibration.evaluation.quality import QualityReport
 from bitwright.calibration.text.corpus import EMBEDDED
 from bitwright.converter.artifact.tensor_errors import TensorError
+from bitwright.converter.gguf.bounds import Bounds
 from bitwright.converter.report.data import Agreement, Coherence, Feedback, Report, TunedLayers
 from bitwright.converter.report.run_lines import local_lines
 from bitwright.profiles.planning.plan import Plan
 from bitwright.profiles.planning.summary import tensor_groups
 from bitwright.profiles.sizes import size_text
 
+WIDTH = 80
+"""Columns of a terminal that tables and sentences fit; paths, commands and names that people copy are not broken."""
+# The space between a number and its unit.
+_UNIT = re.compile(r"(?<=\d) (?=%|(?:[KMGT]?i?B|s|min|h)\b)")
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A text table: first column to the left, the others to the right."""
+
+def wrapped(line: str, indent: str | None = None) -> str:
+    """The line in lines of WIDTH columns at most, the later ones indented: as the first one is, and two more."""
+    start = line[: len(line) - len(line.lstrip())]
+    later = start + "  " if indent is None else indent
+    together = _UNIT.sub("\N{NO-BREAK SPACE}", line)  # which textwrap takes for no place to break
+    filled = textwrap.fill(together, WIDTH, subsequent_indent=later, break_long_words=False, break_on_hyphens=False)
+    return filled.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def labelled(label: str, text: str) -> str:
+    """A line of a report: a label, and what is said, which goes on below itself."""
+    return below_label(f"{label:<12} {text}")
+
+
+def below_label(line: str) -> str:
+    """A line that begins with a label, in lines that go on below what is said."""
+    return wrapped(line, " " * 13)
+
+
+def table(header: list[str], rows: list[list[str]], wide: int | None = None) -> str:
+    """A text table: first column to the left, the others to the right. wide: the column whose words, to the left, go on
+    in further lines where the table would be wider than WIDTH."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    if wide is not None:
+        wide %= len(header)
+        others = sum(widths) - widths[wide] + 2 * (len(widths) - 1)
+        longest = max(len(word) for row in [header, *rows] for word in [*row[wide].split(), ""])
+        widths[wide] = max(min(widths[wide], WIDTH - others), longest)
 
     def line(cells: list[str]) -> str:
-        return "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        )
+        columns = enumerate(zip(cells, widths, strict=True))
+        return "  ".join(c.ljust(w) if i in (0, wide) else c.rjust(w) for i, (c, w) in columns).rstrip()
 
-    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
+    lines = [line(header), line(["-" * width for width in widths])]
+    for row in rows:
+        if wide is None:
+            lines.append(line(row))
+            continue
+        parts = textwrap.wrap(row[wide], widths[wide], break_long_words=False, break_on_hyphens=False) or [""]
+        blank = [""] * len(row)
+        for part, others_of_row in zip(parts, [row, *[blank] * (len(parts) - 1)], strict=True):
+            lines.append(line([*others_of_row[:wide], part, *others_of_row[wide + 1 :]]))
+    return "\n".join(lines)
+
+
+def table_of_two(header: list[str], rows: list[list[str]], remarks: list[str]) -> str:
+    """A table with a remark below each row."""
+    head, rule, *lines = table(header, rows).split("\n")
+    below = [wrapped(f"    {remark}", "    ") for remark in remarks]
+    return "\n".join([head, rule, *(part for pair in zip(lines, below, strict=True) for part in pair)])
 
 
 def plan_text(plan: Plan, file_bytes: int) -> str:
@@ -38,9 +86,24 @@ def plan_text(plan: Plan, file_bytes: int) -> str:
         ]
         for group in tensor_groups(plan)
     ]
-    text = table(["group", "formats", "weights", "bytes", "bits/weight", "share"], rows)
+    text = table(["group", "formats", "weights", "bytes", "bits/weight", "share"], rows, wide=1)
     size = f"{file_bytes} bytes ({size_text(file_bytes)}), {plan.bits_per_weight:.3f} bits per weight"
-    return "\n".join([text, "", f"{plan.profile}: {size}", *prediction_lines(plan)])
+    return "\n".join([text, "", f"{plan.profile}: {size}", *map(wrapped, prediction_lines(plan))])
+
+
+def bounds_text(bounds: Bounds, profile: str) -> str:
+    """What is known of a plan before anything is measured."""
+    rows = [
+        ("smallest", f"{size_text(bounds.smallest_bytes)}, {bounds.smallest_bits:.2f} bits per weight"),
+        ("largest", f"{size_text(bounds.largest_bytes)}, {bounds.largest_bits:.2f} bits per weight"),
+        ("missing", " and ".join(bounds.missing)),
+    ]
+    if bounds.asked_bytes is not None:
+        rows.insert(0, ("asked for", size_text(bounds.asked_bytes)))
+    lines = [wrapped(f"{profile} chooses every format by what it costs this model, which is not measured yet:")]
+    lines += [labelled(label, text) for label, text in rows]
+    lines += ["A conversion measures it on its own. To see the plan first, measure with", f"  {bounds.command}"]
+    return "\n".join([*lines, "and plan with these options, too:", f"  {bounds.options}"])
 
 
 def prediction_lines(plan: Plan) -> list[str]:
@@ -56,13 +119,14 @@ def prediction_lines(plan: Plan) -> list[str]:
 def explanation(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows of a plan, with the reason of each; what was measured of them, where anything was."""
     measured = any(row["predicted_loss"] is not None for row in rows)
-    cells = []
+    cells, reasons = [], []
     for row in rows:
         shape = "x".join(map(str, row["shape"]))
         loss = "" if row["predicted_loss"] is None else f"{row['predicted_loss']:.2e}"
         numbers = [str(row["bytes"]), f"{row['bits_per_weight']:.2f}", *([loss] if measured else [])]
-        cells.append([row["tensor"], shape, row["format"], *numbers, row["reason"]])
-    return table(["tensor", "shape", "format", "bytes", "bits", *(["loss"] if measured else []), "reason"], cells)
+        cells.append([row["tensor"], shape, row["format"], *numbers])
+        reasons.append(row["reason"])
+    return table_of_two(["tensor", "shape", "format", "bytes", "bits", *(["loss"] if measured else [])], cells, reasons)
 
 
 def figure(value: float | None, form: str) -> str:
@@ -98,8 +162,7 @@ def loss_text(quality: QualityReport) -> str:
 def report_text(report: Report, plan: Plan, verdict: str) -> str:
     """The report for people. verdict: what is said first."""
     source, artifact = report.source.bytes, report.artifact.bytes
-    lines = [verdict, "", plan_text(plan, artifact), ""]
-    lines.append(f"size         {size_text(source)} -> {size_text(artifact)}, {report.compression_ratio:.2f}x smaller")
+    lines = [f"size         {size_text(source)} -> {size_text(artifact)}, {report.compression_ratio:.2f}x smaller"]
     if report.quality is not None:
         lines += quality_lines(report.quality)
         if report.promises:
@@ -126,10 +189,10 @@ def report_text(report: Report, plan: Plan, verdict: str) -> str:
     if tuning := report.tuning:
         lines.append(f"tuning       {tuning_text(tuning)}")
     lines.append("time         " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items()))
-    lines += [f"written      {file.path}  sha256 {file.sha256}" for file in report.artifact.files]
-    lines.append(f"report       {report.page}, {report.path}")
-    lines += labelled_lines("run it", local_lines(report.artifact, report.artifact.location))
-    return "\n".join(lines)
+    places = labelled_lines("written", [f"{file.path}\n{'':13}sha256 {file.sha256}" for file in report.artifact.files])
+    places += labelled_lines("report", [f"{report.page}", f"{report.path}"])
+    places += labelled_lines("run it", local_lines(report.artifact, report.artifact.location))
+    return "\n".join([wrapped(verdict), "", plan_text(plan, artifact), "", *map(below_label, lines), *places])
 
 
 def labelled_lines(label: str, lines: Sequence[str]) -> list[str]:
@@ -147,8 +210,8 @@ def ladder_text(reports: Sequence[Report]) -> str:
             kld, perplexity = figure(quality.mean_kld, ".4f"), figure(quality.perplexity, ".2f")
             measured = [kld, perplexity, f"{quality.top1_agreement:.1%}"]
         size, bits = size_text(report.artifact.bytes), f"{report.bits_per_weight:.2f}"
-        rows.append([report.artifact.location.name, size, bits, *measured, report.verdict or "not measured"])
-    return table(["artifact", "size", "bits", "mean KLD", "perplexity", "top-1", "verdict"], rows)
+        rows.append([size, bits, *measured, report.verdict or "not measured", report.artifact.location.name])
+    return table(["size", "bits", "mean KLD", "perplexity", "top-1", "verdict", "artifact"], rows, wide=-1)
 
 
 def feedback_text(feedback: Feedback) -> str:

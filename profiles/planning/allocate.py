@@ -51,6 +51,10 @@ class Allocation:
     exact: bool
 
 
+class Unmeetable(ConvertError):
+    """No choice of formats meets the budget."""
+
+
 def known_loss(evidence: Evidence | None, tensor: TensorSpec, format_name: str) -> float | None:
     """The expected loss, None where the evidence has none; of a 16 or 32 bit format that was not measured nothing worth
     counting."""
@@ -218,7 +222,7 @@ def _infeasible(
     fixed: Fixed,
     limit: int | None,
     choice: Choice | None,
-) -> ConvertError:
+) -> Unmeetable:
     """Says what cannot be met, the two feasible points nearest to it, and some of the frontier."""
     points = frontier(n_bytes, losses) + np.array([fixed.n_bytes, fixed.loss])
     nearest: list[tuple[float, float]] = []
@@ -238,7 +242,7 @@ def _infeasible(
         nearest = [tuple(point) for point in points[-2:]]
     lines = [f"{size_text(size):>10}  KLD {kld:.4g}" for size, kld in _sampled(points)]
     feasible = " or ".join(_point(size, kld, budget, fixed) for size, kld in nearest)
-    return ConvertError(
+    return Unmeetable(
         f"the budget cannot be met: {what}",
         budget.where,
         f"nearest: {feasible}; raise the target, or lower what the profile fixes. Size and predicted KLD:\n    "

@@ -29,7 +29,7 @@ from bitwright.calibration.statistics.imatrix_file import load_imatrix
 from bitwright.converter import convert
 from bitwright.converter.job.job import Job
 from bitwright.converter.model.model_map import describe
-from bitwright.converter.pipeline import prepare
+from bitwright.converter.preparation import prepare
 from bitwright.converter.source.open import open_checkpoint
 from bitwright.formats.choices import Effort
 from bitwright.formats.files.journal import append_line, read_lines

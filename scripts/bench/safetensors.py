@@ -41,7 +41,8 @@ from bitwright.converter.measure.activations import ACTIVATIONS_FILE
 from bitwright.converter.measure.running import load_tokenizer, uses_chat
 from bitwright.converter.model.model_map import describe
 from bitwright.converter.model.module_map import describe_modules, stored_dtypes
-from bitwright.converter.pipeline import fingerprint, prepare, run
+from bitwright.converter.pipeline import run
+from bitwright.converter.preparation import fingerprint, prepare
 from bitwright.converter.report.text import table
 from bitwright.converter.smoothing.stage import SMOOTHED_ACTIVATIONS_FILE, SMOOTHING_FILE
 from bitwright.converter.source.checkpoint import Checkpoint

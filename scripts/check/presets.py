@@ -29,7 +29,7 @@ from bitwright.converter.job.work_directory import default_work_dir
 from bitwright.converter.judge.open import open_artifact
 from bitwright.converter.measure.running import load_tokenizer
 from bitwright.converter.model.model_map import describe
-from bitwright.converter.pipeline import prepare
+from bitwright.converter.preparation import prepare
 from bitwright.converter.source.open import open_checkpoint
 from bitwright.formats.files.journal import append_line, read_lines
 from bitwright.profiles.reading.schema import load_profile, preset_names

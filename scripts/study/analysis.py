@@ -23,7 +23,7 @@ from bitwright.converter.job.progress import Progress
 from bitwright.converter.measure.evidence import evidence_of, matrices_of
 from bitwright.converter.measure.running import load_tokenizer, streamable
 from bitwright.converter.measure.sensitivity import CANDIDATE_FORMATS, Trials, build_sensitivity
-from bitwright.converter.pipeline import survey
+from bitwright.converter.preparation import survey
 from bitwright.profiles.evidence import Evidence
 from bitwright.profiles.planning.assign import assign
 from bitwright.profiles.planning.plan import Plan

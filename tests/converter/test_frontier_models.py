@@ -8,7 +8,7 @@ import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from bitwright.converter.job.build import build_job
-from bitwright.converter.pipeline import prepare
+from bitwright.converter.preparation import prepare
 from scripts.frontier_models import write_frontier_model
 from tests import tiny_models
 

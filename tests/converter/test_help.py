@@ -61,7 +61,7 @@ def test_short_help(name):
 
 def test_what_changes_nothing_in_a_plan_is_taken_and_not_shown(tiny):
     text = convert("plan", "-h").stdout
-    assert "--judge" not in text and "--threads" not in text and "--profile" in text
+    assert "--refine" not in text and "--events" not in text and "--profile" in text
     done = convert("plan", "--judge", "off", "--threads", 1, "-p", "uniform-8bit", tiny("llama-256"))
     assert done.exit_code == 0 and "a GGUF for llama.cpp" in done.stdout
 

@@ -8,7 +8,7 @@ from bitwright.converter.artifact.layout import partial_path
 from bitwright.converter.artifact.target import Target
 from bitwright.converter.job.job import Job
 from bitwright.converter.job.work_directory import default_work_dir
-from bitwright.converter.pipeline import TARGETS, prepare, survey
+from bitwright.converter.preparation import TARGETS, prepare, survey
 from bitwright.profiles.reading.schema import load_profile
 
 KINDS = [("uniform-8bit", ".gguf"), ("fp8", "")]

@@ -16,7 +16,7 @@ WORK = "work"
 # Files of somebody else, beside the output and the work directory.
 FOREIGN: State = {"notes.txt": b"of the user", ".notes.tmp": b"too"}
 # What differs from run to run: seconds, times in archives, how often something was done, and identities of files.
-_VOLATILE = ("report.json", "report.html", "stream.npz", "seals.jsonl", "replaceable.json")
+_VOLATILE = ("report.json", "report.html", "stream.npz", "seals.jsonl", "replaceable.json", "job.log")
 
 
 @dataclass(frozen=True)

@@ -214,3 +214,12 @@ def test_two_processes_that_write_at_once_mix_nothing_up(tmp_path, monkeypatch, 
         kernel = loaded(path)
         assert kernel(3) == 6 and kernel(1.5) == 3.0
     assert hits(kernel) == 2
+
+
+def test_compiling_is_told_and_loading_is_not(tmp_path, caplog):
+    path = tmp_path / "kernel_under_test.py"
+    path.write_text(SOURCE)
+    with caplog.at_level(logging.INFO, logger="bitwright.formats.compiler"):
+        assert loaded(path)(3) == 6 and "compiling double" in caplog.text
+        caplog.clear()
+        assert loaded(path)(3) == 6 and not caplog.text

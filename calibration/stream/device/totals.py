@@ -4,6 +4,7 @@ On a CPU sums are float64. A GPU may have no float64 (Metal), or little of it: t
 rounded sum and what rounding has left out, which together are as exact. `settle` brings all of a layer over at once.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
@@ -65,19 +66,31 @@ class Totals(Generic[Key]):
 
     def settle(self) -> dict[Key, np.ndarray]:
         """Bring over what is on a GPU; returns that."""
-        keys = list(self._pairs)
-        parts = to_host([part for key in keys for part in (self._pairs[key].high, self._pairs[key].low)])
+        return settle_all([self])[0]
+
+    def take_over(self, parts: Iterator[np.ndarray]) -> dict[Key, np.ndarray]:
+        """parts: of every pair in order, high and low, as they were brought over."""
+        brought = {key: next(parts).astype(np.float64) + next(parts) for key in self._pairs}
         self._pairs.clear()
-        brought = {key: parts[2 * i].astype(np.float64) + parts[2 * i + 1] for i, key in enumerate(keys)}
         for key, values in brought.items():
             self._add_host(key, values)
         return brought
+
+    def pairs(self) -> list[torch.Tensor]:
+        """What is on a GPU."""
+        return [part for pair in self._pairs.values() for part in (pair.high, pair.low)]
 
     def _add_host(self, key: Key, values: np.ndarray) -> None:
         if key in self.host:
             self.host[key] += values
         else:
             self.host[key] = values
+
+
+def settle_all(totals: Sequence[Totals[Key]]) -> list[dict[Key, np.ndarray]]:
+    """Bring over what several have on a GPU, in one copy; returns that of each."""
+    parts = iter(to_host([part for each in totals for part in each.pairs()]))
+    return [each.take_over(parts) for each in totals]
 
 
 class Maxima(Generic[Key]):

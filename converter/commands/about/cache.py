@@ -47,12 +47,13 @@ def list_cache(cache: Path | None, as_json: bool) -> None:
 @cache.command("clear")
 @job_option("cache")
 @fails_clearly
-def clear_cache(cache: Path | None) -> None:
-    """Remove every entry."""
+def clear(cache: Path | None) -> None:
+    """Remove every entry, and what is known of this machine's speed."""
+    from bitwright.converter.job.cache import clear_cache
     from bitwright.profiles.sizes import size_text
 
     opened = _opened(cache)
-    click.echo(f"removed {size_text(opened.clear())} from {opened.directory}")
+    click.echo(f"removed {size_text(clear_cache(opened))} from {opened.directory}")
 
 
 def _opened(directory: Path | None) -> "ResultCache":

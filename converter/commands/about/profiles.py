@@ -24,6 +24,7 @@ def profiles() -> None:
 @fails_clearly
 def list_profiles(as_json: bool) -> None:
     """List every preset with what it does and when to use it, and every scheme, which works as a profile, too."""
+    from bitwright.converter.report.text import wrapped
     from bitwright.formats.schemes.registry import SCHEMES
     from bitwright.profiles.reading.schema import load_profile, preset_names, profile_names
 
@@ -32,12 +33,13 @@ def list_profiles(as_json: bool) -> None:
         return
     for name in preset_names():
         profile = load_profile(name)
-        click.echo(f"{name}\n    {profile.description}\n    good for: {profile.good_for}")
+        click.echo(f"{name}\n{wrapped(f'    {profile.description}', '    ')}")
+        click.echo(wrapped(f"    good for: {profile.good_for}", "    "))
         if profile.target == "safetensors":
             click.echo("    target: a safetensors directory for vLLM and transformers")
     click.echo("schemes, each a profile of a safetensors directory:")
     for name in SCHEMES:
-        click.echo(f"    {name:<16}  {load_profile(name).description}")
+        click.echo(wrapped(f"    {name:<16}  {load_profile(name).description}", " " * 22))
 
 
 def _facts(profile: "QuantizationProfile", is_scheme: bool) -> dict[str, Any]:
@@ -67,9 +69,10 @@ def show_profile(name: str) -> None:
 @fails_clearly
 def check_profile(file: Path) -> None:
     """Read FILE as a profile, and say what it decides or what is wrong with it."""
+    from bitwright.converter.report.text import wrapped
     from bitwright.profiles.reading.describe import profile_lines
     from bitwright.profiles.reading.schema import load_profile
 
     if file.suffix != ".toml":
         raise ConvertError("a profile's file ends in .toml", str(file), "rename it, or name another file")
-    click.echo("\n".join(profile_lines(load_profile(str(file)))))
+    click.echo("\n".join(map(wrapped, profile_lines(load_profile(str(file))))))

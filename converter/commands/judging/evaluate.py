@@ -58,13 +58,20 @@ def evaluate(
     from bitwright.converter.job.progress import Progress
     from bitwright.converter.judge.open import evaluate_artifact
     from bitwright.converter.report.data import Agreement
-    from bitwright.converter.report.text import agreement_lines, cache_lines, figures_text, quality_lines
+    from bitwright.converter.report.text import (
+        agreement_lines,
+        below_label,
+        cache_lines,
+        figures_text,
+        quality_lines,
+        wrapped,
+    )
     from bitwright.converter.report.verdict import agreement_warning, grade_of_loss, quality_warning
     from bitwright.formats.typed import from_plain
 
     artifact = artifacts[0]
     progress = Progress(quiet)
-    try:
+    with progress.recorded(None, this_command()):
         if merge:
             from bitwright.converter.machines.evaluation import merge_scores
 
@@ -82,15 +89,13 @@ def evaluate(
             if output is not None or scratch is not None:
                 raise ConvertError("--output and --scratch are of a part", "--output, --scratch", "add --part I/N")
             evaluation = evaluate_artifact(artifact, model, progress, **options)
-    finally:
-        progress.close()
     quality, agreement = from_plain(QualityReport, evaluation), from_plain(Agreement | None, evaluation["agreement"])
     lines = [
-        f"Verdict: {grade_of_loss(quality)} ({figures_text(quality)})",
+        wrapped(f"Verdict: {grade_of_loss(quality)} ({figures_text(quality)})"),
         "",
-        *quality_lines(quality),
+        *map(below_label, quality_lines(quality)),
         *cache_lines(evaluation),
-        *agreement_lines(agreement),
+        *map(below_label, agreement_lines(agreement)),
     ]
     click.echo(json.dumps(evaluation) if as_json else "\n".join(lines))
     target = "safetensors" if artifact.is_dir() else "gguf"  # of merged parts nothing is known

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from bitwright.converter.commands.outcome import fails_clearly
+from bitwright.converter.commands.outcome import fails_clearly, this_command
 from bitwright.converter.commands.parameters import PATH, against_option, json_option, quiet_option
 
 
@@ -22,8 +22,6 @@ def verify(artifact: Path, model: str, as_json: bool, quiet: bool) -> None:
     from bitwright.converter.report.text import error_table
 
     progress = Progress(quiet)
-    try:
+    with progress.recorded(None, this_command()):
         errors = verify_artifact(artifact, model, progress)
-    finally:
-        progress.close()
     click.echo(json.dumps([error.to_dict() for error in errors]) if as_json else error_table(errors))

@@ -17,7 +17,7 @@ from bitwright.converter.advice.stage import advise, round_down, round_up
 from bitwright.converter.advice.this_machine import this_machine
 from bitwright.converter.job.build import build_job
 from bitwright.converter.model.module_map import describe_for_directory, describe_modules, stored_dtypes
-from bitwright.converter.pipeline import prepare
+from bitwright.converter.preparation import prepare
 from bitwright.converter.source.open import open_checkpoint
 from bitwright.formats.errors import ConvertError
 from bitwright.profiles.advice.hardware import devices
@@ -90,7 +90,8 @@ def test_the_command_prints_a_table_and_a_command_to_run(model):
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].startswith("Llama-3.1-8B on GB10 (119.7 GiB usable, 273 GB/s stated")
-    assert any(line.startswith("balanced-4bit") and "llama.cpp" in line for line in lines)
+    row = next(i for i, line in enumerate(lines) if line.startswith("balanced-4bit"))
+    assert lines[row + 1].startswith("    llama.cpp, KV in ")
     assert f"  bitwright --profile balanced-4bit {model}" in lines
     assert any("8 of 10 measured points lie in such a range" in line for line in lines)
     assert "budget (" in result.stdout and "importance-tiers (" in result.stdout, "left out, with the reason"

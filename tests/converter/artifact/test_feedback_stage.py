@@ -31,7 +31,8 @@ from bitwright.converter.measure.running import load_tokenizer
 from bitwright.converter.model.model_map import describe
 from bitwright.converter.model.rescaled import input_factors
 from bitwright.converter.model.stored_rows import read_rows
-from bitwright.converter.pipeline import prepare, run
+from bitwright.converter.pipeline import run
+from bitwright.converter.preparation import prepare
 from bitwright.converter.smoothing.record import load_smoothing
 from bitwright.converter.smoothing.view import SmoothedCheckpoint
 from bitwright.converter.source.open import open_checkpoint

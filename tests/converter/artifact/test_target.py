@@ -188,8 +188,10 @@ def test_a_plan_explains_what_was_measured(measured):
     assert shown.exit_code == 0, shown.stderr
     lines = shown.stdout.splitlines()
     header, _, *rows = lines[next(i for i, line in enumerate(lines) if line.startswith("tensor ")) :]
-    assert header.split() == ["tensor", "shape", "format", "bytes", "bits", "loss", "reason"]
-    assert len(rows) == 4 and all("budget: " in row and " nats; " in row for row in rows)
+    assert header.split() == ["tensor", "shape", "format", "bytes", "bits", "loss"]
+    reasons = " ".join(row.strip() for row in rows if row.startswith("    "))
+    assert len([row for row in rows if not row.startswith("    ")]) == 4
+    assert reasons.count("budget: ") == reasons.count(" nats; ") == 4
     of_a_preset = invoke("plan", "--profile", "balanced-4bit", *measured)
     assert "predicted mean KL divergence: " in of_a_preset.stdout
 
@@ -267,8 +269,8 @@ def test_without_a_table_the_model_is_measured_first(tiny, tmp_path):
     model, output = tiny("llama"), tmp_path / "m.gguf"
     arguments = ["--target-bpw", "6", *SHORT, "--output", output, model]
     for dry in (["plan"], ["--dry-run"]):
-        failed = invoke(*dry, *arguments)
-        assert failed.exit_code == 1 and "has not been measured yet" in failed.stderr
+        said = invoke(*dry, *arguments)
+        assert said.exit_code == 0 and "which is not measured yet" in " ".join(said.stdout.split())
     assert not output.with_suffix(".bitwright").exists()
     report = output_of(*arguments)
     assert {"calibrate", "analyse", "encode"} <= set(report["seconds"])

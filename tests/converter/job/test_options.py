@@ -15,7 +15,7 @@ from bitwright.converter.job.build import build_job
 from bitwright.converter.job.job import Job
 from bitwright.converter.job.options import choices_of, flag, option, option_of
 from bitwright.converter.job.recipe import reproducing_arguments
-from bitwright.converter.pipeline import fingerprint, prepare
+from bitwright.converter.preparation import fingerprint, prepare
 from bitwright.converter.source.checkpoint import Checkpoint
 from bitwright.converter.source.open import open_checkpoint
 from bitwright.formats.errors import ConvertError

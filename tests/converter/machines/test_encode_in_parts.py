@@ -14,7 +14,7 @@ from bitwright.converter.artifact.writer import JOURNAL
 from bitwright.converter.boundary.interrupts import STOPPED
 from bitwright.converter.machines.part import Part
 from bitwright.converter.machines.shares import rows_of
-from bitwright.converter.pipeline import prepare
+from bitwright.converter.preparation import prepare
 from bitwright.formats.files.disk import Step, observed
 from tests.converter.commands import convert, done, refused
 from tests.converter.machines.elsewhere import run_elsewhere

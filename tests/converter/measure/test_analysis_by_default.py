@@ -9,7 +9,7 @@ import pytest
 
 from bitwright import converter
 from bitwright.converter.job.build import build_job
-from bitwright.converter.pipeline import prepare
+from bitwright.converter.preparation import prepare
 from bitwright.formats.errors import ConvertError
 from tests.tiny_architectures import ALL_TINY_MODELS
 from tests.tiny_models import checkpoint

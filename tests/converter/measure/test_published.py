@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from bitwright.converter.job.build import build_job
-from bitwright.converter.pipeline import prepare
+from bitwright.converter.preparation import prepare
 from tests import tiny_models
 from tests.converter.commands import TEXT, done
 from tests.converter.source.hub_server import REPOSITORY, serve

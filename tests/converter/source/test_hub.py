@@ -92,6 +92,29 @@ def test_metadata_first_then_the_weights(repository: Path, tmp_path: Path) -> No
     }
 
 
+def test_a_plan_foresees_the_download_and_a_run_counts_it(repository: Path, tmp_path: Path) -> None:
+    weights = sum(path.stat().st_size for path in repository.glob("model-*.safetensors"))
+    events = tmp_path / "events.jsonl"
+    convert = ["--profile", "uniform-8bit", "--judge", "off", "--events", events, "--output", tmp_path / "m.gguf"]
+    with serve(repository) as server:
+        environment = {**os.environ, "HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home")}
+        environment |= {"BITWRIGHT_CACHE": str(tmp_path / "cache")}
+        for arguments in (["plan", "--profile", "uniform-8bit", "--json"], convert):
+            command = [sys.executable, "-m", "bitwright.converter", *map(str, arguments), REPOSITORY]
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            if arguments[0] == "plan":
+                foreseen = json.loads(done.stdout)["forecast"]
+    assert foreseen["steps"][0]["stage"] == "download" and 0 < foreseen["download_bytes"] <= weights
+    told = [json.loads(line) for line in events.read_text().splitlines()]
+    first, *later = (event for event in told if event["event"] == "forecast")
+    assert first["download_bytes"] == foreseen["download_bytes"] and later[-1]["download_bytes"] == 0
+    started = [event["stage"] for event in told if event["event"] == "stage_start"]
+    assert started[:2] == ["plan", "download"]
+    kept = [json.loads(line) for line in (tmp_path / "cache" / "rates.jsonl").read_text().splitlines()]
+    assert [rate["amount"] for rate in kept if rate["stage"] == "download"] == [foreseen["download_bytes"]]
+
+
 def test_finished_files_are_kept_and_serve_offline(repository: Path, tmp_path: Path) -> None:
     with serve(repository) as server:
         first = open_in_process(server, tmp_path / "home", f"{REPOSITORY}@main", "all")

@@ -170,7 +170,7 @@ def test_the_base_is_named_on_the_command_line(base: Path, tmp_path: Path) -> No
     assert refused.exit_code == 1 and "does not say of which model" in refused.stderr and "--base" in refused.stderr
     planned = CliRunner().invoke(main, [*arguments, "--base", str(base)])
     assert planned.exit_code == 0, planned.stderr
-    assert "the adapter adapter is merged into base: 1 matrices are adapted" in planned.output
+    assert "the adapter adapter is merged into base: 1 matrices are adapted" in " ".join(planned.output.split())
     refused = CliRunner().invoke(main, ["plan", "--profile", "uniform-8bit", str(base), "--base", str(base)])
     assert refused.exit_code == 1 and "MODEL is no adapter" in refused.stderr
 

@@ -12,7 +12,7 @@ from bitwright.calibration.stream.forward import LayerStream
 from bitwright.calibration.stream.streamable import StreamableModel
 from bitwright.converter import convert
 from bitwright.converter.job.build import build_job
-from bitwright.converter.pipeline import prepare
+from bitwright.converter.preparation import prepare
 from bitwright.converter.source.open import open_checkpoint
 from bitwright.formats.files.gguf import read_gguf
 from tests.converter.source.quantized.coded_models import write_pair

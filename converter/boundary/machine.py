@@ -1,0 +1,24 @@
+"""What this machine is called, and whether a GPU is in it, without asking torch."""
+
+import platform
+from pathlib import Path
+
+_NVIDIA = Path("/proc/driver/nvidia/gpus")
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def nvidia_gpu() -> str | None:
+    """The name of the first GPU that NVIDIA's driver lists; None without one."""
+    for path in sorted(_NVIDIA.glob("*/information")):
+        for line in path.read_text().splitlines():
+            if line.startswith("Model:"):
+                return line.partition(":")[2].strip()
+    return None
