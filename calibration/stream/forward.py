@@ -9,7 +9,7 @@ inside of an operation, and the results do not depend on the number of threads.
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -22,7 +22,7 @@ from bitwright.calibration.control import Interrupted, PassControl
 from bitwright.calibration.stream.anatomy.state import Layout
 from bitwright.calibration.stream.checkpointing import NOT_STARTED, HiddenStates, StreamCheckpoint
 from bitwright.calibration.stream.micro_batches import fitting_samples, most_samples, spans_of_samples
-from bitwright.calibration.stream.model import Arranged, LayerCall, LayerwiseModel
+from bitwright.calibration.stream.model import Arranged, LayerCall, LayerwiseModel, Weights
 from bitwright.calibration.stream.observer import NoStatistic, Observer, ProductTap, locate_matrices
 from bitwright.calibration.stream.streamable import StreamableModel
 from bitwright.calibration.stream.weights import HEAD, ParameterReader
@@ -58,7 +58,7 @@ class LayerStream(LayerwiseModel):
         self.tokens, self.control, self.observer = tokens, control, observer or NoStatistic()
         self.n_samples, self.sequence_length = tokens.shape
         self._held_out_apart = held_out_apart
-        self._after, self._batch = after, most_samples(self.device, self.sequence_length)
+        self._after, self.batch = after, most_samples(self.device, self.sequence_length)
         self._arranged: Arranged | None = None
         settings = dict(settings or {}) | ({} if after is None else {"layers taken over": after[1]})
         self._checkpoint = self.open_checkpoint(control.work_dir, self.observer, settings, keep=keep)
@@ -124,7 +124,7 @@ class LayerStream(LayerwiseModel):
             "tokens": hashlib.sha256(np.ascontiguousarray(self.tokens, "<i8").tobytes()).hexdigest(),
             "sequence length": self.sequence_length,
             "device": self.device.type,
-            "micro-batch": self._batch,
+            "micro-batch": self.batch,
             "statistics": type(observer).__name__,
             **settings,
         }
@@ -139,10 +139,15 @@ class LayerStream(LayerwiseModel):
         weights: Mapping[str, torch.Tensor],
         observer: Observer,
         batch: int,
+        ranges: Sequence[tuple[int, int]] | None = None,
     ) -> Iterator[int]:
         """Runs micro-batches of `batch` samples or fewer, from sample start to stop, in the pool; merges what the
-        products with these weights have shown in the order of the samples, and yields the samples done."""
+        products with these weights have shown in the order of the samples, and yields the samples done.
+
+        ranges: (first sample, the one after the last), one or more, where not all samples are meant; no micro-batch is
+        of two of them."""
         owners = locate_matrices(weights)
+        first = ranges[0][0] if ranges else 0
 
         def observed(span: tuple[int, int]) -> tuple[int, Observer]:
             seen = observer.fresh(span[0])
@@ -150,11 +155,11 @@ class LayerStream(LayerwiseModel):
                 micro_batch(*span)
             return span[1], seen
 
-        batch = fitting_samples(self.device, batch, lambda: observed((0, 1)))
+        batch = fitting_samples(self.device, batch, lambda: observed((first, first + 1)))
         # No more at once than the threads have to do: each holds what it has seen, as large as all statistics.
         running: deque[Future[tuple[int, Observer]]] = deque()
         try:
-            for span in self.micro_batches(batch):
+            for span in self.micro_batches(batch, ranges):
                 running.append(pool.submit(observed, span))
                 if len(running) > self.threads:
                     samples_done, seen = running.popleft().result()
@@ -168,9 +173,11 @@ class LayerStream(LayerwiseModel):
             for future in running:
                 future.cancel()
 
-    def micro_batches(self, batch: int) -> list[tuple[int, int]]:
-        """(first sample, the one after the last) of each."""
-        return spans_of_samples(self.n_samples, batch, self._held_out_apart)
+    def micro_batches(self, batch: int, ranges: Sequence[tuple[int, int]] | None = None) -> list[tuple[int, int]]:
+        """(first sample, the one after the last) of each; ranges: as of for_all_samples."""
+        if ranges is None:
+            return spans_of_samples(self.n_samples, batch, self._held_out_apart)
+        return [(start, min(start + batch, last)) for first, last in ranges for start in range(first, last, batch)]
 
     def report(self, stage: str, n_steps: int, step: int, samples_done: int) -> None:
         """A token that is through half of the steps counts half."""
@@ -193,7 +200,7 @@ class LayerStream(LayerwiseModel):
                 states.write(start, made)
 
         with self.first_states(self.arranged) as (weights, first):
-            for _ in self.for_all_samples(pool, micro_batch, weights, self.observer, self._batch):
+            for _ in self.for_all_samples(pool, micro_batch, weights, self.observer, self.batch):
                 pass
         self._commit(0)
 
@@ -205,28 +212,35 @@ class LayerStream(LayerwiseModel):
         calls = self.arranged.calls
         with closing(self.layers_in_turn(range(self._checkpoint.layers_done, len(self.layers)))) as turns:
             for index, weights in turns:
-                inputs = self._checkpoint.hidden(index)
-                if self._after is not None and self._after[1] == index:
-                    inputs = self._after[0].hidden(index)
-                micro_batch = partial(self._forward, calls[index], inputs, self._checkpoint.hidden(index + 1))
-                for samples_done in self.for_all_samples(pool, micro_batch, weights, self.observer, self._batch):
+                for samples_done in self.through_layer(pool, calls[index], weights):
                     report(index, samples_done)
                 self._commit(index + 1)
                 if self.control.should_stop():
                     raise Interrupted(f"stopped after layer {index + 1} of {len(self.layers)}")
 
+    def through_layer(self, pool: ThreadPoolExecutor, call: LayerCall, weights: Weights) -> Iterator[int]:
+        """Takes all samples through a layer, whose weights are resident; yields the samples done."""
+        yield from self.for_all_samples(pool, partial(self.forward, call), weights, self.observer, self.batch)
+
     @torch.inference_mode()
-    def _forward(self, call: LayerCall, source: HiddenStates, target: HiddenStates, start: int, stop: int) -> None:
-        states, after = call(source.read(start, stop).to(self.device), self.layouts[call.index])
-        self.layouts[call.index + 1] = after
-        target.write(start, states)
+    def forward(self, call: LayerCall, start: int, stop: int) -> None:
+        """Takes samples start to stop through a layer."""
+        inputs = self.layer_inputs(call.index, start, stop).to(self.device)
+        states, self.layouts[call.index + 1] = call(inputs, self.layouts[call.index])
+        self.hidden(call.index + 1).write(start, states)
+
+    def layer_inputs(self, index: int, start: int, stop: int) -> torch.Tensor:
+        """What samples start to stop are before the layer: [stop - start, sequence_length, width]."""
+        if self._after is not None and self._after[1] == index:
+            return self._after[0].hidden(index).read(start, stop)
+        return self.hidden(index).read(start, stop)
 
     def _observe_head(self) -> None:
         """The head's inputs are its importance; its products, the vocabulary wide, need not be computed for that."""
         arranged = self.arranged
         with self.head_inputs() as head_inputs:
             owners = locate_matrices(self.weights_after_layers(arranged))
-            for start, stop in self.micro_batches(self._batch):
+            for start, stop in self.micro_batches(self.batch):
                 seen = self.observer.fresh(start)
                 with ProductTap(owners, seen):
                     inputs = head_inputs(self.hidden_states(start, stop))
