@@ -46,6 +46,7 @@ from bitwright.converter.job.work_directory import (
     stops_cleanly,
 )
 from bitwright.converter.measure.calibrate import MOMENTS, check_importance, forget_calibration, planned_importance
+from bitwright.converter.measure.dtype import with_decided_dtype
 from bitwright.converter.measure.evidence import (
     TRIALS,
     analysis_is_needed,
@@ -255,6 +256,8 @@ def run(
         begun = replace(begun, checkpoint=begun.checkpoint.with_weights())
         if begun.job.sensitivity is not None:  # the weights tell models apart that look alike by their headers
             available_evidence(begun)
+        if {*_needs(begun.job, prepared)} - {Need.QUALITY}:
+            begun = with_decided_dtype(begun, {} if fresh else work.description())
         if fresh:
             _start_over(begun, prepared, files, work)
         else:
