@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from math import sqrt
+from math import inf, sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -60,8 +60,10 @@ class Effect:
 
     @property
     def error(self) -> float:
-        """The standard error of the divergence, from its spread over the positions."""
+        """The standard error of the divergence, from its spread over the positions; infinite of a single one."""
         total, mean = self._total, self.divergence
+        if total.positions == 1:
+            return inf
         return sqrt(max(total.squares / total.positions - mean**2, 0) / (total.positions - 1))
 
     @property

@@ -65,6 +65,14 @@ def test_no_more_of_the_text_is_read_than_it_takes(tiny, tmp_path):
     assert measured.samples == 5 and whole.over(3) == three
 
 
+def test_a_single_position_tells_nothing(tiny, tmp_path):
+    source, removals = planted("llama", tiny("llama"))
+    model, control = on_cpu(source, tiny("llama"), tmp_path, name="tiny")
+    measured = Removals(model, texts(2, 3, 4), control)
+    (effect,) = measured.stream_effects([(removals[0], lambda effect: effect.error < np.inf)], "try")
+    assert [part.positions for part in effect.parts] == [1, 1]
+
+
 def test_a_pass_that_is_known_in_part_goes_on_with_the_rest(tiny, tmp_path):
     """As a kill leaves it between two lines of the journal."""
     source, removals = planted("llama", tiny("llama"))
