@@ -26,6 +26,8 @@ from bitwright.converter.measure.running import load_tokenizer
 from bitwright.converter.report.text import table
 from scripts.smollm2 import build
 
+# Where both SmolLM2 are in the cache, and which is the wide one.
+MODELS = {"smollm2": False, "smollm2-wide": True}
 # More text than the samples take: ours begin where sentences do.
 _SPARE = 1.5
 _MIX = "Q4_K_M"
@@ -129,13 +131,14 @@ def contest(contestants: Mapping[str, Callable[[Path], Seconds]], rounds: int) -
     type=click.Path(exists=True, path_type=Path),
     help="llama.cpp's converter.",
 )
+@click.option("--models", default=",".join(MODELS), show_default=True)
 @click.option("--samples", default=128, show_default=True, help="Sequences to calibrate on.")
 @click.option("--sequence-length", default=512, show_default=True)
 @click.option("--rounds", default=3, show_default=True)
-def main(tools: Path, converter: Path, samples: int, sequence_length: int, rounds: int) -> None:
+def main(tools: Path, converter: Path, models: str, samples: int, sequence_length: int, rounds: int) -> None:
     cache = Path(".cache").absolute()
-    for name, wide in (("smollm2", False), ("smollm2-wide", True)):
-        model = build(cache / name, wide=wide)
+    for name in models.split(","):
+        model = build(cache / name, wide=MODELS[name])
         with tempfile.TemporaryDirectory() as scratch:
             text = Path(scratch) / "text.txt"
             write_text(model, samples * sequence_length, text)
