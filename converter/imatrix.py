@@ -26,6 +26,7 @@ from bitwright.converter.job.progress import Progress
 from bitwright.converter.job.work_directory import REPLACEABLE, WorkDirectory, default_work_dir, stops_cleanly
 from bitwright.converter.measure.activations import streamed_activations
 from bitwright.converter.measure.calibrate import MOMENTS, streamed_importance
+from bitwright.converter.measure.dtype import with_decided_dtype
 from bitwright.converter.measure.evidence import streamed_sensitivity
 from bitwright.converter.measure.sensitivity import CANDIDATE_FORMATS
 from bitwright.converter.measure.super_weights import given_or_streamed_super_weights
@@ -85,7 +86,7 @@ def write_importance(
     work = WorkDirectory(work_dir)
     with work.locked(), locked_output(output):
         checkpoint = checkpoint.with_weights()
-        run = replace(run, checkpoint=checkpoint)
+        run = with_decided_dtype(replace(run, checkpoint=checkpoint), {} if fresh else work.description())
         replaceable = _claim(work, run, written, fresh)
         with progress.logged(work_dir / LOG_FILE), stops_cleanly(work_dir, job.command):
             if activations:

@@ -42,6 +42,7 @@ from bitwright.converter.job.work_directory import (
     stops_cleanly,
 )
 from bitwright.converter.measure.calibrate import MOMENTS, check_importance, forget_calibration, planned_importance
+from bitwright.converter.measure.dtype import with_decided_dtype
 from bitwright.converter.measure.evidence import (
     analysis_is_needed,
     available_evidence,
@@ -49,6 +50,7 @@ from bitwright.converter.measure.evidence import (
     streamed_evidence,
 )
 from bitwright.converter.measure.moments import collects_moments
+from bitwright.converter.measure.obstacles import Need
 from bitwright.converter.preflight import preflight, ternary_warning
 from bitwright.converter.preparation import (
     TARGETS,
@@ -163,6 +165,8 @@ def _begun(
             begun = fetched
         if begun.job.sensitivity is not None:  # the weights tell models apart that look alike by their headers
             available_evidence(begun)
+        if {*needs_of(begun.job, prepared)} - {Need.QUALITY}:
+            begun = with_decided_dtype(begun, {} if fresh else work.description())
         if fresh:
             _start_over(begun, prepared, files, work)
         else:

@@ -46,7 +46,7 @@ FLOORS = {
         {"sensitivity"},
         {"passes"},
         {"statistics", "stream"},
-        {"text"},
+        {"text", "fastest_dtype"},
         {"child", "choices", "control", "places"},
     ],
     "formats": [],

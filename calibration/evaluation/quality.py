@@ -96,12 +96,7 @@ class Baseline:
     ):
         from bitwright.calibration.stream.forward import LayerStream
 
-        if corpus.tokens.shape[1] < 4:
-            raise ConvertError(
-                f"samples of {corpus.tokens.shape[1]} tokens leave nothing to score",
-                corpus.name,
-                "give a longer --sequence-length",
-            )
+        check_scorable(corpus)
         self._source, self.corpus, self._control, self._keep = source, corpus, control, keep
         self._excerpt = excerpt
         directory = control.within("source").work_dir
@@ -167,6 +162,16 @@ class Baseline:
     def discard(self) -> None:
         """Delete the source's hidden states; nothing can be measured any more."""
         remove_tree(self._control.within("source").work_dir)
+
+
+def check_scorable(corpus: "Corpus") -> None:
+    """Raises ConvertError for samples of less than 4 tokens."""
+    if corpus.tokens.shape[1] < 4:
+        raise ConvertError(
+            f"samples of {corpus.tokens.shape[1]} tokens leave nothing to score",
+            corpus.name,
+            "give a longer --sequence-length",
+        )
 
 
 def stream_quality(
@@ -257,7 +262,7 @@ def _scores(streams: list["LayerStream"], tokens: np.ndarray, kept: Path | None)
             with torch.inference_mode():
                 for span in source.logit_spans(len(following)):
                     of_source, of_candidate = (head(rows[span]) for head, rows in zip(logits, states, strict=True))
-                    parts.append(_score(of_source, of_candidate, following[span]))
+                    parts.append(score_positions(of_source, of_candidate, following[span]))
                     if kept is not None and i == 0:
                         of_first.append(of_candidate.float().cpu().numpy())
             if kept is not None and i == 0:
@@ -268,8 +273,9 @@ def _scores(streams: list["LayerStream"], tokens: np.ndarray, kept: Path | None)
         yield from pool.map(score, range(len(tokens)))
 
 
-def _score(source: "torch.Tensor", candidate: "torch.Tensor", following: "torch.Tensor") -> np.ndarray:
-    """source, candidate: logits [n_positions, vocabulary]; following: the true next tokens [n_positions]."""
+def score_positions(source: "torch.Tensor", candidate: "torch.Tensor", following: "torch.Tensor") -> np.ndarray:
+    """source, candidate: logits [n_positions, vocabulary]; following: the true next tokens [n_positions]. Returns what
+    Baseline.stream_scores tells of these positions."""
     import torch
 
     log_p, log_q = source.float().log_softmax(-1), candidate.float().log_softmax(-1)

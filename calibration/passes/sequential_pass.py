@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +25,7 @@ from bitwright.calibration.passes.moment_observer import InputMoments
 from bitwright.calibration.places import MatrixNames
 from bitwright.calibration.statistics.second_moments import write_index
 from bitwright.calibration.stream.forward import LayerStream
-from bitwright.calibration.stream.micro_batches import Excerpt, spans_of_samples
+from bitwright.calibration.stream.micro_batches import Excerpt
 from bitwright.calibration.stream.observer import NoStatistic, Observer
 from bitwright.calibration.stream.streamable import StreamableModel
 from bitwright.calibration.stream.weights import WeightSource
@@ -84,43 +85,33 @@ class SequentialStream(LayerStream):
         self.n_tuned = min(TUNING_SAMPLES, len(tokens)) if tuning is not None else 0
         settings = {**settings, "tuning": None if tuning is None else [tuning.steps, tuning.seed]}
         super().__init__(streamable, np.concatenate([tokens, tokens[: self.n_tuned]]), control, settings=settings)
-        self._span = slice(0, self.n_samples)
+        self._of_artifact = list(pairwise(Excerpt.whole(self.n_artifact).cuts()))  # held-out ones apart
 
     @property
     def layers_done(self) -> int:
         """Layers whose encoding a checkpoint counts on."""
         return max(self._checkpoint.layers_done, 0)
 
-    def micro_batches(self, batch: int, first: int = 0) -> list[tuple[int, int]]:
-        """Of the samples whose turn it is, those that are held out apart."""
-        excerpt = Excerpt.whole(self._span.stop)
-        return spans_of_samples(self._span.stop, batch, excerpt, max(first, self._span.start))
-
     def _through_layers(self, pool: ThreadPoolExecutor, report: Callable[[int, int], None]) -> None:
         calls = self.arranged.calls
 
-        def through(index: int) -> Callable[[int, int], None]:
-            return partial(
-                self._forward, calls[index], self._checkpoint.hidden(index), self._checkpoint.hidden(index + 1)
-            )
-
         def first(index: int, weights: Mapping[str, torch.Tensor]) -> None:
-            self.fit(self._batch, self.observed(through(index), weights, NoStatistic()))
+            self.fit(self.batch, self.observed(partial(self.forward, calls[index]), weights, NoStatistic()))
 
         with closing(self.layers_in_turn(range(self._checkpoint.layers_done, len(self.layers)), first)) as turns:
             for index, weights in turns:
-                forward = through(index)
+                forward = partial(self.forward, calls[index])
                 remove_tree(self.moments_dir)
                 n_tokens = self.n_artifact * self.sequence_length
                 moments = InputMoments(self.moments_dir, self.config.hidden_size, n_tokens)
-                self._take(slice(0, self.n_artifact), pool, forward, weights, moments)
-                self._take(slice(self.n_artifact, self.n_samples), pool, forward, weights, NoStatistic())
+                self._take(self._of_artifact, pool, forward, weights, moments)
+                self._take([(self.n_artifact, self.n_samples)], pool, forward, weights, NoStatistic())
                 report(index, self.n_samples // 2)
                 moments.to_arrays()  # writes them
                 write_index(self.moments_dir, moment_groups(moments, self.names, self.parameters))
                 self._set(weights, self.encoded.encode(self._stored(weights)))
                 self.encoded.finish(self._tune(pool, index, weights))
-                self._take(slice(0, self.n_artifact), pool, forward, weights, NoStatistic())
+                self._take(self._of_artifact, pool, forward, weights, NoStatistic())
                 report(index, self.n_samples)
                 self._commit(index + 1)
                 if self.control.should_stop():
@@ -129,17 +120,15 @@ class SequentialStream(LayerStream):
 
     def _take(
         self,
-        samples: slice,
+        ranges: Sequence[tuple[int, int]],
         pool: ThreadPoolExecutor,
         forward: Callable[[int, int], None],
         weights: Mapping[str, torch.Tensor],
         observer: Observer,
     ) -> None:
         """Some samples through the resident layer."""
-        self._span = samples
-        for _ in self.for_all_samples(pool, forward, weights, observer, self._batch):
+        for _ in self.for_all_samples(pool, forward, weights, observer, self.batch, ranges):
             pass
-        self._span = slice(0, self.n_samples)
 
     def _tune(
         self, pool: ThreadPoolExecutor, index: int, weights: Mapping[str, torch.Tensor]

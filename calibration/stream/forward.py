@@ -9,7 +9,7 @@ inside of an operation, and the results do not depend on the number of threads.
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from functools import partial
@@ -23,7 +23,7 @@ from bitwright.calibration.stream.anatomy.state import Layout
 from bitwright.calibration.stream.checkpointing import NOT_STARTED, HiddenStates, StreamCheckpoint
 from bitwright.calibration.stream.device.memory import MicroBatch, is_out_of_memory
 from bitwright.calibration.stream.micro_batches import Excerpt, largest_micro_batch, spans_of_samples
-from bitwright.calibration.stream.model import Arranged, LayerCall, LayerwiseModel
+from bitwright.calibration.stream.model import Arranged, LayerCall, LayerwiseModel, Weights
 from bitwright.calibration.stream.observer import NoStatistic, Observer, ProductTap, locate_matrices
 from bitwright.calibration.stream.streamable import StreamableModel
 from bitwright.calibration.stream.weights import HEAD, ParameterReader
@@ -59,11 +59,11 @@ class LayerStream(LayerwiseModel):
         self.tokens, self.control, self.observer = tokens, control, observer or NoStatistic()
         self.n_samples, self.sequence_length = tokens.shape
         self.excerpt, self.first = excerpt, 0 if excerpt is None else excerpt.first
-        self._after, self._batch = after, largest_micro_batch(self.device, self.sequence_length, self.observer)
+        self._after, self.batch = after, largest_micro_batch(self.device, self.sequence_length, self.observer)
         self._arranged: Arranged | None = None
         settings = dict(settings or {}) | ({} if after is None else {"layers taken over": after[1]})
         settings |= {} if excerpt is None else {"samples of the text": [excerpt.first, excerpt.n_text]}
-        self._checkpoint = self.open_checkpoint(control.work_dir, self.observer, self._batch, settings, keep=keep)
+        self._checkpoint = self.open_checkpoint(control.work_dir, self.observer, self.batch, settings, keep=keep)
         layouts = self._checkpoint.notes.get("layouts", {})
         self.layouts = {int(layers): Layout.from_json(of) for layers, of in layouts.items()}
 
@@ -155,13 +155,17 @@ class LayerStream(LayerwiseModel):
         weights: Mapping[str, torch.Tensor],
         observer: Observer,
         batch: MicroBatch,
+        ranges: Sequence[tuple[int, int]] | None = None,
     ) -> Iterator[int]:
         """Runs micro-batches, from sample start to stop, in the pool; merges what the products with these weights have
         shown in the order of the samples, and yields the samples done. Where a GPU's memory is full, the rest goes in
         smaller micro-batches; what of a larger one is written is written again. Raises ConvertError where one sample is
-        too much."""
+        too much.
+
+        ranges: (first sample, the one after the last), one or more in order, where not all samples are meant; no
+        micro-batch is of two of them."""
         observed = self.observed(micro_batch, weights, observer)
-        spans = deque(self.micro_batches(batch.samples))
+        spans = deque(self.micro_batches(batch.samples, 0, ranges))
         # No more at once than the threads have to do: each holds what it has seen, as large as all statistics.
         running: deque[tuple[tuple[int, int], Future[Observer]]] = deque()
         try:
@@ -174,7 +178,7 @@ class LayerStream(LayerwiseModel):
                     _end(future for _, future in running)
                     running.clear()
                     batch.halve(self.device, error)
-                    spans = deque(self.micro_batches(batch.samples, start))
+                    spans = deque(self.micro_batches(batch.samples, start, ranges))
                     continue
                 with torch.inference_mode():  # what was made in it is changed in it alone
                     observer.merge(future.result())
@@ -201,9 +205,14 @@ class LayerStream(LayerwiseModel):
         """Look once how much memory a sample takes, before anything else is loaded."""
         batch.fit(self.device, self.threads, self.layer_bytes(), lambda: run(0, 1))
 
-    def micro_batches(self, batch: int, first: int = 0) -> list[tuple[int, int]]:
-        """(first sample, the one after the last) of each, from the first sample on."""
-        return spans_of_samples(self.n_samples, batch, self.excerpt, first)
+    def micro_batches(
+        self, batch: int, first: int = 0, ranges: Sequence[tuple[int, int]] | None = None
+    ) -> list[tuple[int, int]]:
+        """(first sample, the one after the last) of each, from the first sample on; ranges: as of for_all_samples."""
+        if ranges is None:
+            return spans_of_samples(self.n_samples, batch, self.excerpt, first)
+        rest = ((max(start, first), last) for start, last in ranges)
+        return [(start, min(start + batch, last)) for begin, last in rest for start in range(begin, last, batch)]
 
     def report(self, stage: str, n_steps: int, step: int, samples_done: int) -> None:
         """A token that is through half of the steps counts half."""
@@ -226,7 +235,7 @@ class LayerStream(LayerwiseModel):
                 states.write(start, made)
 
         with self.first_states(self.arranged) as (weights, first):
-            for _ in self.for_all_samples(pool, micro_batch, weights, self.observer, self._batch):
+            for _ in self.for_all_samples(pool, micro_batch, weights, self.observer, self.batch):
                 pass
         self._commit(0)
 
@@ -237,36 +246,41 @@ class LayerStream(LayerwiseModel):
     def _through_layers(self, pool: ThreadPoolExecutor, report: Callable[[int, int], None]) -> None:
         calls = self.arranged.calls
 
-        def through(index: int) -> Callable[[int, int], None]:
-            inputs = self._checkpoint.hidden(index)
-            if self._after is not None and self._after[1] == index:
-                inputs = self._after[0].hidden(index)
-            return partial(self._forward, calls[index], inputs, self._checkpoint.hidden(index + 1))
-
         def first(index: int, weights: Mapping[str, torch.Tensor]) -> None:
-            self.fit(self._batch, self.observed(through(index), weights, self.observer))
+            self.fit(self.batch, self.observed(partial(self.forward, calls[index]), weights, self.observer))
 
         with closing(self.layers_in_turn(range(self._checkpoint.layers_done, len(self.layers)), first)) as turns:
             for index, weights in turns:
-                micro_batch = through(index)
-                for samples_done in self.for_all_samples(pool, micro_batch, weights, self.observer, self._batch):
+                for samples_done in self.through_layer(pool, calls[index], weights):
                     report(index, samples_done)
                 self._commit(index + 1)
                 if self.control.should_stop():
                     raise Interrupted(f"stopped after layer {index + 1} of {len(self.layers)}")
 
+    def through_layer(self, pool: ThreadPoolExecutor, call: LayerCall, weights: Weights) -> Iterator[int]:
+        """Takes all samples through a layer, whose weights are resident; yields the samples done."""
+        yield from self.for_all_samples(pool, partial(self.forward, call), weights, self.observer, self.batch)
+
     @torch.inference_mode()
-    def _forward(self, call: LayerCall, source: HiddenStates, target: HiddenStates, start: int, stop: int) -> None:
-        states, after = call(self.read_states(source, start, stop), self.layouts[call.index])
-        self.layouts[call.index + 1] = after
-        target.write(start, states)
+    def forward(self, call: LayerCall, start: int, stop: int) -> None:
+        """Takes samples start to stop through a layer."""
+        inputs = self.layer_inputs(call.index, start, stop)
+        states, self.layouts[call.index + 1] = call(inputs, self.layouts[call.index])
+        self.hidden(call.index + 1).write(start, states)
+
+    def layer_inputs(self, index: int, start: int, stop: int) -> torch.Tensor:
+        """What samples start to stop are before the layer, on the device or on their way there: [stop - start,
+        sequence_length, width]."""
+        if self._after is not None and self._after[1] == index:
+            return self.read_states(self._after[0].hidden(index), start, stop)
+        return self.read_states(self.hidden(index), start, stop)
 
     def _observe_head(self) -> None:
         """The head's inputs are its importance; its products, the vocabulary wide, need not be computed for that."""
         arranged = self.arranged
         with self.head_inputs() as head_inputs:
             owners = locate_matrices(self.weights_after_layers(arranged))
-            for start, stop in self.micro_batches(self._batch.samples):
+            for start, stop in self.micro_batches(self.batch.samples):
                 seen = self.observer.fresh(self.first + start)
                 with torch.inference_mode():
                     with ProductTap(owners, seen):
@@ -278,7 +292,7 @@ class LayerStream(LayerwiseModel):
 
     def _commit(self, layers_done: int, complete: bool = False) -> None:
         layouts = {str(layers): layout.to_json() for layers, layout in self.layouts.items()}
-        self._checkpoint.notes = {"layouts": layouts, "micro-batch": self._batch.to_json()}
+        self._checkpoint.notes = {"layouts": layouts, "micro-batch": self.batch.to_json()}
         self._checkpoint.commit(layers_done, self.observer.to_arrays(), complete)
 
 

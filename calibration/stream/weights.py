@@ -1,6 +1,7 @@
 """From the tensors of a checkpoint to the parameters of transformers' model, and from these to the places of a GGUF."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -51,14 +52,15 @@ class ParameterReader:
 
     def __init__(self, source: WeightSource, model: "PreTrainedModel", wrapper: Any = None):
         self.source = source
-        self._of = model, wrapper
         self.stored = locate_parameters(model, wrapper or model.config, source.tensors)
         table = model.get_input_embeddings()
         self.embedding = next(f"{name}.weight" for name, module in model.named_modules() if module is table)
 
     def of(self, source: WeightSource) -> "ParameterReader":
-        """The same model's parameters from other weights, which have the same names."""
-        return ParameterReader(source, *self._of)
+        """The same of another source of the same tensors."""
+        other = copy(self)
+        other.source = source
+        return other
 
     def matrices(self, parameter: str, n_matrices: int | None = None) -> Sequence[Sequence[str]]:
         """For every matrix of the parameter the stored tensors whose rows make it up, in order.

@@ -7,7 +7,8 @@ candidates that share a neuron or a residual channel, is confirmed by running th
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -18,16 +19,27 @@ from bitwright.calibration.statistics.super_weights import JointSet, LargestSpik
 from bitwright.calibration.stream.forward import stream_past
 from bitwright.calibration.stream.streamable import StreamableModel
 from bitwright.calibration.stream.weights import ParameterReader, WeightSource
-from bitwright.calibration.super_weights.removals import Removals, WithoutWeights
-from bitwright.calibration.super_weights.spikes import SPIKE_RATIO, Candidate, DownProjection, Peaks, find_spikes
+from bitwright.calibration.super_weights.removal_stream import Removal, WithoutWeights
+from bitwright.calibration.super_weights.removals import Effect, Enough, Removals
+from bitwright.calibration.super_weights.spikes import (
+    LEAST_DIVERGENCE,
+    LEAST_EXPECTED,
+    SPIKE_RATIO,
+    Candidate,
+    DownProjection,
+    Peaks,
+    find_spikes,
+)
 from bitwright.calibration.text.corpus import Corpus
 
-LEAST_DIVERGENCE = 0.01
-"""Nats per token, of a removal that confirms a candidate: what rounding all weights to 5 bits costs a model."""
-
 MOST_LOOKS = 6
+# Of all prompts, evenly, that are looked at once more.
+_PROMPTS_AGAIN = 8
 MOST_CANDIDATES = 24
 MOST_MEMBERS = 6
+
+# A divergence so far from what confirms, in its own standard errors, is told from it.
+_STANDARD_ERRORS = 3.0
 
 # A member of a joint set without which the set costs as much, up to this share, adds nothing to it.
 _ADDS_NOTHING = 0.1
@@ -50,26 +62,22 @@ def stream_super_weights(
     search = _Search(streamable, projections, control)
     candidates, largest, looks = search.look_until_no_spike(prompts)
     if factors is not None:
-        spiking = {candidate.place for candidate in candidates}
-        candidates += [c for c in search.expected_to_cost(factors) if c.place not in spiking]
+        candidates = search.with_expected_costs(candidates, factors)
     candidates.sort(key=lambda c: (-c.strength, c.place))
+    to_try = [candidate for candidate in candidates[:MOST_CANDIDATES] if candidate.may_cost]
     removals = Removals(streamable, corpus, control)
-    to_try = candidates[:MOST_CANDIDATES]
-    tried = [
-        _removed(candidate, removals, f"super weights: try {i} of {len(to_try)}")
-        for i, candidate in enumerate(to_try, start=1)
-    ]
-    tried.sort(key=lambda pair: (-pair[1].divergence_when_removed, pair[1].place))
+    tried = _tried(to_try, removals)
     sets = _joint_sets(tried, removals)
     together = {place for s in sets if s.confirmed for place in s.members}
-    weights = [weight for _, weight in tried]
+    weights = [trial.weight for trial in tried]
     confirmed = [w for w in weights if w.divergence_when_removed >= LEAST_DIVERGENCE or w.place in together]
+    perplexity, samples = removals.perplexity, removals.samples
     removals.discard()
     return SuperWeightReport(
         weights=tuple(confirmed),
         rejected=tuple(w for w in weights if w not in confirmed),
         joint_sets=tuple(sets),
-        untried=len(candidates[MOST_CANDIDATES:]),
+        untried=len(candidates) - len(to_try),
         largest_spikes=tuple(largest),
         criteria=("spikes",) if factors is None else ("spikes", "gradients"),
         spike_ratio=SPIKE_RATIO,
@@ -77,8 +85,8 @@ def stream_super_weights(
         looks=looks,
         prompts=len(prompts),
         prompt_length=prompts.shape[1],
-        perplexity=removals.perplexity,
-        **corpus.identity,
+        perplexity=perplexity,
+        **corpus.identity | {"samples": samples},
         model=streamable.name,
         revision=streamable.revision,
     )
@@ -93,18 +101,19 @@ class _Search:
 
     def look_until_no_spike(self, prompts: np.ndarray) -> tuple[list[Candidate], list[LargestSpike], int]:
         """Candidates, the largest spike of every layer in the model as it is, and how often it was looked at, each
-        time with all candidates at zero that had been found before."""
+        time with all candidates at zero that had been found before. Later looks are at some of the prompts: what hides
+        behind a candidate spikes where that did."""
         candidates_by_place: dict[Place, Candidate] = {}
         largest: list[LargestSpike] = []
         for n_looks in range(1, MOST_LOOKS + 1):
             removed = list(candidates_by_place.values())
             without = f"without {sorted(c.place for c in removed)}"
-            weights = WithoutWeights(self._model.weights, map(_stored, removed))
+            weights = WithoutWeights(self._model.weights, _without(removed).weights if removed else ())
             peaks = Peaks()
             parameters = stream_past(
                 peaks,
                 replace(self._model, weights=weights, variant=f"{self._model.variant} {without}".lstrip()),
-                prompts,
+                prompts if n_looks == 1 else prompts[:: max(1, len(prompts) // _PROMPTS_AGAIN)],
                 self._control.within(f"look-{n_looks}"),
                 stage="look for spikes",
             )
@@ -116,10 +125,10 @@ class _Search:
             candidates_by_place |= new
         return list(candidates_by_place.values()), largest, n_looks
 
-    def expected_to_cost(self, factors: FisherFactors) -> list[Candidate]:
-        """Weights w of which 1/2 rows[i] columns[j] w**2 is much: what they are worth to second order. That falls short
-        of what large changes cost, which is why a tenth of what confirms is enough."""
-        candidates = []
+    def with_expected_costs(self, spiking: Sequence[Candidate], factors: FisherFactors) -> list[Candidate]:
+        """These with what their removal is expected to cost to second order, 1/2 rows[i] columns[j] w**2 of a weight w,
+        which adds to their strength, and all other weights of which that is much."""
+        by_place, others = {candidate.place: candidate for candidate in spiking}, list[Candidate]()
         for projection in self._projections.values():
             if projection.tensor not in factors.rows:
                 continue
@@ -127,12 +136,16 @@ class _Search:
                 matrix = projection.matrix + k
                 rows, columns = factors.rows[projection.tensor][matrix], factors.columns[projection.tensor][matrix]
                 costs = 0.5 * rows[:, None] * columns * np.square(weights, dtype=np.float64)
-                for row, column in np.argwhere(costs >= 0.1 * LEAST_DIVERGENCE).tolist():
+                here = [c.place for c in by_place.values() if c.place[1:3] == (projection.tensor, matrix)]
+                for place in here:
+                    by_place[place] = by_place[place].expected(float(costs[place.row, place.column]))
+                for row, column in np.argwhere(costs >= LEAST_EXPECTED).tolist():
                     place = Place(projection.layer, projection.tensor, matrix, row, column)
-                    value, strength = float(weights[row, column]), float(costs[row, column] / LEAST_DIVERGENCE)
-                    at = projection.stored_at(k, row, column, weights.shape)
-                    candidates.append(Candidate(place, projection.source, at, value, strength, "gradients"))
-        return candidates
+                    if place not in by_place:
+                        at, value = projection.stored_at(k, row, column, weights.shape), float(weights[row, column])
+                        found = Candidate(place, projection.source, at, value, 0.0, "gradients")
+                        others.append(found.expected(float(costs[row, column])))
+        return [*by_place.values(), *others]
 
     def _spikes(self, parameters: ParameterReader, peaks: Peaks) -> tuple[list[LargestSpike], list[Candidate]]:
         largest: dict[int, LargestSpike] = {}
@@ -159,54 +172,119 @@ class _Search:
         return projection.matrices(source.read(projection.source))
 
 
-_Tried = tuple[Candidate, SuperWeight]
+@dataclass(frozen=True)
+class _Trial:
+    """A candidate, what its removal does, and the weight as the report has it."""
+
+    candidate: Candidate
+    effect: Effect
+
+    @property
+    def weight(self) -> SuperWeight:
+        c, effect = self.candidate, self.effect
+        figures = c.row_ratio, c.column_ratio, c.share, c.found_by
+        return SuperWeight(*c.place, c.value, effect.loss, effect.divergence, *figures)
 
 
-def _stored(candidate: Candidate) -> tuple[str, int, int]:
-    return candidate.source, *candidate.stored_at
+def _is_clear(effect: Effect) -> bool:
+    """Whether the divergence is beyond doubt on one side of what confirms a candidate."""
+    return abs(effect.divergence - LEAST_DIVERGENCE) > _STANDARD_ERRORS * effect.error
 
 
-def _without(candidates: Sequence[Candidate], removals: Removals) -> tuple[float, float]:
-    return removals.stream_without(map(_stored, candidates), min(candidate.place.layer for candidate in candidates))
+def _without(candidates: Iterable[Candidate]) -> Removal:
+    members = list(candidates)
+    weights = sorted((candidate.source, *candidate.stored_at) for candidate in members)
+    return Removal(min(candidate.place.layer for candidate in members), tuple(weights))
 
 
-def _removed(candidate: Candidate, removals: Removals, stage: str) -> _Tried:
-    loss, divergence = removals.stream_without([_stored(candidate)], candidate.place.layer, stage)
-    figures = candidate.row_ratio, candidate.column_ratio, candidate.share, candidate.found_by
-    return candidate, SuperWeight(*candidate.place, candidate.value, loss, divergence, *figures)
+def _tried(candidates: Sequence[Candidate], removals: Removals) -> list[_Trial]:
+    """The most costly first."""
+    wanted = [(_without([candidate]), _is_clear) for candidate in candidates]
+    effects = removals.stream_effects(wanted, "super weights: try candidates")
+    trials = [_Trial(*pair) for pair in zip(candidates, effects, strict=True)]
+    return sorted(trials, key=lambda trial: (-trial.effect.divergence, trial.candidate.place))
 
 
-def _joint_sets(tried: Sequence[_Tried], removals: Removals) -> list[JointSet]:
+@dataclass
+class _Group:
+    """Trials that share something, the most costly first, and what it does to remove all of them."""
+
+    why: str
+    members: list[_Trial]
+    effect: Effect = field(default_factory=Effect)
+
+    @property
+    def removal(self) -> Removal:
+        return _without(trial.candidate for trial in self.members)
+
+    def is_told(self, effect: Effect) -> bool:
+        """Whether this effect of the removal of all tells whether they cost anything, or that they do not cost more
+        than one alone."""
+        return _is_clear(effect) or self._times_alone(effect) < 1
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether it costs anything, and more than its strongest member alone."""
+        return self.effect.divergence >= LEAST_DIVERGENCE and self._times_alone(self.effect) > 1 + _ADDS_NOTHING
+
+    def _times_alone(self, effect: Effect) -> float:
+        """The divergence over that of the strongest member, on the parts of the text that both were measured on."""
+        alone = self.members[0].effect
+        n_parts = min(len(effect.parts), len(alone.parts))
+        together, least = effect.over(n_parts).divergence, alone.over(n_parts).divergence
+        return together / least if least > 0 else np.inf
+
+    def joint_set(self, confirmed: bool) -> JointSet:
+        places = tuple(sorted(trial.candidate.place for trial in self.members))
+        return JointSet(places, self.why, self.effect.loss, self.effect.divergence, confirmed)
+
+
+def _joint_sets(tried: Sequence[_Trial], removals: Removals) -> list[JointSet]:
     """Sets of weights that share a neuron (their column) or a residual channel (their row) of a matrix; the strongest
     of all when none costs anything alone; and all together, for the record. tried: the most costly first."""
-    groups: dict[tuple[str, str, int, int], list[_Tried]] = defaultdict(list)
-    for candidate, weight in tried:
-        groups["neuron", weight.tensor, weight.matrix, weight.column].append((candidate, weight))
-        groups["row", weight.tensor, weight.matrix, weight.row].append((candidate, weight))
-    sets = [_joint_set(members, key[0], removals) for key, members in sorted(groups.items()) if len(members) > 1]
-    if len(tried) > 1:
-        if tried[0][1].divergence_when_removed < LEAST_DIVERGENCE:
-            sets.append(_joint_set(tried, "candidates", removals))
-        every = [candidate for candidate, _ in tried]
-        sets.append(JointSet(_places(every), "all candidates", *_without(every, removals), confirmed=False))
-    return sets
+    if len(tried) < 2:
+        return []
+    sharing: dict[tuple[str, str, int, int], list[_Trial]] = defaultdict(list)
+    for trial in tried:
+        place = trial.candidate.place
+        sharing["neuron", place.tensor, place.matrix, place.column].append(trial)
+        sharing["row", place.tensor, place.matrix, place.row].append(trial)
+    groups = [_Group(key[0], members[:MOST_MEMBERS]) for key, members in sorted(sharing.items()) if len(members) > 1]
+    if _costs_little(tried[0]):
+        groups.append(_Group("candidates", list(tried[:MOST_MEMBERS])))
+    every = _Group("all candidates", list(tried))
+    wanted: list[tuple[Removal, Enough]] = [(group.removal, group.is_told) for group in groups]
+    wanted.append((every.removal, partial(_has_parts, 1)))
+    effects = removals.stream_effects(wanted, "super weights: try sets")
+    for group, effect in zip([*groups, every], effects, strict=True):
+        group.effect = effect
+    confirmed = [group for group in groups if group.confirmed]
+    _leave_out(confirmed, removals)
+    return [*(group.joint_set(group in confirmed) for group in groups), every.joint_set(False)]
 
 
-def _joint_set(tried: Sequence[_Tried], why: str, removals: Removals) -> JointSet:
-    """Members may do nothing alone and everything together. Those are left out, the weakest first, without whose
-    removal the model suffers as much; a set that is worth no more than its strongest member is not confirmed."""
-    members = [candidate for candidate, _ in tried[:MOST_MEMBERS]]
-    loss, divergence = _without(members, removals)
-    alone = tried[0][1].divergence_when_removed
-    confirmed = divergence >= LEAST_DIVERGENCE and divergence > (1 + _ADDS_NOTHING) * alone
-    enough = (1 - _ADDS_NOTHING) * divergence
-    for candidate in reversed(members) if confirmed else ():
-        rest = [member for member in members if member is not candidate]
-        if len(rest) > 1 and _without(rest, removals)[1] >= enough:
-            members = rest
-            loss, divergence = _without(members, removals)
-    return JointSet(_places(members), why, loss, divergence, confirmed)
+def _costs_little(trial: _Trial) -> bool:
+    return trial.effect.divergence < LEAST_DIVERGENCE
 
 
-def _places(candidates: Iterable[Candidate]) -> tuple[Place, ...]:
-    return tuple(sorted(candidate.place for candidate in candidates))
+def _leave_out(groups: Sequence[_Group], removals: Removals) -> None:
+    """Members may do nothing alone and everything together. Of those that cost little alone, these are left out, the
+    weakest first, without whose removal the model suffers as much."""
+    waiting = [(group, [m for m in group.members if _costs_little(m)], group.effect.divergence) for group in groups]
+    while waiting := [entry for entry in waiting if entry[1] and len(entry[0].members) > 2]:
+        smaller = []
+        for group, weak, _ in waiting:
+            weakest = weak.pop()
+            smaller.append(_Group(group.why, [member for member in group.members if member is not weakest]))
+        wanted = [
+            (rest.removal, partial(_has_parts, len(group.effect.parts)))
+            for rest, (group, _, _) in zip(smaller, waiting, strict=True)
+        ]
+        effects = removals.stream_effects(wanted, "super weights: try smaller sets")
+        for (group, _, whole), rest, effect in zip(waiting, smaller, effects, strict=True):
+            if effect.divergence >= (1 - _ADDS_NOTHING) * whole:
+                group.members, group.effect = rest.members, effect
+
+
+def _has_parts(n_parts: int, effect: Effect) -> bool:
+    return len(effect.parts) >= n_parts

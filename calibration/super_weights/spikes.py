@@ -2,7 +2,7 @@
 weights of down projections that make the spikes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,13 @@ outlier channels 10; the published super weights make spikes of hundreds and tho
 LEAST_SHARE = 0.2
 """A candidate makes at least this share of its row's spike by itself: several may share one spike."""
 
-PROMPT_LENGTH = 64
+LEAST_DIVERGENCE = 0.01
+"""Nats per token, of a removal that confirms a candidate: what rounding all weights to 5 bits costs a model."""
+
+LEAST_EXPECTED = 0.1 * LEAST_DIVERGENCE
+"""The same as far as gradients tell, which fall short of what large changes cost."""
+
+PROMPT_LENGTH = 32
 
 PROMPTS = (
     "Apple Inc. is a worldwide tech company.",
@@ -61,7 +67,8 @@ class DownProjection:
 @dataclass(frozen=True)
 class Candidate:
     """A weight that may be a super weight. source, stored_at: the checkpoint's tensor, and the row over all of its
-    matrices and the column there. strength: the larger, the sooner it is tried; ratios and share as of SuperWeight."""
+    matrices and the column there. strength: the larger, the sooner it is tried; ratios and share as of SuperWeight.
+    may_cost: whether it is tried at all, which gradients may speak against."""
 
     place: Place
     source: str
@@ -72,6 +79,12 @@ class Candidate:
     row_ratio: float = 0.0
     column_ratio: float = 0.0
     share: float = 0.0
+    may_cost: bool = True
+
+    def expected(self, cost: float) -> "Candidate":
+        """The same, whose removal is expected to cost as much, in nats per token to second order."""
+        strength = self.strength + cost / LEAST_DIVERGENCE
+        return replace(self, strength=strength, may_cost=cost >= LEAST_EXPECTED)
 
 
 def prompt_tokens(tokenizer: Any, samples: np.ndarray, length: int = PROMPT_LENGTH) -> np.ndarray:

@@ -198,7 +198,7 @@ class Job:
     calibration_dtype: Dtype = field(
         default="auto",
         metadata=option(
-            "The dtype that calibration computes in; auto is bfloat16 on cuda.",
+            "The dtype that calibration computes in; auto takes bfloat16 on cuda, and on a CPU that is faster with it.",
             shows_default=True,
             commands=_BOTH,
             of_text=True,

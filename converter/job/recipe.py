@@ -112,6 +112,7 @@ def calibration_manifest(job: Job, importance: ImportanceMatrix | None, work_dir
         "sequence_length": importance.sequence_length,
         "seed": job.seed if job.imatrix is None else None,
         "split": split if job.imatrix is None else None,
+        "dtype": job.calibration_dtype if job.imatrix is None else None,
     }
 
 

@@ -156,12 +156,7 @@ class WorkDirectory:
         if fresh or not stored.exists():
             _describe_job(stored, fingerprint)
             return
-        try:
-            previous = json.loads(stored.read_bytes())
-        except ValueError:
-            previous = None
-        if not isinstance(previous, dict):
-            raise ConvertError("the job's description is damaged", str(stored), "start again with --fresh")
+        previous = self.description()
         if previous.get("tool") != fingerprint.get("tool"):
             raise ConvertError(
                 "another version of this tool began the job in this work directory, and its results are not mixed with"
@@ -182,6 +177,20 @@ class WorkDirectory:
             )
         if UNDECIDED in previous.values() and UNDECIDED not in fingerprint.values():
             _describe_job(stored, fingerprint)
+
+    def description(self) -> dict[str, Any]:
+        """The fingerprint of the job whose work is here; empty where there is none. Raises ConvertError for one that is
+        damaged."""
+        stored = self.path / DESCRIPTION
+        if not stored.exists():
+            return {}
+        try:
+            described = json.loads(stored.read_bytes())
+        except ValueError:
+            described = None
+        if not isinstance(described, dict):
+            raise ConvertError("the job's description is damaged", str(stored), "start again with --fresh")
+        return described
 
     def clear(self) -> None:
         """Remove the results of earlier runs, by their names. Other files stay, and so does the job's description until

@@ -37,7 +37,7 @@ class Manifest:
 @dataclass(frozen=True, kw_only=True)
 class Calibration(Manifest):
     """The importance matrix and the text it was computed from, None for what the file does not say. computed: by this
-    job; seed and split are known only then."""
+    job; seed, split and dtype, in which the model was computed, are known only then."""
 
     computed: bool
     model: str | None
@@ -47,6 +47,7 @@ class Calibration(Manifest):
     sequence_length: int | None
     seed: int | None
     split: str | None
+    dtype: str | None
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def test_an_interrupted_search_continues_and_ends_with_the_same_report(tiny, tmp
     interruptions = 0
     for _ in range(30):
         try:
-            resumed = search(tiny("llama"), source, tmp_path / "work", should_stop=StopAfter(5))
+            resumed = search(tiny("llama"), source, tmp_path / "work", should_stop=StopAfter(2))
             break
         except Interrupted:
             interruptions += 1

@@ -136,7 +136,7 @@ def test_the_card_of_a_new_repository(hub, converted):
         assert f"| {group['group']} |" in card
     assert (
         "bitwright --profile balanced-4bit --no-analysis --calibration embedded --samples 128 --sequence-length 16"
-        f" --effort fast --error-feedback quick --seed 0 org/tiny@{REVISION}\n" in card
+        f" --calibration-dtype float32 --effort fast --error-feedback quick --seed 0 org/tiny@{REVISION}\n" in card
     )
 
 

@@ -129,7 +129,8 @@ def test_the_card(hub, whole):
         "| mlp | W4A16 (12) |",
         f"--seed 0 org/tiny@{REVISION}\n",
         "bitwright --profile recipe/model/W4A16.toml --calibration embedded --samples 128 --sequence-length 16"
-        " --effort fast --error-feedback quick --seed 0 --imatrix recipe/model/tiny.imatrix.gguf org/",
+        " --calibration-dtype float32 --effort fast --error-feedback quick --seed 0"
+        " --imatrix recipe/model/tiny.imatrix.gguf org/",
     ):
         assert fact in card, fact
     assert "GGUF" not in card and "llama-cli" not in card

@@ -75,6 +75,7 @@ def report(name: str = "Tiny-1B", n_bytes: int = 1000, **changes: Any) -> Publis
             sequence_length=512,
             seed=0,
             split="train",
+            dtype="float32",
         ),
         sensitivity=None,
         reads_text_later=False,
