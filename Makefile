@@ -96,7 +96,7 @@ bench-memory: setup
 bench-kld: setup .cache/smollm2-wide
 	$(BIN)/python -m scripts.bench.kld --model .cache/smollm2-wide
 
-bench-quality: setup .cache/smollm2-wide
+bench-quality: setup .cache/smollm2-wide .cache/llama.cpp/llama-imatrix
 	$(BIN)/python -m scripts.bench.quality --model .cache/smollm2-wide
 
 bench-advise: setup

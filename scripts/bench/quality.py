@@ -1,37 +1,39 @@
 """llama.cpp's recipes beside ours at the same size: KL divergence, measured by llama.cpp on a text of its own.
 
-For each of llama.cpp's file types the wide SmolLM2 is written several times, at the size of the recipe's own file:
+For each of llama.cpp's file types the model is written several times, at the size of the recipe's own file:
 
-recipe       llama.cpp's mix of types, with the codes of ggml's C encoder
-allocation   types chosen by measured sensitivity under the recipe's size, still with ggml's codes
+recipe       llama.cpp's mix of types, as llama-quantize writes it
+allocation   types chosen by measured sensitivity under the recipe's size, with the codes of ggml's C encoder
 codes        the same types with our codes
 weighed      the same with columns weighed by what an error in them costs, as where a conversion measures sensitivity
-refined      with two rounds of refinement
-feedback     instead, with error feedback
+quick        with error feedback, as a conversion has it by default
+best         with the longer feedback
+sequential   with feedback under the artifact's own inputs
+tuned        the same, and the scales of every layer tuned (64 steps)
+refined      instead, with two rounds of refinement
 protected    instead, with what protects super weights as far as it is measured to help
 
 All have the same importance. Texts and measure are those of bench.kld; results go into a file of JSON lines, and the
 same command continues there.
 """
 
-import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 from bitwright.calibration.sensitivity.table import load_sensitivity
 from bitwright.calibration.statistics.imatrix_file import load_imatrix
 from bitwright.converter import convert
 from bitwright.converter.job.job import Job
-from bitwright.converter.model.model_map import describe
 from bitwright.converter.preparation import prepare
-from bitwright.converter.source.open import open_checkpoint
-from bitwright.formats.choices import Effort
 from bitwright.formats.files.journal import append_line, read_lines
 from bitwright.profiles.reading.schema import QuantizationProfile, load_profile, parse_profile
 from scripts.bench.kld import (
@@ -48,10 +50,19 @@ from scripts.bench.kld import (
     write_profile,
     write_text,
 )
-from scripts.peers.llama_cpp_recipes import FILE_TYPES, recipe
+from scripts.peers.mixes import FILE_TYPES, Mixes
 from scripts.smollm2 import build
 
-STEPS = ("recipe", "allocation", "codes", "weighed", "refined", "feedback", "protected")
+STEPS = (*("recipe", "allocation", "codes", "weighed", "quick", "best", "sequential", "tuned", "refined", "protected"),)
+# Options of the conversions that are one step each.
+CONVERSIONS: dict[str, dict[str, Any]] = {
+    "quick": {"error_feedback": "quick"},
+    "best": {"error_feedback": "best"},
+    "sequential": {"error_feedback": "quick", "sequential": True},
+    "tuned": {"error_feedback": "quick", "tune": 64},
+    "refined": {"refine": 2, "error_feedback": "off"},
+    "protected": {"protect_super_weights": "auto", "error_feedback": "off"},
+}
 DEFAULT_TYPES = "IQ1_S,IQ2_XXS,IQ2_M,IQ3_XXS,Q3_K_M,Q4_K_M"
 
 
@@ -62,6 +73,8 @@ class Result:
     chunks: int
     bytes: int
     score: Score
+    kld_error: float
+    seconds: float
 
     @staticmethod
     def from_dict(fields: dict[str, Any]) -> "Result":
@@ -84,55 +97,62 @@ class Bench:
         self.importance = load_imatrix(self.imatrix)
         self.costs = load_sensitivity(self.sensitivity).factors.columns
         self.source = Source(model, packaged_text(EVALUATION_TEXT), chunks, directory)
-        checkpoint = open_checkpoint(str(model), metadata_only=True)
-        self.model_map = describe(checkpoint)
-        heads = json.loads((model / "config.json").read_text(encoding="utf-8"))
-        self.heads_per_value = heads["num_attention_heads"] // heads["num_key_value_heads"]
+        self.mixes = Mixes(model, self.imatrix, directory)
 
     def steps(self, file_type: str, wanted: set[str]) -> Iterator[Result]:
         """The steps that are wanted, in order."""
-        formats = recipe(file_type, self.model_map, self.heads_per_value)
-        limit = self._written(profile_of(formats, file_type), "fast").stat().st_size
+
+        def measured(step: str, write: Callable[[], Path]) -> Result:
+            began = time.monotonic()
+            path = write()
+            seconds, n_bytes, positions = time.monotonic() - began, path.stat().st_size, self.source.evaluate(path)
+            path.unlink()
+            error = float(positions[1].std(ddof=1) / np.sqrt(positions.shape[1]))
+            return Result(file_type, step, len(self.source.chunks), n_bytes, score(positions), error, seconds)
+
+        mix = self.directory / "mix.gguf"
+        limit = self.mixes.write(file_type, mix).stat().st_size
         if "recipe" in wanted:
-            yield self._measured(file_type, "recipe", self._by_ggml(formats, file_type))
+            yield measured("recipe", lambda: self.mixes.write(file_type, mix))
         if wanted & {"allocation", "codes", "weighed"}:
-            job = Job(
-                str(self.model),
-                load_profile("budget"),
-                imatrix=self.imatrix,
-                sensitivity=self.sensitivity,
-                target_size=limit,
-                protect_super_weights="off",
-                output=self.directory / "planned.gguf",
-            )
-            chosen = {p.tensor.name: p.format for p in prepare(job).plan.tensors if len(p.tensor.shape) > 1}
-            if "allocation" in wanted:
-                yield self._measured(file_type, "allocation", self._by_ggml(chosen, "allocated"))
-            if "codes" in wanted:
-                yield self._measured(file_type, "codes", self._written(profile_of(chosen, "allocated"), "best"))
-            if "weighed" in wanted:
-                path = self._written(profile_of(chosen, "allocated"), "best", weighed=True)
-                yield self._measured(file_type, "weighed", path)
-        options: dict[str, dict[str, Any]] = {
-            "refined": {"refine": 2},
-            "feedback": {"error_feedback": "best"},
-            "protected": {"protect_super_weights": "auto"},
-        }
-        for step, changed in options.items():
+            chosen = self._chosen(limit)
+            writers = {
+                "allocation": lambda: self._by_ggml(chosen),
+                "codes": lambda: self._written(profile_of(chosen, "allocated")),
+                "weighed": lambda: self._written(profile_of(chosen, "allocated"), weighed=True),
+            }
+            for step, write in writers.items():
+                if step in wanted:
+                    yield measured(step, write)
+        for step, changed in CONVERSIONS.items():
             if step in wanted:
-                yield self._measured(file_type, step, self._converted(limit, **changed))
+                yield measured(step, partial(self._converted, limit, **changed))
 
-    def _written(self, profile: QuantizationProfile, effort: Effort, weighed: bool = False) -> Path:
+    def _chosen(self, limit: int) -> dict[str, str]:
+        """The format of every matrix of the best choice of this size."""
+        job = Job(
+            str(self.model),
+            load_profile("budget"),
+            imatrix=self.imatrix,
+            sensitivity=self.sensitivity,
+            target_size=limit,
+            protect_super_weights="off",
+            output=self.directory / "planned.gguf",
+        )
+        return {p.tensor.name: p.format for p in prepare(job).plan.tensors if len(p.tensor.shape) > 1}
+
+    def _written(self, profile: QuantizationProfile, weighed: bool = False) -> Path:
         importance = self.importance.with_costs(self.costs if weighed else {})
-        return write_profile(self.model, profile, effort, importance, self.directory / "model.gguf")
+        return write_profile(self.model, profile, "best", importance, self.directory / "model.gguf")
 
-    def _by_ggml(self, formats: dict[str, str], name: str) -> Path:
+    def _by_ggml(self, formats: dict[str, str]) -> Path:
         # ggml has the second-level scale of NVFP4 only in files that others have written.
         blocks = {f for f in formats.values() if f not in ("F32", "F16", "BF16")}
         with ggmls_codes(*blocks):
-            return self._written(profile_of(formats, name), "best")
+            return self._written(profile_of(formats, "allocated"))
 
     def _converted(self, limit: int, **changed: Any) -> Path:
+        """Importance and sensitivity are given: what a step takes beside its encoding is its own pass over the text."""
         shutil.rmtree(self.directory / "converted", ignore_errors=True)
         output = self.directory / "converted" / "model.gguf"
         convert(
@@ -150,22 +170,17 @@ class Bench:
         )
         return output
 
-    def _measured(self, file_type: str, step: str, path: Path) -> Result:
-        n_bytes, positions = path.stat().st_size, self.source.evaluate(path)
-        path.unlink()
-        return Result(file_type, step, len(self.source.chunks), n_bytes, score(positions))
-
 
 def table(results: list[Result]) -> Iterator[str]:
     """In Markdown: sizes, divergences and their ratio to the recipe's."""
-    yield "| size of | step | MB | KLD | PPL | top-1 % | KLD / recipe's |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| size of | step | MB | KLD | +- | PPL | top-1 % | KLD / recipe's | s |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     recipes = {r.file_type: r.score.mean_kld for r in results if r.step == "recipe"}
     for r in sorted(results, key=lambda r: (FILE_TYPES.index(r.file_type), STEPS.index(r.step))):
         ratio = f"{r.score.mean_kld / recipes[r.file_type]:.3f}" if r.file_type in recipes else ""
         yield (
-            f"| {r.file_type} | {r.step} | {r.bytes / 1e6:.2f} | {r.score.mean_kld:.4f} | {r.score.perplexity:.4g} |"
-            f" {100 * r.score.top1_agreement:.1f} | {ratio} |"
+            f"| {r.file_type} | {r.step} | {r.bytes / 1e6:.2f} | {r.score.mean_kld:.4f} | {r.kld_error:.4f} |"
+            f" {r.score.perplexity:.4g} | {100 * r.score.top1_agreement:.1f} | {ratio} | {r.seconds:.0f} |"
         )
 
 

@@ -3,7 +3,7 @@
     python -m scripts.check.presets --imatrix .cache/smollm2-wide.gguf --sensitivity TABLE [--preset NAME ...] [MODEL]
 
 Every artifact is written, decoded and verified, its predictions are held against the source's on text that the
-calibration has not seen, and it is deleted. llama.cpp's mixes, with the codes of ggml's encoder and the same
+calibration has not seen, and it is deleted. llama.cpp's mixes, as its llama-quantize writes them with the same
 importance, are measured alike; between their sizes the logarithm of the divergence is interpolated. What the intent of
 a preset costs is its predicted divergence beside that of the best choice of the same bytes (`budget`). What is done is
 kept in a file of JSON lines and not run again. What a profile decides is measured: without error feedback, and
@@ -20,7 +20,6 @@ import numpy as np
 
 from bitwright.calibration.control import PassControl
 from bitwright.calibration.evaluation.quality import Baseline
-from bitwright.calibration.statistics.imatrix_file import load_imatrix
 from bitwright.calibration.stream.streamable import StreamableModel
 from bitwright.calibration.text.corpus import load_corpus
 from bitwright.converter import convert
@@ -33,9 +32,7 @@ from bitwright.converter.preparation import prepare
 from bitwright.converter.source.open import open_checkpoint
 from bitwright.formats.files.journal import append_line, read_lines
 from bitwright.profiles.reading.schema import load_profile, preset_names
-from scripts.bench.kld import ggmls_codes, write_profile
-from scripts.bench.quality import profile_of
-from scripts.peers.llama_cpp_recipes import recipe
+from scripts.peers.mixes import Mixes
 from scripts.smollm2 import build
 
 WORK = Path(".cache/check-presets")
@@ -93,14 +90,9 @@ class Bench:
             **measured,
         }
 
-    def mix(self, file_type: str) -> dict[str, Any]:
+    def mix(self, mixes: Mixes, file_type: str) -> dict[str, Any]:
         """The same of llama.cpp's mix of this name."""
-        heads = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
-        formats = recipe(file_type, self.model_map, heads["num_attention_heads"] // heads["num_key_value_heads"])
-        output = WORK / f"{file_type}.gguf"
-        with ggmls_codes(*set(formats.values())):
-            importance = load_imatrix(self.options["imatrix"])
-            write_profile(self.model, profile_of(formats, file_type), "best", importance, output)
+        output = mixes.write(file_type, WORK / f"{file_type}.gguf")
         n_bytes, measured = output.stat().st_size, self._measured(output, file_type)
         output.unlink()
         return {"preset": file_type, "target_bpw": None, "bytes": n_bytes, "mix": True, **measured}
@@ -166,10 +158,12 @@ def main(model: Path | None, presets: tuple[str, ...], samples: int, mixes: str,
     results = WORK / f"results-{bench.model.name}-{samples}.jsonl"
     finished = {(result["preset"], result["target_bpw"]): result for result in read_lines(results)}
     names = [name for name in mixes.split(",") if name]
-    for name in names:
-        if (name, None) not in finished:
-            finished[name, None] = bench.mix(name)
+    if missing := [name for name in names if (name, None) not in finished]:
+        peer = Mixes(bench.model, bench.options["imatrix"], WORK)
+        for name in missing:
+            finished[name, None] = bench.mix(peer, name)
             append_line(results, finished[name, None])
+        peer.close()
     measured_mixes = [finished[name, None] for name in names]
     for mix in measured_mixes:
         kld, size = mix["mean_kld"], mix["bytes"]
