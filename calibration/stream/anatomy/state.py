@@ -104,20 +104,22 @@ class Layout:
 
 def pack(parts: Tensors, n_samples: int, n_positions: int) -> tuple[torch.Tensor, Layout]:
     """The parts as one tensor [n_samples, n_positions, width], and where they are in it."""
-    layout = Layout({name: _described(part, n_samples, n_positions) for name, part in parts.items()})
+    layout = Layout({name: _described(name, part, n_samples, n_positions) for name, part in parts.items()})
     if layout.is_plain:
         return parts[HIDDEN], layout
     rows = [layout.parts[name].packed(part).to(parts[HIDDEN].dtype) for name, part in parts.items()]
     return torch.cat(rows, dim=-1), layout
 
 
-def _described(part: torch.Tensor, n_samples: int, n_positions: int) -> PartLayout:
-    """Samples and positions follow each other, [..., n_samples, n_positions, ...], or keys and values have their heads
-    between them, [n_samples, n_heads, n_positions, head_size]."""
+def _described(name: str, part: torch.Tensor, n_samples: int, n_positions: int) -> PartLayout:
+    """Keys and values, which layers share, have their heads between samples and positions, [n_samples, n_heads,
+    n_positions, head_size]; in everything else these follow each other, [..., n_samples, n_positions, ...]. The name
+    tells: as many heads as samples would look like either."""
     shape, integers = tuple(part.shape), not part.is_floating_point()
+    between = len(shape) == 4 and (shape[0], shape[2]) == (n_samples, n_positions)
+    if between and name.startswith(f"{_SHARED}/"):
+        return PartLayout((shape[1], shape[3]), (0, 2), integers)
     for i in range(len(shape) - 1):
         if shape[i : i + 2] == (n_samples, n_positions):
             return PartLayout(shape[:i] + shape[i + 2 :], (i, i + 1), integers)
-    if len(shape) == 4 and (shape[0], shape[2]) == (n_samples, n_positions):
-        return PartLayout((shape[1], shape[3]), (0, 2), integers)
-    raise ValueError(f"a part of shape {list(shape)} has no place for {n_samples} samples of {n_positions} positions")
+    raise ValueError(f"{name} of shape {list(shape)} has no place for {n_samples} samples of {n_positions} positions")
