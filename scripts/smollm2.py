@@ -2,12 +2,19 @@
 
     python scripts/smollm2.py DIRECTORY          the model as it is: width 576, no multiple of 256; bfloat16
     python scripts/smollm2.py DIRECTORY --wide   a model of width 768 that computes the same function; float16
+    python scripts/smollm2.py DIRECTORY --off-grid   of width 576, and the same function, too; bfloat16
 
 Width 576 is what many small models have, and no K format fits it. The wide twin has rows of 768 and 1536 weights, so
 every format fits. It is made exactly, not trained: each group of 3 channels of the residual stream becomes 4 channels
 through a random orthogonal frame, the norms' weights move into the linear layers behind them (with sqrt(576/768) left,
 because the mean runs over more channels), and key-value head 0 with its 3 query heads is doubled, the output
 projection's columns of the two copies being W/2 + N and W/2 - N. Logits agree up to rounding.
+
+The weights that are shipped lie on the grid of Q4_1, which would give that format without a loss. Off the grid they are
+what a released model's are: columns behind a norm and in front of the down projection are scaled by about a tenth, with
+the inverse in the norm and in the up projection; the two rows that a rotary embedding turns together are turned by a
+fixed angle, in a key as in its queries; and the rows of every value head by an orthogonal matrix, whose inverse is in
+the output projection. The embedding stays as it is.
 """
 
 import json
@@ -101,6 +108,47 @@ def widen(weights: dict[str, np.ndarray], aligned: Collection[int] = ()) -> dict
     return wide
 
 
+def moved_off_grid(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The function-equivalent model of the same width; drawn by a seed, so its bytes are always the same."""
+    random, moved = np.random.default_rng(1), dict(weights)
+
+    def factors(n: int) -> np.ndarray:
+        return np.exp(0.1 * random.standard_normal(n)).astype(np.float32)
+
+    def turned(rows: np.ndarray, n_heads: int, angles: np.ndarray) -> np.ndarray:
+        """angles: [n_kv_heads, HEAD_DIM / 2]."""
+        first, second = np.moveaxis(rows.reshape(n_heads, 2, HEAD_DIM // 2, -1), 1, 0)
+        of_head = np.repeat(angles, n_heads // N_KV_HEADS, axis=0)[:, :, None]
+        cos, sin = np.cos(of_head), np.sin(of_head)
+        pair = np.stack([cos * first - sin * second, sin * first + cos * second], axis=1)
+        return pair.reshape(rows.shape).astype(np.float32)
+
+    for layer in range(N_LAYERS):
+        prefix = f"model.layers.{layer}."
+        attention, mlp = (f"{prefix}self_attn.{{}}_proj.weight", f"{prefix}mlp.{{}}_proj.weight")
+        for norm, names in (
+            ("input_layernorm", [attention.format(kind) for kind in "qkv"]),
+            ("post_attention_layernorm", [mlp.format(kind) for kind in ("gate", "up")]),
+        ):
+            scale = factors(WIDTH)
+            moved[f"{prefix}{norm}.weight"] = moved[f"{prefix}{norm}.weight"] / scale
+            for name in names:
+                moved[name] = moved[name] * scale
+        scale = factors(MLP_WIDTH)
+        moved[mlp.format("up")] = moved[mlp.format("up")] / scale[:, None]
+        moved[mlp.format("down")] = moved[mlp.format("down")] * scale
+        angles = random.uniform(0, 2 * np.pi, (N_KV_HEADS, HEAD_DIM // 2))
+        for kind, n_heads in (("q", N_HEADS), ("k", N_KV_HEADS)):
+            moved[attention.format(kind)] = turned(moved[attention.format(kind)], n_heads, angles)
+        turns = np.linalg.qr(random.standard_normal((N_KV_HEADS, HEAD_DIM, HEAD_DIM)))[0].astype(np.float32)
+        values = moved[attention.format("v")].reshape(N_KV_HEADS, HEAD_DIM, WIDTH)
+        moved[attention.format("v")] = (turns @ values).reshape(-1, WIDTH)
+        outputs = moved[attention.format("o")].reshape(WIDTH, N_KV_HEADS, GROUP_HEADS, HEAD_DIM)
+        back = np.einsum("wkgd,ked->wkge", outputs, turns)
+        moved[attention.format("o")] = back.reshape(WIDTH, WIDTH)
+    return moved
+
+
 def save_tokenizer(reader, directory: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -155,9 +203,10 @@ def config(wide: bool) -> dict:
     }
 
 
-def build(directory: Path, wide: bool = False) -> Path:
+def build(directory: Path, wide: bool = False, off_grid: bool = False) -> Path:
     """Write the checkpoint to `directory`, or leave it when it is there; whole or not at all. Returns it."""
-    return save(directory, lambda weights: widen(weights) if wide else weights, wide)
+    change = widen if wide else moved_off_grid if off_grid else dict
+    return save(directory, change, wide)
 
 
 def save(directory: Path, change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], wide: bool) -> Path:
@@ -196,8 +245,9 @@ def save(directory: Path, change: Callable[[dict[str, np.ndarray]], dict[str, np
 @click.command(help=__doc__)
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--wide", is_flag=True, help="Build the twin of width 768.")
-def main(directory: Path, wide: bool) -> None:
-    print(build(directory, wide))
+@click.option("--off-grid", is_flag=True, help="Build the twin whose weights are on no grid.")
+def main(directory: Path, wide: bool, off_grid: bool) -> None:
+    print(build(directory, wide, off_grid))
 
 
 if __name__ == "__main__":
