@@ -17,7 +17,7 @@ FLOORS = {
         {"__main__"},
         {"cli"},
         {"commands"},
-        {"ladder", "batch", "machines"},
+        {"several", "machines"},
         {"imatrix", "outlook"},
         {"advice"},
         {"pipeline", "publishing", "split", "lora_gguf"},

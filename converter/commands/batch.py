@@ -31,7 +31,7 @@ def batch(jobs: Path, parallel: int, retries: int, logs: Path | None, as_json: b
     A failure stops no other. Run the same file again: finished lines are recognised, interrupted ones continue. The
     exit code is 1 where a line has failed.
     """
-    from bitwright.converter.batch import read_jobs, run_batch
+    from bitwright.converter.several.batch import read_jobs, run_batch
 
     lines = read_jobs(jobs)
     directory = logs or jobs.with_name(f"{jobs.name}.logs")

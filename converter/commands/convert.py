@@ -190,8 +190,8 @@ def climb_ladder(rungs: str, progress: "Progress", as_json: bool, fresh: bool, *
             flag = f"--{name.replace('_', '-')}"
             raise ConvertError("a rung says this for each artifact", f"--ladder, {flag}", f"leave {flag} out")
     from bitwright.converter.boundary.interrupts import Stop
-    from bitwright.converter.ladder import PAGE, SUMMARY, climb, parse_rungs
     from bitwright.converter.report.text import ladder_text
+    from bitwright.converter.several.ladder import PAGE, SUMMARY, climb, parse_rungs
 
     directory = Path(options.pop("output") or ".")
     model, overrides = options.pop("model"), options.pop("overrides")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitwright.calibration.statistics.importance import ImportanceMatrix
 from bitwright.converter.artifact.candidate import Candidate
@@ -27,7 +27,6 @@ from bitwright.converter.gguf.protect import (
     refuse_protection,
 )
 from bitwright.converter.gguf.reuse import ReusingEncoder
-from bitwright.converter.gguf.sequence.encoding import SequencedEncoder, encode_in_sequence
 from bitwright.converter.gguf.verify import gguf_candidate, verify
 from bitwright.converter.job.job import Job
 from bitwright.converter.job.recipe import PROTECTION_RESERVE
@@ -45,6 +44,9 @@ from bitwright.profiles.planning.plan import Plan, PlannedTensor
 from bitwright.profiles.planning.protect import looks_for_super_weights
 from bitwright.profiles.planning.summary import fallback_lines, mtp_lines, unscaled_lines
 from bitwright.profiles.vocabulary import ModelMap, Role
+
+if TYPE_CHECKING:
+    from bitwright.converter.gguf.sequence.encoding import SequencedEncoder
 
 _LEAST_TUNING_TOKENS = 1024
 
@@ -115,13 +117,16 @@ class GgufTarget:
         protected = protected_before(prepared.run, prepared.plan, prepared.importance)
         return None if protected is None else _with(prepared, protected)
 
-    def encoder(self, adapted: Adapted[Plan, Protected]) -> ReusingEncoder | SequencedEncoder:
+    def encoder(self, adapted: Adapted[Plan, Protected]) -> "ReusingEncoder | SequencedEncoder":
         prepared, run = adapted.prepared, adapted.prepared.run
-        _check_size(prepared.plan, prepared.files.layouts)
-        sequential = encode_in_sequence(prepared) if _in_sequence(run.job, prepared.plan) else None
-        feedback = open_feedback(run, prepared.plan) if sequential is None else None
-        encoder = Encoder(run.checkpoint, prepared.plan, prepared.importance, run.job.n_threads, feedback)
-        return ReusingEncoder(encoder, run) if sequential is None else SequencedEncoder(encoder, sequential)
+        plan, importance, threads = prepared.plan, prepared.importance, run.job.n_threads
+        _check_size(plan, prepared.files.layouts)
+        if not _in_sequence(run.job, plan):
+            feedback = open_feedback(run, plan)
+            return ReusingEncoder(Encoder(run.checkpoint, plan, importance, threads, feedback), run)
+        from bitwright.converter.gguf.sequence.encoding import SequencedEncoder, encode_in_sequence
+
+        return SequencedEncoder(Encoder(run.checkpoint, plan, importance, threads), encode_in_sequence(prepared))
 
     def write(self, adapted: Adapted[Plan, Protected], encoder: PlanEncoder[PlannedTensor]) -> list[Path]:
         run, layouts = adapted.prepared.run, adapted.prepared.files.layouts

@@ -40,6 +40,7 @@ _KEPT = frozenset(
         *("quality", "quality.json", "agreement", "agreement.json", "candidate-logits.npy", "runtime-logits.npy"),
         *("guard", "coherence.json", "generated.json", "tasks.json"),
         *("plan.json", "report.html", "report.json", "report-split.json", "seals.jsonl", LOG_FILE),
+        *("sequential", "sequential-pass", "sequential-moments"),
         "piece",
     )
 )

@@ -127,7 +127,9 @@ def _decided(prepared: Prepared[Any]) -> dict[str, Any]:
     """Options that are what they were found to be, so that no machine finds something else: the text, and the commit
     of a model on the Hub."""
     job, checkpoint = prepared.run.job, prepared.run.checkpoint
-    decided = {} if job.calibration is None else {"calibration": job.calibration}
+    decided = {"calibration_dtype": job.calibration_dtype}  # as the measurement here has it
+    if job.calibration is not None:
+        decided["calibration"] = job.calibration
     if checkpoint.revision is not None and job.model == checkpoint.model_id:
         decided["model"] = f"{job.model}@{checkpoint.revision}"
     return decided

@@ -134,12 +134,12 @@ def observed(
         return seen, _run(of, name, "cpu", runs[-1][1])
 
 
-def with_little_memory(of: str, kind: str, **limits: int) -> tuple[Counts, Figures, Figures]:
+def with_little_memory(of: str, kind: str, n_samples: int = 64, **limits: int) -> tuple[Counts, Figures, Figures]:
     """64 samples at once, where they may; and on a CPU. limits: as of pretended."""
     with mock.patch.dict(micro_batches._TOKENS, {"cpu": LENGTH, kind: 64 * LENGTH}):
         with pretended(kind, **limits) as counts:
-            figures = _run(of, "llama", kind, 64)
-        return counts, figures, _run(of, "llama", "cpu", 64)
+            figures = _run(of, "llama", kind, n_samples)
+        return counts, figures, _run(of, "llama", "cpu", n_samples)
 
 
 def refused(kind: str, **limits: int) -> tuple[str, str, str]:

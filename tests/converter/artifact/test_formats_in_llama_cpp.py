@@ -20,6 +20,7 @@ from click.testing import CliRunner
 
 from bitwright.calibration.statistics.importance import ImportanceMatrix
 from bitwright.calibration.stream.arithmetic import computed_by
+from bitwright.calibration.stream.device.transfer import WeightTransfer
 from bitwright.calibration.stream.observer import locate_matrices
 from bitwright.calibration.stream.weights import ParameterReader
 from bitwright.converter.architectures.architecture import architectures
@@ -107,7 +108,7 @@ class Model:
         weights = dict(self.transformers.named_parameters())
         reader = ParameterReader(artifact, self.transformers)
         for name, weight in weights.items():
-            weight.copy_(reader.read(name, weight, weight.device))
+            weight.copy_(reader.read(name, weight, WeightTransfer(weight.device)))
 
         def stored_names(parameter: str, matrix: int, n_matrices: int) -> list[str]:
             return reader.matrices(parameter, n_matrices)[matrix]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bitwright.calibration.stream.device.totals import Totals
 from bitwright.calibration.stream.micro_batches import N_GROUPS, Excerpt, is_held_out, spans_of_samples
 from bitwright.calibration.stream.observer import GroupedSums, add_sums
 from bitwright.converter.boundary.interrupts import STOPPED
@@ -45,12 +46,18 @@ def test_any_number_of_parts_gives_the_importance_of_one_machine(name, counts, t
 def test_sums_over_a_text_are_those_of_its_groups_in_order():
     """Whose rounding depends on the order: all in a row they are others."""
     values = np.random.default_rng(0).random((130, 500)) ** 9
-    whole, apart = Excerpt.whole(130), GroupedSums({"sums": {}}, Excerpt.whole(130), apart=True)
-    total = GroupedSums({"sums": {}}, whole)
+
+    def accepts(_: object) -> None:
+        """Whatever the sums are."""
+
+    whole, apart = Excerpt.whole(130), GroupedSums({"sums": {}}, Excerpt.whole(130), accepts, apart=True)
+    total = GroupedSums({"sums": {}}, whole, accepts)
     for grouped in (total, apart):
         for sample, row in enumerate(values):
-            grouped.add(sample, {"sums": {"a": row.copy()}})
-    again = GroupedSums({"sums": {}}, whole)
+            of_sample: Totals[str] = Totals()
+            of_sample.host["a"] = row.copy()
+            grouped.add(sample, {"sums": of_sample})
+    again = GroupedSums({"sums": {}}, whole, accepts)
     again.load_arrays(apart.to_arrays())
     merged: dict[str, dict[str, np.ndarray]] = {"sums": {}}
     for group in sorted(again.groups):

@@ -9,7 +9,7 @@ import pytest
 from bitwright import converter
 from bitwright.calibration.control import never
 from bitwright.converter.job.progress import Progress
-from bitwright.converter.ladder import PAGE, SUMMARY, climb, parse_rungs
+from bitwright.converter.several.ladder import PAGE, SUMMARY, climb, parse_rungs
 from bitwright.formats.errors import ConvertError
 from tests.converter.commands import convert, refused
 

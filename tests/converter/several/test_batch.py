@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bitwright.converter import batch
-from bitwright.converter.batch import read_jobs, run_batch
+from bitwright.converter.several import batch
+from bitwright.converter.several.batch import read_jobs, run_batch
 from bitwright.formats.errors import ConvertError
 from tests.converter.commands import convert
 
