@@ -314,6 +314,8 @@ class _Advisor:
                 "vLLM's speeds rest on sums of kernels that were measured one by one, and on few whole runs: read them"
                 " as upper ends"
             )
+        if (why := self.source.without_vocabulary) is not None:
+            yield f"the file of a GGUF is counted without its vocabulary: {why}"
         yield from self.source.model_map.notes
 
 

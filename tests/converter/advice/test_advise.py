@@ -135,12 +135,28 @@ def test_bytes_are_those_of_the_plan(small, profile, tmp_path):
     prepared = prepare(build_job(small, profile, calibration="embedded", work_dir=tmp_path))
     priced = Source.open(str(small)).price(profile)
     assert priced.tensor_bytes == prepared.plan.n_bytes
-    # How long codes are chosen together changes no byte's place.
-    assert priced.plan.digest() == replace(prepared.plan, error_feedback=None).digest()
-    if priced.runtime == "vLLM":
-        assert priced.file_bytes == prepared.files.n_bytes
-    else:  # which has the vocabulary in its header
-        assert priced.tensor_bytes < priced.file_bytes < prepared.files.n_bytes
+    # How long codes of a directory are chosen together changes no byte's place, and is decided later.
+    expected = prepared.plan if priced.runtime == "llama.cpp" else replace(prepared.plan, error_feedback=None)
+    assert priced.plan.digest() == expected.digest()
+    assert priced.file_bytes == prepared.files.n_bytes, "a GGUF with the vocabulary in its header"
+
+
+@pytest.mark.parametrize("name", ["gemma", "glm4", "llama", "granite"])
+def test_a_vocabulary_of_any_kind_is_counted(name, tmp_path):
+    source = tiny_models.checkpoint(name, ALL_TINY_MODELS[name])
+    prepared = prepare(build_job(source, "uniform-8bit", calibration="embedded", work_dir=tmp_path))
+    assert Source.open(str(source)).price("uniform-8bit").file_bytes == prepared.files.n_bytes
+
+
+def test_a_vocabulary_that_is_not_counted_is_named(model, small, tmp_path, monkeypatch):
+    assert any("without its vocabulary" in note for note in asked(model).notes), "it has no tokenizer"
+    counted = asked(small)
+    assert not any("without its vocabulary" in note for note in counted.notes)
+    monkeypatch.setattr("bitwright.converter.advice.plans._LARGEST_TOKENIZER", 100)
+    without = asked(small)
+    assert any("tokenizer.json is larger than 100 B" in note for note in without.notes)
+    sizes = [profiles(advice)["balanced-4bit"].file_bytes for advice in (counted, without)]
+    assert sizes[0] > sizes[1]
 
 
 @pytest.mark.parametrize("name", ["deepseek_v2", "mixtral", "qwen3_next", "gemma4_text-small", "mamba2", "phi3"])
