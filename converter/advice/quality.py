@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from bitwright.converter.advice.cache_quality import kept_cache_quality
 from bitwright.converter.advice.plans import PricedPlan, Source
+from bitwright.converter.job.work_directory import CACHE_QUALITY
 from bitwright.formats.errors import ConvertError
 from bitwright.formats.files.regular_file import read_json
 from bitwright.formats.files.seals import is_sound
@@ -44,6 +46,18 @@ class Quality:
         return "-" if self.kld is None else f"{self.kld:.3g}" + ("*" if self.kind == "predicted" else "")
 
 
+@dataclass(frozen=True)
+class CacheQuality:
+    """What `bitwright evaluate --kv` measured of this model with keys and values in a format. kld: mean KL divergence
+    of weights and cache together from the source, in nats a token. profile: of the artifact; is_own: whether its plan
+    is the candidate's. source: the file."""
+
+    kld: float
+    profile: str
+    is_own: bool
+    source: str
+
+
 class Reports:
     """The reports of finished conversions of a model in some directories, and in the work directories within them."""
 
@@ -53,9 +67,23 @@ class Reports:
             report = _report(path)
             if report is not None and report.get("model") == source.checkpoint.model_id:
                 self._found.append((path, report))
+        self._caches = {path: kept_cache_quality(path, report) for path, report in self._found}
 
     def of(self, priced: PricedPlan) -> tuple[Path, dict[str, Any]] | None:
         """The report of this very plan, or of the profile on this model where the plan was adapted on the way."""
+        return next((entry for entry in self._matching(priced) if entry[1].get("quality")), None)
+
+    def with_cache(self, priced: PricedPlan, kv: str) -> CacheQuality | None:
+        """Of this plan with keys and values in a format, or else of another plan of the model; None where none was
+        measured."""
+        own = self._matching(priced)
+        for path, report in (*own, *self._found):
+            if kv in (klds := self._caches[path]):
+                is_own = any(path == place for place, _ in own)
+                return CacheQuality(klds[kv], str(report.get("profile")), is_own, str(path.with_name(CACHE_QUALITY)))
+        return None
+
+    def _matching(self, priced: PricedPlan) -> list[tuple[Path, dict[str, Any]]]:
         digest = priced.plan.digest()
         same_plan = [entry for entry in self._found if entry[1].get("plan_sha256") == digest]
         of_profile = [
@@ -63,8 +91,7 @@ class Reports:
             for entry in self._found
             if entry[1].get("profile") == priced.profile and not entry[1].get("recipe", {}).get("overrides")
         ]
-        measured = [entry for entry in (*same_plan, *of_profile) if entry[1].get("quality")]
-        return measured[0] if measured else None
+        return [*same_plan, *of_profile]
 
 
 def report_places(model: str, work_dir: Path | None) -> Iterator[Path]:

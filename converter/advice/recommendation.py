@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bitwright.converter.advice.quality import Confidence, Quality
+from bitwright.converter.advice.quality import CacheQuality, Confidence, Quality
 from bitwright.formats.typed import to_plain
 from bitwright.profiles.advice.hardware import Attention, Runtime, Support
 from bitwright.profiles.advice.roofline import Bottleneck, Limit
@@ -36,7 +36,8 @@ class Candidate:
     PricedPlan. kv: the format of keys and values; kv_bytes: what they take at the context and batch. total_bytes: file
     and cache. longest_context: that fits, at most the model's. step_seconds, floor_seconds: of a decode step,
     predicted, and at the full bandwidth. shares: group -> its part of the step. speed_up, memory_savings: over the
-    model in 16 bits with keys and values in 16 bits in the same runtime. support: how the device computes with the
+    model in 16 bits with keys and values in 16 bits in the same runtime. quality: of the weights; cache_quality: with
+    keys and values in kv, where that was measured. support: how the device computes with the
     formats; remark: what is to be said of that. command: what makes it; run: what the runtime has to be told."""
 
     profile: str
@@ -58,12 +59,20 @@ class Candidate:
     speed_up: float
     memory_savings: float
     quality: Quality
+    cache_quality: CacheQuality | None
     support: Support
     remark: str
     bottlenecks: tuple[Bottleneck, ...]
     limit: Limit
     command: str
     run: str
+
+    @property
+    def kld(self) -> float | None:
+        """Mean KL divergence in nats a token: with its cache where that was measured, else of its weights alone."""
+        if self.cache_quality is not None and self.cache_quality.is_own:
+            return self.cache_quality.kld
+        return self.quality.kld
 
     @property
     def standing(self) -> Literal[0, 1, 2]:

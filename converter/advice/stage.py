@@ -175,6 +175,7 @@ class _Advisor:
             speed_up=baseline.seconds / step.seconds,
             memory_savings=1 - total / plain_bytes,
             quality=quality_of(priced, self.source, reports),
+            cache_quality=reports.with_cache(priced, kv.name),
             support=verdict.support,
             remark="; ".join(
                 filter(
@@ -304,10 +305,16 @@ class _Advisor:
         context = self.shape.context
         if context is not None and self.context > context:
             yield f"the model was made for {context} tokens, and {self.context} are asked for"
-        for kv in sorted({candidate.kv for candidate in order} - {"F16", "BF16", "F32"}):
+        measured = {candidate.kv: candidate.cache_quality for candidate in order if candidate.cache_quality is not None}
+        for kv in sorted({candidate.kv for candidate in order} - {"F16", "BF16", "F32", *measured}):
             yield (
                 f"what keys and values in {kv} cost is measured by bitwright evaluate FILE --against"
                 f" {self.request.model} --kv {kv}"
+            )
+        for kv, found in sorted(measured.items()):
+            yield (
+                f"keys and values in {kv}: mean KL divergence {found.kld:.3g} nats a token with the weights of"
+                f" {found.profile}, measured ({found.source})"
             )
         if any(candidate.runtime == "vLLM" and candidate.decode for candidate in order):
             yield (

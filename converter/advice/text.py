@@ -63,9 +63,11 @@ def _table(advice: Recommendation) -> Iterator[str]:
 
 def _remark(candidate: Candidate, model_context: int | None) -> str:
     longest = candidate.longest_context
+    measured = candidate.cache_quality
+    with_kv = f" (KLD {measured.kld:.3g} with it)" if measured is not None and measured.is_own else ""
     context = f"up to {longest} tokens{' (the model)' if longest == model_context else ''}"
     return (
-        f"{candidate.runtime}, KV in {candidate.kv}, {context if longest else 'no context fits'},"
+        f"{candidate.runtime}, KV in {candidate.kv}{with_kv}, {context if longest else 'no context fits'},"
         f" {candidate.speed_up:.2f}x as fast as 16 bits; a step's time: {shares_text(candidate)}"
     )
 

@@ -271,6 +271,22 @@ def test_a_report_of_this_plan_is_its_quality(small, tmp_path):
     assert quality.confidence == "high" and quality.source.endswith("report.json")
     assert offered["balanced-4bit"].quality.kind == "not measured"
     assert "bitwright --profile balanced-4bit" in offered["balanced-4bit"].quality.source
+    artifact = tmp_path / "m.gguf"
+    arguments = ["--against", small, "--kv", "Q8_0", "--samples", 1, "--sequence-length", 32, "--device", "cpu"]
+    evaluated = convert("evaluate", artifact, *arguments, "--text", "embedded", "--json")
+    assert evaluated.exit_code == 0, evaluated.stderr
+    kld = json.loads(evaluated.stdout)["mean_kld"]
+    advice = asked(small, work_dir=tmp_path / "m.bitwright", kv="Q8_0", runtime="llama.cpp")
+    own, other = (profiles(advice)[name] for name in ("uniform-8bit", "balanced-4bit"))
+    assert own.kld == own.cache_quality.kld == kld and own.cache_quality.is_own
+    assert own.cache_quality.source.endswith("quality-kv.json")
+    assert other.cache_quality.kld == kld and not other.cache_quality.is_own and other.kld is None
+    assert any(note.startswith("keys and values in Q8_0: mean KL divergence") for note in advice.notes)
+    assert profiles(asked(small, work_dir=tmp_path / "m.bitwright", kv="Q4_0"))["uniform-8bit"].cache_quality is None
+    content = artifact.read_bytes()
+    artifact.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    changed = convert("evaluate", artifact, *arguments[:2], "--kv", "Q4_0", *arguments[4:], "--text", "embedded")
+    assert "not kept for bitwright advise: m.gguf is not what its report says" in changed.stderr
     (tmp_path / "m.bitwright" / "report.json").write_text("{}")
     again = profiles(asked(small, work_dir=tmp_path / "m.bitwright"))
     assert again["uniform-8bit"].quality.kind == "not measured", "it is not what was sealed"
