@@ -78,7 +78,7 @@ class Candidate:
     def standing(self) -> Literal[0, 1, 2]:
         """0: it can be recommended. 1: it has less than four bits a weight, and nobody has measured what that costs:
         only where nothing else fits. 2: it is for models that were trained ternary: only once it was measured."""
-        if self.quality.kind in ("measured", "predicted"):
+        if self.quality.kind in ("measured", "published", "predicted"):
             return 0
         if any(name in _TERNARY for names in self.formats.values() for name in names):
             return 2

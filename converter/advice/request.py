@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from bitwright.converter.job.options import check_value
+from bitwright.converter.source.hub import is_hub_id
 from bitwright.formats.errors import ConvertError
 from bitwright.profiles.advice.cache import cache_format
 from bitwright.profiles.sizes import parse_size
@@ -22,7 +23,8 @@ class Request:
     model was made for, batch: how many texts at once. memory:
     bytes for the model and its cache, None for what the device has. kv: a format of keys and values, or "auto".
     measured: profile -> tokens a second that the user has measured with it there, one text. profile, overrides: price
-    this one alone. sensitivity: a table that predicts divergences; work_dir: where a report may lie.
+    this one alone. sensitivity: a table that predicts divergences; work_dir: where a report may lie. reports: a
+    repository of the Hub with reports of this model, "org/name" or "org/name@revision".
     target_speed: tokens a second, max_kld: nats, that the best is to satisfy."""
 
     model: str
@@ -41,6 +43,7 @@ class Request:
     max_kld: float | None = None
     sensitivity: Path | None = None
     work_dir: Path | None = None
+    reports: str | None = None
     from_quantized: bool = False
     base: str | None = None
     threads: int = 0
@@ -59,6 +62,8 @@ class Request:
                 raise ConvertError(f"{name} is {number}, and is 1 at least", f"--{name}", "leave it out")
         if self.kv != "auto":
             cache_format(self.kv)
+        if self.reports is not None and not is_hub_id(self.reports):
+            raise ConvertError(f"{self.reports!r} is no repository of the Hub", "--reports", "write it as org/name")
         if self.overrides and self.profile is None:
             raise ConvertError("--set changes a profile, and none is named", "--set", "add --profile NAME")
         for name, goal in (("--target-tokens-per-second", self.target_speed), ("--max-kld", self.max_kld)):

@@ -98,7 +98,7 @@ class _Advisor:
 
     def _candidates(self) -> tuple[list[Candidate], list[LeftOut]]:
         request = self.request
-        reports = Reports(self.source, report_places(request.model, request.work_dir))
+        reports = Reports(self.source, report_places(request.model, request.work_dir), request.reports)
         names = (
             [request.profile] if request.profile is not None else sorted(path.stem for path in PRESETS.glob("*.toml"))
         )

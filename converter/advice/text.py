@@ -59,6 +59,8 @@ def _table(advice: Recommendation) -> Iterator[str]:
         yield "! does not fit"
     if any(candidate.quality.kind == "predicted" for candidate in advice.candidates):
         yield "* predicted from the sensitivity table"
+    if any(candidate.quality.kind == "published" for candidate in advice.candidates):
+        yield "+ measured by those who published it"
 
 
 def _remark(candidate: Candidate, model_context: int | None) -> str:

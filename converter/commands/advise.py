@@ -55,6 +55,7 @@ from bitwright.converter.commands.parameters import PATH, json_option
 @click.option("--max-kld", type=float, metavar="NATS", help="The largest divergence that is acceptable.")
 @click.option("--sensitivity", type=PATH, help="A sensitivity table to predict divergences from.")
 @click.option("--work-dir", type=PATH, help="Where a report of this model is. [default: beside it, and here]")
+@click.option("--reports", metavar="ORG/NAME", help="A repository of the Hub with reports of this model.")
 @click.option("--from-quantized", is_flag=True, help="Accept a GGUF that is quantized already.")
 @click.option("--base", metavar="MODEL", help="The model that a LoRA adapter belongs to.")
 @click.option("--threads", type=int, default=0, help="Threads that measure this machine. [default: all cores]")

@@ -1,6 +1,8 @@
 """`bitwright advise`: what it says of a small model, and what it does without."""
 
 import json
+import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from bitwright.profiles.planning.plan_modules import plan_modules
 from bitwright.profiles.reading.schema import load_profile
 from tests import tiny_models
 from tests.converter.commands import convert, refused
+from tests.converter.source.hub_server import COMMIT, REPOSITORY, serve
 from tests.tiny_architectures import ALL_TINY_MODELS
 
 SPECIFIED = {
@@ -262,9 +265,56 @@ def test_few_bits_are_recommended_only_where_nothing_else_fits(model):
     assert asked(model).best.bits_per_weight >= 4
 
 
-def test_a_report_of_this_plan_is_its_quality(small, tmp_path):
+@pytest.fixture(scope="module")
+def converted(small, tmp_path_factory):
+    """A directory with an artifact of the model and its work directory; the report."""
+    directory = tmp_path_factory.mktemp("converted")
     text = {"calibration": "embedded", "samples": 128, "sequence_length": 16, "effort": "fast"}
-    report = converter.convert(small, "uniform-8bit", tmp_path / "m.gguf", quiet=True, device="cpu", **text)
+    return directory, converter.convert(small, "uniform-8bit", directory / "m.gguf", quiet=True, device="cpu", **text)
+
+
+PUBLISHED = """
+import json, sys
+from bitwright import converter
+advice = converter.advise("org/tiny", "gb10", context=1024, runtime="llama.cpp", reports="org/tiny")
+print(json.dumps({c.profile: [c.quality.kind, c.quality.kld, c.quality.source, c.quality.confidence, c.quality.text]
+                  for c in advice.candidates}))
+"""
+
+
+def test_a_report_on_the_hub_is_of_the_same_commit(small, converted, tmp_path):
+    """The reports of a repository that is named are read, no weights, and no other repository."""
+    repository = tmp_path / "repository"
+    shutil.copytree(small, repository)
+    _, report = converted
+    published = report | {"base_model": REPOSITORY, "revision": COMMIT, "recipe_directory": "recipe/m"}
+    other = published | {"revision": "f" * 40, "profile": "balanced-4bit", "recipe_directory": "recipe/other"}
+    for name, content in {"m": json.dumps(published), "other": json.dumps(other), "no": "{"}.items():
+        (repository / "recipe" / name).mkdir(parents=True)
+        (repository / "recipe" / name / "report.json").write_text(content)
+    with serve(repository) as server:
+        environment = {**os.environ, "HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home")}
+        environment["HF_HUB_OFFLINE"] = "0"
+        program = [sys.executable, "-c", PUBLISHED]
+        ran = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
+        found = json.loads(ran.stdout)
+        assert not {name for name in server.downloaded() if name.endswith(".safetensors")}
+    kind, kld, source, confidence, text = found["uniform-8bit"]
+    assert (kind, kld, confidence) == ("published", report["quality"]["mean_kld"], "medium") and text.endswith("+")
+    assert source == f"{REPOSITORY}@{COMMIT[:12]}: recipe/m/report.json"
+    assert found["balanced-4bit"][0] == "not measured", "the report of another commit says nothing"
+
+
+def test_a_local_model_has_no_reports_on_the_hub(small):
+    with pytest.raises(ConvertError, match="this one is local"):
+        asked(small, reports="org/name")
+    with pytest.raises(ConvertError, match="no repository of the Hub"):
+        asked(small, reports="https://example.com/org/name")
+
+
+def test_a_report_of_this_plan_is_its_quality(small, converted, tmp_path):
+    directory, report = converted
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
     offered = profiles(asked(small, work_dir=tmp_path / "m.bitwright"))
     quality = offered["uniform-8bit"].quality
     assert quality.kind == "measured" and quality.kld == report["quality"]["mean_kld"]
