@@ -93,12 +93,14 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Machine:
-    """The device as it is counted with. memory: bytes for a model and its cache. assumed: memory that the registry
+    """The device as it is counted with. gpus: how many of it share the model. memory: bytes for a model and its cache,
+    of all together; bandwidth, rates: of one. assumed: memory that the registry
     states for the largest of several sizes. measured: by --hardware this. sources: figure -> where it was read."""
 
     name: str
     family: str
     architecture: str
+    gpus: int
     memory: int
     assumed: bool
     bandwidth: float

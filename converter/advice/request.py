@@ -20,8 +20,8 @@ AttentionChoice = Literal["auto", "fa1", "fa2", "fa3", "fa4"]
 @dataclass(frozen=True)
 class Request:
     """hardware: a name of the registry, or "this". context: tokens of each text, None for DEFAULT_CONTEXT or what the
-    model was made for, batch: how many texts at once. memory:
-    bytes for the model and its cache, None for what the device has. kv: a format of keys and values, or "auto".
+    model was made for, batch: how many texts at once. gpus: how many of the device the model is spread over. memory:
+    bytes for the model and its cache on each, None for what the device has. kv: a format of keys and values, or "auto".
     measured: profile -> tokens a second that the user has measured with it there, one text. profile, overrides: price
     this one alone. sensitivity: a table that predicts divergences; work_dir: where a report may lie. reports: a
     repository of the Hub with reports of this model, "org/name" or "org/name@revision".
@@ -31,6 +31,7 @@ class Request:
     hardware: str = THIS
     context: int | None = None
     batch: int = 1
+    gpus: int = 1
     phase: Phase = "both"
     memory: int | None = None
     runtime: RuntimeChoice = "any"
@@ -56,7 +57,8 @@ class Request:
             ("attention", self.attention, AttentionChoice),
         ):
             check_value(name, value, choices, f"--{name}")
-        for name, number in (("context", 1 if self.context is None else self.context), ("batch", self.batch)):
+        context = 1 if self.context is None else self.context
+        for name, number in (("context", context), ("batch", self.batch), ("gpus", self.gpus)):
             check_value(name, number, int, f"--{name}")
             if number < 1:
                 raise ConvertError(f"{name} is {number}, and is 1 at least", f"--{name}", "leave it out")

@@ -101,7 +101,9 @@ def machine_text(machine: Machine) -> str:
     origin = "measured" if machine.measured else "stated"
     memory, bandwidth = machine.memory / GIB, machine.bandwidth / 1e9
     ridge = f", {machine.ridge:.0f} operations a byte to its ridge" if machine.ridge else ""
-    return f"{machine.name} ({memory:.1f} GiB usable, {bandwidth:.4g} GB/s {origin}{ridge})"
+    name = machine.name if machine.gpus == 1 else f"{machine.gpus} x {machine.name}"
+    origin += "" if machine.gpus == 1 else " each"
+    return f"{name} ({memory:.1f} GiB usable, {bandwidth:.4g} GB/s {origin}{ridge})"
 
 
 def speed_text(speed: Speed | None) -> str:

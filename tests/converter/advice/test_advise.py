@@ -236,6 +236,38 @@ def test_longest_context_is_capped_by_the_model(model):
     assert {candidate.longest_context for candidate in asked(model).candidates} == {131072}
 
 
+def test_several_gpus_share_a_model(model):
+    one, four = (profiles(asked(model, hardware="RTX 4090", memory="8GiB", gpus=gpus)) for gpus in (1, 4))
+    assert not one["fp16-baseline"].fits and four["fp16-baseline"].fits
+    assert not one["fp8"].fits and four["fp8"].fits and four["fp8"].run == "--tensor-parallel-size 4"
+    wide = {gpus: profiles(asked(model, hardware="RTX 4090", gpus=gpus)) for gpus in (1, 4)}
+    for name in ("balanced-4bit", "fp8"):
+        alone, shared = wide[1][name], wide[4][name]
+        assert shared.decode.is_class and shared.decode.coverage is None and "not measured" in shared.decode.basis
+        assert shared.decode.low <= alone.decode.low and shared.kv_bytes == alone.kv_bytes
+        assert shared.prefill.low <= alone.prefill.low and shared.prefill.high > 2 * alone.prefill.high
+    assert wide[4]["balanced-4bit"].floor_seconds == wide[1]["balanced-4bit"].floor_seconds, "layers take turns"
+    assert wide[4]["fp8"].floor_seconds == pytest.approx(wide[1]["fp8"].floor_seconds / 4)
+    assert wide[4]["fp8"].decode.high > wide[1]["fp8"].decode.high
+    three = asked(model, hardware="RTX 4090", gpus=3)
+    assert {candidate.runtime for candidate in three.candidates} == {"llama.cpp"}
+    assert any("3 GPUs do not divide 32" in entry.why for entry in three.left_out)
+    assert convert("advise", model, "--hardware", "RTX 4090", "--gpus", 2).stdout.startswith(
+        "Llama-3.1-8B on 2 x RTX 4090 (48.0 GiB usable, 1008 GB/s stated each"
+    )
+    assert "--gpus 2" in refused("advise", model, "--hardware", "M2 Ultra", "--gpus", 2)
+
+
+def test_a_speed_that_was_measured_is_in_its_range(model):
+    """Also where no figure but a class was stated before."""
+    for hardware, gpus in (("GB10", 1), ("RTX 4090", 4), ("DDR5-5600 desktop", 1)):
+        candidate = profiles(asked(model, hardware=hardware, gpus=gpus, runtime="llama.cpp"))["balanced-4bit"]
+        speed = 0.9 / candidate.step_seconds
+        found = asked(model, hardware=hardware, gpus=gpus, runtime="llama.cpp", measured=f"balanced-4bit={speed}")
+        decode = profiles(found)["balanced-4bit"].decode
+        assert decode.low < speed < decode.high < 1.5 * decode.low and (decode.coverage is None) == (gpus > 1)
+
+
 def test_a_measured_speed_narrows_the_range(model):
     before = profiles(asked(model))["balanced-4bit"]
     speed = before.decode.middle * 0.9
