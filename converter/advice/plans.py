@@ -4,6 +4,7 @@ network or torch."""
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,7 @@ class Source:
         kv = None if cache == NO_CACHE_SCHEME else cache
         return PricedPlan(job.profile.name, "vLLM", plan, plan.n_bytes, file_bytes, rows, _formats(plan), kv, False)
 
+    @cached_property
     def plain_rows(self) -> tuple[Row, ...]:
         """The model's tensors in 16 bits: what a speed-up is over."""
         return tuple(

@@ -105,6 +105,8 @@ class Reports:
 
 
 def _matching(entries: Sequence[Entry], priced: PricedPlan) -> list[Entry]:
+    if not entries:
+        return []  # without the digest, which takes longer than the rest of a candidate's quality
     digest = priced.plan.digest()
     same_plan = [entry for entry in entries if entry[1].get("plan_sha256") == digest]
     of_profile = [

@@ -150,8 +150,8 @@ class _Advisor:
         kv_bytes = cache.allocated(self.context, request.batch, kv, cells)
         operators = step_operators(priced.rows, cache, shape.experts, kv, self.context, request.batch)
         step = self._step(priced.rows, priced.runtime, _scheme(priced), kv)
-        baseline = self._step(self.source.plain_rows(), priced.runtime, "bf16", cache_format("F16"))
-        plain_bytes = sum(row.n_bytes for row in self.source.plain_rows()) + cache.allocated(
+        baseline = self._step(self.source.plain_rows, priced.runtime, "bf16", cache_format("F16"))
+        plain_bytes = sum(row.n_bytes for row in self.source.plain_rows) + cache.allocated(
             self.context, request.batch, cache_format("F16"), cells
         )
         prompt = self._prompt(priced)
