@@ -47,8 +47,8 @@ def advise(model: str | Path, hardware: str = "this", **options: Any) -> "Recomm
     """Which artifact of a model for a machine: a frozen Recommendation (see docs/advise.md).
 
     model: as of `convert`. hardware: a name of the registry, or "this" for the machine at hand. options: the other
-    fields of converter.advice.request.Request: context, batch, phase, memory ("24GiB"), runtime, attention, kv,
-    profile, overrides, measured ("PROFILE=41.2"), target_speed, max_kld, sensitivity, work_dir.
+    fields of converter.advice.request.Request: context, batch, gpus, phase, memory ("24GiB"), runtime, attention, kv,
+    profile, overrides, measured ("PROFILE=41.2"), target_speed, max_kld, sensitivity, work_dir, reports ("org/name").
     Reads headers and configuration only. Raises formats.errors.ConvertError and nothing else.
     """
     from bitwright.converter.advice.request import request_of

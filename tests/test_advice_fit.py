@@ -14,10 +14,19 @@ def test_the_constants_are_those_that_the_measurements_give():
     assert OUT.read_text() == table()
 
 
-def test_no_speed_of_one_text_is_above_the_ceiling():
+def test_no_speed_is_above_the_ceiling():
     points = single(measured_points())
     assert len(points) == 266
-    assert [point for point in [*points, *kernel_points()] if point.tokens_per_s > point.ceiling] == []
+    decoding = [point for point in measured_points() if point.kind == "tg"]
+    assert sum(point.batch > 1 for point in decoding) == 16
+    assert [point for point in [*decoding, *kernel_points()] if point.tokens_per_s > point.ceiling] == []
+
+
+def test_tokens_of_one_text_read_its_cache_once():
+    (checked,) = [point for point in measured_points() if point.test.endswith("ub2")]
+    (alone,) = [p for p in measured_points() if (p.hardware, p.quant, p.test) == ("RTX 4090", "Q4_0", "tg@d32768")]
+    # The cache is half of what is read: a second text would read it once more, a second token does not.
+    assert checked.n_bytes < 1.01 * alone.n_bytes and checked.batch == 2
 
 
 def test_dimensions_make_the_models_that_are_named():

@@ -4,14 +4,18 @@ network or torch."""
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUFValueType
+from gguf.gguf_writer import GGUFValue
 
 from bitwright.calibration.control import never
 from bitwright.converter.architectures.refusal import NotInLlamaCpp
 from bitwright.converter.artifact.run import Run
 from bitwright.converter.directory.layout import directory_layouts
-from bitwright.converter.gguf.layout import gguf_layouts
+from bitwright.converter.gguf.layout import counted_bytes, gguf_layouts, with_feedback
 from bitwright.converter.job.build import build_job
 from bitwright.converter.job.progress import Progress
 from bitwright.converter.measure.calibrate import planned_importance
@@ -21,25 +25,32 @@ from bitwright.converter.model.module_map import describe_modules, stored_dtypes
 from bitwright.converter.source.checkpoint import Checkpoint
 from bitwright.converter.source.open import open_checkpoint
 from bitwright.formats.errors import ConvertError
+from bitwright.formats.files.gguf import key_value_bytes
 from bitwright.profiles.advice.hardware import Runtime
 from bitwright.profiles.advice.operators import Row
 from bitwright.profiles.planning.assign import assign
+from bitwright.profiles.planning.labels import sized_like_its_mix
 from bitwright.profiles.planning.plan import Plan
 from bitwright.profiles.planning.plan_modules import plan_modules
 from bitwright.profiles.reading.activations import NO_CACHE_SCHEME
+from bitwright.profiles.sizes import size_text
 from bitwright.profiles.vocabulary import ModelMap, Role
 
 # The text of a plan that is never carried out: the network is not asked what lies on it.
 _TEXT = "embedded"
+# The keys that a vocabulary is in begin so; what stands in for its lists is called that.
+_VOCABULARY = "tokenizer.ggml."
+_LARGEST_TOKENIZER = 12 << 20  # bytes of a file that is read in half a second
 _BITS_16 = {"F16", "BF16"}
 
 
 @dataclass(frozen=True)
 class PricedPlan:
-    """What a profile makes of the model. tensor_bytes: of all tensors, exact. file_bytes: with the headers, and of a
-    GGUF without the vocabulary, which is not read. formats: of the matrices in the layers, the most frequent first.
-    kv: what the profile keeps keys and values in, None where it leaves them to the runtime. by_rules: measured
-    sensitivity will choose the formats, within about these bytes."""
+    """What a profile makes of the model. tensor_bytes: of all tensors, exact. file_bytes: with the headers, as
+    `bitwright plan` states them; of a GGUF without the vocabulary where Source.without_vocabulary says why.
+    formats: of the matrices in the layers, the most frequent first. kv: what the profile keeps keys and values in,
+    None where it leaves them to the runtime. by_rules: measured sensitivity will choose the formats, within about
+    these bytes."""
 
     profile: str
     runtime: Runtime
@@ -63,11 +74,15 @@ class PricedPlan:
 
 @dataclass(frozen=True)
 class Source:
-    """The model that advice is asked for. model_map: without its vocabulary."""
+    """The model that advice is asked for. model_map: without the lists of its vocabulary, which take vocabulary_bytes
+    more than what stands in for them. without_vocabulary: why sizes of files are without it, None where they are
+    not."""
 
     model: str
     checkpoint: Checkpoint
     model_map: ModelMap
+    vocabulary_bytes: int
+    without_vocabulary: str | None
 
     @classmethod
     def open(cls, model: str, from_quantized: bool = False, base: str | None = None) -> "Source":
@@ -75,9 +90,10 @@ class Source:
         knows the attention."""
         checkpoint = open_checkpoint(model, metadata_only=True, from_quantized=from_quantized, base=base)
         try:
-            return cls(model, checkpoint, describe(checkpoint, with_tokenizer=False))
+            described = _described(checkpoint)
         except NotInLlamaCpp as refusal:
             raise ConvertError(refusal.what, refusal.where, "nothing is advised for a model without a GGUF") from None
+        return cls(model, checkpoint, *described)
 
     def price(self, profile: str, overrides: Sequence[str] = (), sensitivity: Path | None = None) -> PricedPlan:
         """What the profile makes of it. sensitivity: a table, by which it decides where it does by any. Raises
@@ -85,6 +101,7 @@ class Source:
         match nothing."""
         options: dict[str, Any] = {"calibration": _TEXT, "sensitivity": sensitivity}
         job = build_job(self.model, profile, tuple(overrides), **options)
+        job = replace(job, profile=sized_like_its_mix(job.profile, self.model_map))
         run = Run(job, Path("model.gguf"), Path("work"), self.checkpoint, self.model_map, Progress(quiet=True), never)
         return self._gguf(run) if job.profile.target == "gguf" else self._directory(run)
 
@@ -108,11 +125,12 @@ class Source:
             job.effort,
             evidence,
             () if importance is None else importance.names,
-            lambda candidate: sum(layout.n_bytes for layout in gguf_layouts(run, candidate, importance)),
+            lambda candidate: counted_bytes(run, candidate, importance) + self.vocabulary_bytes,
         )
+        plan = with_feedback(job, plan)
         if importance is None and plan.uses_importance:
             importance = planned_importance(run)
-        file_bytes = sum(layout.n_bytes for layout in gguf_layouts(run, plan, importance))
+        file_bytes = sum(layout.n_bytes for layout in gguf_layouts(run, plan, importance)) + self.vocabulary_bytes
         rows = tuple(Row(row.tensor.role, row.tensor.n_weights, row.n_bytes, row.tensor.n_rows) for row in plan.tensors)
         return PricedPlan(
             job.profile.name, "llama.cpp", plan, plan.n_bytes, file_bytes, rows, _formats(plan), None, by_rules
@@ -143,11 +161,38 @@ class Source:
         kv = None if cache == NO_CACHE_SCHEME else cache
         return PricedPlan(job.profile.name, "vLLM", plan, plan.n_bytes, file_bytes, rows, _formats(plan), kv, False)
 
+    @cached_property
     def plain_rows(self) -> tuple[Row, ...]:
         """The model's tensors in 16 bits: what a speed-up is over."""
         return tuple(
             Row(tensor.role, tensor.n_weights, 2 * tensor.n_weights, tensor.n_rows) for tensor in self.model_map.tensors
         )
+
+
+def _described(checkpoint: Checkpoint) -> tuple[ModelMap, int, str | None]:
+    """What Source has of the model. A vocabulary is megabytes that no plan looks into, and that the header of each
+    would be made of: it is counted once, but for what the padding of a header depends on."""
+    tokenizer = checkpoint.location / "tokenizer.json"
+    if tokenizer.is_file() and tokenizer.stat().st_size > _LARGEST_TOKENIZER:
+        why = f"{tokenizer.name} is larger than {size_text(_LARGEST_TOKENIZER)}, which takes seconds to read"
+        return describe(checkpoint, with_tokenizer=False), 0, why
+    try:
+        model_map = describe(checkpoint)
+    except ConvertError as error:  # of the tokenizer, or else the same is raised once more
+        return describe(checkpoint, with_tokenizer=False), 0, error.what
+    lists = {key: value for key, value in model_map.metadata.items() if key.startswith(_VOCABULARY) and _is_list(value)}
+    if not lists:
+        return model_map, 0, None
+    n_bytes = sum(key_value_bytes(key, value) for key, value in lists.items())
+    least = key_value_bytes(_VOCABULARY, GGUFValue("", GGUFValueType.STRING))
+    n_padding = (n_bytes - least) % GGUF_DEFAULT_ALIGNMENT
+    others = {key: value for key, value in model_map.metadata.items() if key not in lists}
+    others[_VOCABULARY] = GGUFValue(" " * n_padding, GGUFValueType.STRING)
+    return replace(model_map, metadata=others), n_bytes - least - n_padding, None
+
+
+def _is_list(value: GGUFValue) -> bool:
+    return value.type is GGUFValueType.ARRAY and len(value.value) > 0
 
 
 def refuse_directory(checkpoint: Checkpoint) -> None:

@@ -56,7 +56,7 @@ def best_of(candidates: Sequence[Candidate], request: Request) -> Candidate | No
     near = [candidate for candidate in choice if _rate(candidate, request) >= _NEARLY * fastest]
 
     def key(candidate: Candidate) -> tuple[bool, float, bool, float]:
-        kld = candidate.quality.kld
+        kld = candidate.kld
         return kld is None, kld or 0.0, candidate.profile != DEFAULT_PROFILE, -candidate.bits_per_weight
 
     return min(near, key=key)
@@ -68,7 +68,7 @@ def satisfies(candidate: Candidate, request: Request) -> bool:
     if request.target_speed is not None and (speed is None or speed.low < request.target_speed):
         return False
     if request.max_kld is not None:
-        return candidate.quality.kld is not None and candidate.quality.kld <= request.max_kld
+        return candidate.kld is not None and candidate.kld <= request.max_kld
     return True
 
 
@@ -116,11 +116,11 @@ def _obstacle(order: Sequence[Candidate], request: Request) -> str:
             )
             reasons.append(f"{request.target_speed:g} tokens/s is out of reach: {reach}")
     if request.max_kld is not None:
-        known = [candidate for candidate in fitting if candidate.quality.kld is not None]
+        known = [candidate for candidate in fitting if candidate.kld is not None]
         if len(known) < len(fitting):
-            unknown = next(c for c in fitting if c.quality.kld is None)
+            unknown = next(c for c in fitting if c.kld is None)
             reasons.append(f"the divergence of {unknown.profile} is not measured: {unknown.quality.source}")
         elif known:
-            least = min(known, key=lambda candidate: candidate.quality.kld or 0.0)
-            reasons.append(f"the least divergence is {least.quality.kld:.3g}, of {least.profile}")
+            least = min(known, key=lambda candidate: candidate.kld or 0.0)
+            reasons.append(f"the least divergence is {least.kld:.3g}, of {least.profile}")
     return "; ".join(reasons) or "nothing satisfies both goals at once"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bitwright.converter.advice.quality import Confidence, Quality
+from bitwright.converter.advice.quality import CacheQuality, Confidence, Quality
 from bitwright.formats.typed import to_plain
 from bitwright.profiles.advice.hardware import Attention, Runtime, Support
 from bitwright.profiles.advice.roofline import Bottleneck, Limit
@@ -36,7 +36,8 @@ class Candidate:
     PricedPlan. kv: the format of keys and values; kv_bytes: what they take at the context and batch. total_bytes: file
     and cache. longest_context: that fits, at most the model's. step_seconds, floor_seconds: of a decode step,
     predicted, and at the full bandwidth. shares: group -> its part of the step. speed_up, memory_savings: over the
-    model in 16 bits with keys and values in 16 bits in the same runtime. support: how the device computes with the
+    model in 16 bits with keys and values in 16 bits in the same runtime. quality: of the weights; cache_quality: with
+    keys and values in kv, where that was measured. support: how the device computes with the
     formats; remark: what is to be said of that. command: what makes it; run: what the runtime has to be told."""
 
     profile: str
@@ -58,6 +59,7 @@ class Candidate:
     speed_up: float
     memory_savings: float
     quality: Quality
+    cache_quality: CacheQuality | None
     support: Support
     remark: str
     bottlenecks: tuple[Bottleneck, ...]
@@ -66,10 +68,17 @@ class Candidate:
     run: str
 
     @property
+    def kld(self) -> float | None:
+        """Mean KL divergence in nats a token: with its cache where that was measured, else of its weights alone."""
+        if self.cache_quality is not None and self.cache_quality.is_own:
+            return self.cache_quality.kld
+        return self.quality.kld
+
+    @property
     def standing(self) -> Literal[0, 1, 2]:
         """0: it can be recommended. 1: it has less than four bits a weight, and nobody has measured what that costs:
         only where nothing else fits. 2: it is for models that were trained ternary: only once it was measured."""
-        if self.quality.kind in ("measured", "predicted"):
+        if self.quality.kind in ("measured", "published", "predicted"):
             return 0
         if any(name in _TERNARY for names in self.formats.values() for name in names):
             return 2
@@ -84,12 +93,14 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Machine:
-    """The device as it is counted with. memory: bytes for a model and its cache. assumed: memory that the registry
+    """The device as it is counted with. gpus: how many of it share the model. memory: bytes for a model and its cache,
+    of all together; bandwidth, rates: of one. assumed: memory that the registry
     states for the largest of several sizes. measured: by --hardware this. sources: figure -> where it was read."""
 
     name: str
     family: str
     architecture: str
+    gpus: int
     memory: int
     assumed: bool
     bandwidth: float

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from bitwright.converter.job.options import check_value
+from bitwright.converter.source.hub import is_hub_id
 from bitwright.formats.errors import ConvertError
 from bitwright.profiles.advice.cache import cache_format
 from bitwright.profiles.sizes import parse_size
@@ -19,16 +20,18 @@ AttentionChoice = Literal["auto", "fa1", "fa2", "fa3", "fa4"]
 @dataclass(frozen=True)
 class Request:
     """hardware: a name of the registry, or "this". context: tokens of each text, None for DEFAULT_CONTEXT or what the
-    model was made for, batch: how many texts at once. memory:
-    bytes for the model and its cache, None for what the device has. kv: a format of keys and values, or "auto".
+    model was made for, batch: how many texts at once. gpus: how many of the device the model is spread over. memory:
+    bytes for the model and its cache on each, None for what the device has. kv: a format of keys and values, or "auto".
     measured: profile -> tokens a second that the user has measured with it there, one text. profile, overrides: price
-    this one alone. sensitivity: a table that predicts divergences; work_dir: where a report may lie.
+    this one alone. sensitivity: a table that predicts divergences; work_dir: where a report may lie. reports: a
+    repository of the Hub with reports of this model, "org/name" or "org/name@revision".
     target_speed: tokens a second, max_kld: nats, that the best is to satisfy."""
 
     model: str
     hardware: str = THIS
     context: int | None = None
     batch: int = 1
+    gpus: int = 1
     phase: Phase = "both"
     memory: int | None = None
     runtime: RuntimeChoice = "any"
@@ -41,6 +44,7 @@ class Request:
     max_kld: float | None = None
     sensitivity: Path | None = None
     work_dir: Path | None = None
+    reports: str | None = None
     from_quantized: bool = False
     base: str | None = None
     threads: int = 0
@@ -53,12 +57,15 @@ class Request:
             ("attention", self.attention, AttentionChoice),
         ):
             check_value(name, value, choices, f"--{name}")
-        for name, number in (("context", 1 if self.context is None else self.context), ("batch", self.batch)):
+        context = 1 if self.context is None else self.context
+        for name, number in (("context", context), ("batch", self.batch), ("gpus", self.gpus)):
             check_value(name, number, int, f"--{name}")
             if number < 1:
                 raise ConvertError(f"{name} is {number}, and is 1 at least", f"--{name}", "leave it out")
         if self.kv != "auto":
             cache_format(self.kv)
+        if self.reports is not None and not is_hub_id(self.reports):
+            raise ConvertError(f"{self.reports!r} is no repository of the Hub", "--reports", "write it as org/name")
         if self.overrides and self.profile is None:
             raise ConvertError("--set changes a profile, and none is named", "--set", "add --profile NAME")
         for name, goal in (("--target-tokens-per-second", self.target_speed), ("--max-kld", self.max_kld)):

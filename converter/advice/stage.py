@@ -16,7 +16,7 @@ from bitwright.converter.advice.this_machine import this_machine
 from bitwright.converter.job.job import usable_cores
 from bitwright.formats.errors import ConvertError
 from bitwright.profiles.advice.attention import choose_kernel
-from bitwright.profiles.advice.cache import LLAMA_CPP_CELLS, VLLM_CELLS, CacheFormat, Cells, cache_format
+from bitwright.profiles.advice.cache import LLAMA_CPP_CELLS, VLLM_CELLS, Cache, CacheFormat, Cells, cache_format
 from bitwright.profiles.advice.efficiency import (
     COVERAGE,
     decode_constants,
@@ -27,6 +27,14 @@ from bitwright.profiles.advice.efficiency import (
 from bitwright.profiles.advice.hardware import GIB, Attention, Device, Runtime, find_device
 from bitwright.profiles.advice.operators import Row, operator_formats, prompt_operations, step_operators
 from bitwright.profiles.advice.roofline import PromptTime, StepTime, bottlenecks, prompt_time, step_time
+from bitwright.profiles.advice.several_gpus import (
+    LayerSplit,
+    all_together,
+    class_of_prompt,
+    class_of_step,
+    heads_refusal,
+    repeated,
+)
 from bitwright.profiles.advice.support import scheme_family, supported
 from bitwright.profiles.reading.schema import PRESETS
 
@@ -47,6 +55,10 @@ def advise(request: Request, source: Source | None = None) -> Recommendation:
     device = (
         this_machine(request.threads or usable_cores()) if request.hardware == THIS else find_device(request.hardware)
     )
+    if request.gpus > 1 and device.backend not in ("cuda", "rocm"):
+        raise ConvertError(
+            f"{device.name} is no GPU that a runtime spreads a model over", f"--gpus {request.gpus}", "leave it out"
+        )
     shape = model_shape(source.model_map)
     if not shape.generates:
         raise ConvertError(
@@ -98,7 +110,7 @@ class _Advisor:
 
     def _candidates(self) -> tuple[list[Candidate], list[LeftOut]]:
         request = self.request
-        reports = Reports(self.source, report_places(request.model, request.work_dir))
+        reports = Reports(self.source, report_places(request.model, request.work_dir), request.reports)
         names = (
             [request.profile] if request.profile is not None else sorted(path.stem for path in PRESETS.glob("*.toml"))
         )
@@ -125,25 +137,27 @@ class _Advisor:
         wanted = self.request.runtime
         if wanted != "any" and wanted != priced.runtime.lower():
             return f"it is for {priced.runtime}"
+        if priced.runtime == "vLLM" and (why := heads_refusal(self.shape.cache, self.request.gpus)) is not None:
+            return why
         verdict = supported(self.device, priced.runtime, priced.formats)
         return verdict.why if verdict.support == "none" else None
 
     def _candidate(self, priced: PricedPlan, reports: Reports) -> Candidate:
         request, shape, device = self.request, self.shape, self.device
         verdict = supported(device, priced.runtime, priced.formats)
-        budget, cells = self._budget(priced.runtime), _cells(priced.runtime)
-        kv = self._kv(priced, budget - priced.file_bytes)
-        kv_bytes = shape.cache.allocated(self.context, request.batch, kv, cells)
-        operators = step_operators(priced.rows, shape.cache, shape.experts, kv, self.context, request.batch)
+        room, cells, cache = self._room(priced), _cells(priced.runtime), self._cache(priced.runtime)
+        kv = self._kv(priced, room)
+        kv_bytes = cache.allocated(self.context, request.batch, kv, cells)
+        operators = step_operators(priced.rows, cache, shape.experts, kv, self.context, request.batch)
         step = self._step(priced.rows, priced.runtime, _scheme(priced), kv)
-        baseline = self._step(self.source.plain_rows(), priced.runtime, "bf16", cache_format("F16"))
-        plain_bytes = sum(row.n_bytes for row in self.source.plain_rows()) + shape.cache.allocated(
+        baseline = self._step(self.source.plain_rows, priced.runtime, "bf16", cache_format("F16"))
+        plain_bytes = sum(row.n_bytes for row in self.source.plain_rows) + cache.allocated(
             self.context, request.batch, cache_format("F16"), cells
         )
         prompt = self._prompt(priced)
         limit = shape.context or 1 << 24
         total = priced.file_bytes + kv_bytes
-        decode = _decode_speed(step, device) if request.phase != "prefill" else None
+        decode = _decode_speed(step, request.gpus) if request.phase != "prefill" else None
         prefill = _prefill_speed(prompt) if request.phase != "decode" and prompt is not None else None
         name = shlex.join(
             [
@@ -165,8 +179,8 @@ class _Advisor:
             kv=kv.name,
             kv_bytes=kv_bytes,
             total_bytes=total,
-            fits=total <= budget,
-            longest_context=shape.cache.longest(budget - priced.file_bytes, request.batch, kv, cells, limit),
+            fits=kv_bytes <= room,
+            longest_context=cache.longest(room, request.batch, kv, cells, limit),
             decode=decode,
             prefill=prefill,
             step_seconds=step.seconds,
@@ -175,6 +189,7 @@ class _Advisor:
             speed_up=baseline.seconds / step.seconds,
             memory_savings=1 - total / plain_bytes,
             quality=quality_of(priced, self.source, reports),
+            cache_quality=reports.with_cache(priced, kv.name),
             support=verdict.support,
             remark="; ".join(
                 filter(
@@ -184,7 +199,7 @@ class _Advisor:
             bottlenecks=rows,
             limit="compute" if any(row.limit == "compute" and row.share > 0.5 for row in rows) else "memory",
             command=name,
-            run=_run_options(priced.runtime, kv.name),
+            run=_run_options(priced.runtime, kv.name, request.gpus),
         )
 
     def _kv(self, priced: PricedPlan, room: int) -> CacheFormat:
@@ -199,7 +214,7 @@ class _Advisor:
         fitting = [name for name in known if self._usable(name, priced.runtime)]
         for name in fitting:
             kv = cache_format(name)
-            if self.shape.cache.allocated(self.context, request.batch, kv, _cells(priced.runtime)) <= room:
+            if self._cache(priced.runtime).allocated(self.context, request.batch, kv, _cells(priced.runtime)) <= room:
                 return kv
         return cache_format(fitting[0])
 
@@ -224,12 +239,30 @@ class _Advisor:
 
     def _step(self, rows: Sequence[Row], runtime: Runtime, scheme: str, kv: CacheFormat) -> StepTime:
         shape, request = self.shape, self.request
-        operators = step_operators(rows, shape.cache, shape.experts, kv, self.context, request.batch)
         constants = decode_constants(self.device, runtime, scheme)
-        return step_time(operators, shape.layers, request.batch, self.device, constants, shape.experts.count > 0)
+
+        def on(device: Device, cache: Cache) -> StepTime:
+            operators = step_operators(rows, cache, shape.experts, kv, self.context, request.batch)
+            return step_time(operators, shape.layers, request.batch, device, constants, shape.experts.count > 0)
+
+        alone = on(self.device, shape.cache)
+        if request.gpus == 1:
+            return alone
+        if runtime == "llama.cpp":  # one after the other
+            return class_of_step(alone, alone)
+        return class_of_step(alone, on(all_together(self.device, request.gpus), self._cache(runtime)))
 
     def _prompt(self, priced: PricedPlan) -> PromptTime | None:
-        device, shape = self.device, self.shape
+        """Several GPUs share the tokens of a prompt in both runtimes: llama.cpp passes on one part of it after the
+        other."""
+        alone = self._prompt_on(self.device, priced)
+        if alone is None or self.request.gpus == 1:
+            return alone
+        together = self._prompt_on(all_together(self.device, self.request.gpus), priced)
+        return alone if together is None else class_of_prompt(alone, together)
+
+    def _prompt_on(self, device: Device, priced: PricedPlan) -> PromptTime | None:
+        shape = self.shape
         operations = prompt_operations(priced.rows, shape.cache, shape.experts, self.context)
         gain = self._gain(scheme_family(_scheme(priced).upper())) if priced.runtime == "vLLM" else 1.0
         return prompt_time(
@@ -275,12 +308,23 @@ class _Advisor:
                     "check context, batch and device",
                 )
             factors[candidate.runtime] = speed * candidate.step_seconds / self.request.batch
-        return [_corrected(c, factors[c.runtime]) if c.runtime in factors else c for c in found]
+        return [_corrected(c, factors[c.runtime], self.request) if c.runtime in factors else c for c in found]
 
-    def _budget(self, runtime: Runtime) -> int:
-        """Bytes for a file and its cache."""
-        memory = self._memory()
-        return round(memory * _VLLM_SHARE) if runtime == "vLLM" else memory - _LLAMA_CPP_RESERVE
+    def _room(self, priced: PricedPlan) -> int:
+        """Bytes for the cache, beside the file, of all devices together; negative where the file does not fit."""
+        gpus = self.request.gpus
+        if priced.runtime == "vLLM":
+            return gpus * round(self._memory() * _VLLM_SHARE) - priced.file_bytes
+        budget = self._memory() - _LLAMA_CPP_RESERVE
+        if gpus == 1:
+            return budget - priced.file_bytes
+        in_layers = sum(row.n_bytes for row in priced.plan.tensors if row.tensor.layer is not None)
+        return LayerSplit(self.shape.layers, in_layers, priced.file_bytes - in_layers).room(budget, gpus)
+
+    def _cache(self, runtime: Runtime) -> Cache:
+        """Of all devices together."""
+        cache, gpus = self.shape.cache, self.request.gpus
+        return repeated(cache, gpus) if runtime == "vLLM" and gpus > 1 else cache
 
     def _memory(self) -> int:
         return self.request.memory or self.device.available
@@ -291,7 +335,8 @@ class _Advisor:
             device.name,
             device.family,
             device.architecture.name,
-            self._memory(),
+            self.request.gpus,
+            self.request.gpus * self._memory(),
             device.several_sizes and self.request.memory is None and self.request.hardware != THIS,
             device.bandwidth,
             dict(device.rates),
@@ -304,16 +349,24 @@ class _Advisor:
         context = self.shape.context
         if context is not None and self.context > context:
             yield f"the model was made for {context} tokens, and {self.context} are asked for"
-        for kv in sorted({candidate.kv for candidate in order} - {"F16", "BF16", "F32"}):
+        measured = {candidate.kv: candidate.cache_quality for candidate in order if candidate.cache_quality is not None}
+        for kv in sorted({candidate.kv for candidate in order} - {"F16", "BF16", "F32", *measured}):
             yield (
                 f"what keys and values in {kv} cost is measured by bitwright evaluate FILE --against"
                 f" {self.request.model} --kv {kv}"
+            )
+        for kv, found in sorted(measured.items()):
+            yield (
+                f"keys and values in {kv}: mean KL divergence {found.kld:.3g} nats a token with the weights of"
+                f" {found.profile}, measured ({found.source})"
             )
         if any(candidate.runtime == "vLLM" and candidate.decode for candidate in order):
             yield (
                 "vLLM's speeds rest on sums of kernels that were measured one by one, and on few whole runs: read them"
                 " as upper ends"
             )
+        if (why := self.source.without_vocabulary) is not None:
+            yield f"the file of a GGUF is counted without its vocabulary: {why}"
         yield from self.source.model_map.notes
 
 
@@ -326,9 +379,11 @@ def _scheme(priced: PricedPlan) -> str:
     return scheme_family(priced.formats[0]).lower() if priced.formats else "bf16"
 
 
-def _decode_speed(step: StepTime, device: Device) -> Speed:
+def _decode_speed(step: StepTime, gpus: int) -> Speed:
     kind = "sums of kernels" if step.of_kernels else "measured runs"
     basis = f"{step.points} {kind} on {step.devices} devices"
+    if gpus > 1:
+        basis = f"{gpus} GPUs, which were not measured: from the speed of one of them to that of an ideal split"
     coverage = None if step.of_kernels or step.is_class else COVERAGE
     if step.is_class:
         return Speed(round_down(step.low), round_up(step.high), True, None, basis)
@@ -353,24 +408,25 @@ def round_up(value: float) -> float:
     return min(step for step in _STEPS if step * power >= value) * power
 
 
-def _corrected(candidate: Candidate, factor: float) -> Candidate:
-    """Its speed by the ratio of measured over predicted, in the narrower range that one measurement leaves."""
+def _corrected(candidate: Candidate, factor: float, request: Request) -> Candidate:
+    """Its speed by the ratio of measured over predicted, in the narrower range that one measurement leaves; how many
+    lie in it is known of one GPU."""
     if candidate.decode is None:
         return candidate
     low, high = measured_spread()
     seconds = candidate.step_seconds / factor
-    speed = candidate.decode.middle
-    ceiling = speed * candidate.step_seconds / candidate.floor_seconds
-    predicted = speed * factor
-    decode = Speed(predicted * low, min(predicted * high, ceiling), False, COVERAGE, "a speed measured on this device")
+    predicted, ceiling = request.batch / seconds, request.batch / candidate.floor_seconds
+    coverage = COVERAGE if request.gpus == 1 else None
+    decode = Speed(predicted * low, min(predicted * high, ceiling), False, coverage, "a speed measured on this device")
     return replace(candidate, decode=decode, step_seconds=seconds)
 
 
-def _run_options(runtime: Runtime, kv: str) -> str:
-    """What the runtime has to be told for keys and values."""
+def _run_options(runtime: Runtime, kv: str, gpus: int) -> str:
+    """What the runtime has to be told for keys and values, and of several GPUs: llama.cpp takes all there are."""
     if runtime == "llama.cpp":
         return "" if kv == "F16" else f"-ctk {kv.lower()} -ctv {kv.lower()}"
-    return "--kv-cache-dtype fp8" if kv == "FP8" else ""
+    options = ["--kv-cache-dtype fp8"] if kv == "FP8" else []
+    return " ".join([*options, *([f"--tensor-parallel-size {gpus}"] if gpus > 1 else [])])
 
 
 def _answer(best: Candidate | None) -> dict[str, Any]:

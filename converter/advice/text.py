@@ -59,13 +59,17 @@ def _table(advice: Recommendation) -> Iterator[str]:
         yield "! does not fit"
     if any(candidate.quality.kind == "predicted" for candidate in advice.candidates):
         yield "* predicted from the sensitivity table"
+    if any(candidate.quality.kind == "published" for candidate in advice.candidates):
+        yield "+ measured by those who published it"
 
 
 def _remark(candidate: Candidate, model_context: int | None) -> str:
     longest = candidate.longest_context
+    measured = candidate.cache_quality
+    with_kv = f" (KLD {measured.kld:.3g} with it)" if measured is not None and measured.is_own else ""
     context = f"up to {longest} tokens{' (the model)' if longest == model_context else ''}"
     return (
-        f"{candidate.runtime}, KV in {candidate.kv}, {context if longest else 'no context fits'},"
+        f"{candidate.runtime}, KV in {candidate.kv}{with_kv}, {context if longest else 'no context fits'},"
         f" {candidate.speed_up:.2f}x as fast as 16 bits; a step's time: {shares_text(candidate)}"
     )
 
@@ -97,7 +101,9 @@ def machine_text(machine: Machine) -> str:
     origin = "measured" if machine.measured else "stated"
     memory, bandwidth = machine.memory / GIB, machine.bandwidth / 1e9
     ridge = f", {machine.ridge:.0f} operations a byte to its ridge" if machine.ridge else ""
-    return f"{machine.name} ({memory:.1f} GiB usable, {bandwidth:.4g} GB/s {origin}{ridge})"
+    name = machine.name if machine.gpus == 1 else f"{machine.gpus} x {machine.name}"
+    origin += "" if machine.gpus == 1 else " each"
+    return f"{name} ({memory:.1f} GiB usable, {bandwidth:.4g} GB/s {origin}{ridge})"
 
 
 def speed_text(speed: Speed | None) -> str:

@@ -102,6 +102,11 @@ def mix_of_file(metadata: Metadata) -> str | None:
     return None if kind is LlamaFileType.GUESSED else re.sub("^(MOSTLY|ALL)_", "", kind.name)
 
 
+def whole_name(file_name: str) -> str:
+    """The name of a GGUF that this one may be a shard of; its own where it is none."""
+    return f"{_SHARD.sub('', file_name.removesuffix('.gguf'))}.gguf"
+
+
 def tag_of(file_name: str) -> str | None:
     """The tag by which llama.cpp, Ollama and LM Studio ask for this file of a repository; None where it has none."""
     tag = _TAG.search(_SHARD.sub("", file_name.removesuffix(".gguf")))

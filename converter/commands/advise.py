@@ -16,13 +16,18 @@ from bitwright.converter.commands.parameters import PATH, json_option
 @click.option("--context", type=click.IntRange(1), help="Tokens in each text. [default: 32768, or the model's]")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Texts that are written at once.")
 @click.option(
+    "--gpus", type=click.IntRange(1), default=1, show_default=True, help="GPUs of this kind that share the model."
+)
+@click.option(
     "--phase",
     type=click.Choice(["decode", "prefill", "both"]),
     default="both",
     show_default=True,
     help="Count prompts, generated tokens, or both.",
 )
-@click.option("--memory", metavar="SIZE", help="Room for model and cache, such as 24GiB. [default: the device's]")
+@click.option(
+    "--memory", metavar="SIZE", help="Room for model and cache on a device, such as 24GiB. [default: the device's]"
+)
 @click.option(
     "--runtime",
     type=click.Choice(["llama.cpp", "vllm", "any"]),
@@ -55,6 +60,7 @@ from bitwright.converter.commands.parameters import PATH, json_option
 @click.option("--max-kld", type=float, metavar="NATS", help="The largest divergence that is acceptable.")
 @click.option("--sensitivity", type=PATH, help="A sensitivity table to predict divergences from.")
 @click.option("--work-dir", type=PATH, help="Where a report of this model is. [default: beside it, and here]")
+@click.option("--reports", metavar="ORG/NAME", help="A repository of the Hub with reports of this model.")
 @click.option("--from-quantized", is_flag=True, help="Accept a GGUF that is quantized already.")
 @click.option("--base", metavar="MODEL", help="The model that a LoRA adapter belongs to.")
 @click.option("--threads", type=int, default=0, help="Threads that measure this machine. [default: all cores]")

@@ -1,5 +1,6 @@
 """What the artifact is, before it is written: its name, its key-values with the recipe inside, its exact layout."""
 
+from dataclasses import replace
 from typing import Any
 
 from gguf import GGML_QUANT_VERSION, Keys
@@ -7,10 +8,11 @@ from gguf.constants import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
 from bitwright.calibration.statistics.importance import ImportanceMatrix
+from bitwright.converter.artifact.feedback import wants_feedback
 from bitwright.converter.artifact.naming import file_type
 from bitwright.converter.artifact.run import Run
 from bitwright.converter.job.job import Job
-from bitwright.converter.job.recipe import importance_name, recipe
+from bitwright.converter.job.recipe import PROTECTION_RESERVE, importance_name, recipe
 from bitwright.converter.source.checkpoint import Checkpoint
 from bitwright.formats.files.gguf import GgufLayout, TensorEntry, lay_out
 from bitwright.formats.registry import FORMATS, get_format
@@ -66,6 +68,20 @@ def gguf_layouts(run: Run, plan: Plan, importance: ImportanceMatrix | None) -> l
     """The files of the run's artifact, to the byte. importance: as of artifact_metadata."""
     metadata = artifact_metadata(run.job, run.checkpoint, run.model_map, plan, importance)
     return artifact_layout(run.output.name, metadata, plan, run.job.shard_bytes)
+
+
+def counted_bytes(run: Run, plan: Plan, importance: ImportanceMatrix | None) -> int:
+    """What a budget counts a plan with: its files, as error feedback is recorded in them, and room for the record of
+    super weights."""
+    reserve = 0 if run.job.protection.super_weights == "off" else PROTECTION_RESERVE
+    fed = replace(plan, error_feedback=run.job.feedback)
+    return sum(layout.n_bytes for layout in gguf_layouts(run, fed, importance)) + reserve
+
+
+def with_feedback(job: Job, plan: Plan) -> Plan:
+    """The plan with the job's error feedback, where the format of a matrix takes any."""
+    takes = any(map(wants_feedback, plan.tensors))
+    return replace(plan, error_feedback=job.feedback if takes else None)
 
 
 def uniform_sizes(model_map: ModelMap) -> list[dict[str, Any]]:

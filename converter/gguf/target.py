@@ -18,7 +18,7 @@ from bitwright.converter.artifact.tensor_errors import TensorError
 from bitwright.converter.artifact.writer import JOURNAL, ArtifactWriter, PlanEncoder, written_sha256
 from bitwright.converter.gguf.coverage import gguf_coverage
 from bitwright.converter.gguf.encode import Encoder
-from bitwright.converter.gguf.layout import gguf_layouts, uniform_sizes
+from bitwright.converter.gguf.layout import counted_bytes, gguf_layouts, uniform_sizes, with_feedback
 from bitwright.converter.gguf.protect import (
     Protected,
     protect,
@@ -29,7 +29,6 @@ from bitwright.converter.gguf.protect import (
 from bitwright.converter.gguf.reuse import ReusingEncoder
 from bitwright.converter.gguf.verify import gguf_candidate, verify
 from bitwright.converter.job.job import Job
-from bitwright.converter.job.recipe import PROTECTION_RESERVE
 from bitwright.converter.job.work_directory import REPLACEABLE
 from bitwright.converter.measure.calibrate import streamed_importance
 from bitwright.converter.measure.moments import moments_dir, open_feedback
@@ -64,12 +63,6 @@ class GgufTarget:
 
     def plan(self, run: Run, evidence: Evidence | None, importance: ImportanceMatrix | None) -> Planned[Plan]:
         job = run.job
-        reserve = 0 if job.protection.super_weights == "off" else PROTECTION_RESERVE
-
-        def file_bytes(plan: Plan) -> int:
-            fed = replace(plan, error_feedback=job.feedback)
-            return sum(layout.n_bytes for layout in gguf_layouts(run, fed, importance)) + reserve
-
         plan = assign(
             job.profile,
             run.model_map,
@@ -77,12 +70,12 @@ class GgufTarget:
             job.effort,
             evidence,
             importance.names if importance is not None else (),
-            file_bytes,
+            lambda candidate: counted_bytes(run, candidate, importance),
         )
         refuse_protection(job.protection, plan)
         refuse_starved(plan, importance)
         takes = any(map(wants_feedback, plan.tensors))
-        plan = replace(plan, error_feedback=job.feedback if takes else None)
+        plan = with_feedback(job, plan)
         return Planned(
             plan,
             (

@@ -21,6 +21,8 @@ UNDECIDED = "undecided"
 """The value of a fingerprint's field that is not known before some of the work is done."""
 
 LOCK, DESCRIPTION, REPLACEABLE = "lock", "job.json", "replaceable.json"
+CACHE_QUALITY = "quality-kv.json"
+"""What an artifact loses with keys and values in fewer bits, by their format; written once it is finished."""
 # Everything that the stages keep in a work directory, and so all that may be deleted of it.
 _KEPT = frozenset(
     (
@@ -39,8 +41,8 @@ _KEPT = frozenset(
         *("protection", "protection.json", "encoded.jsonl", REPLACEABLE),
         *("quality", "quality.json", "agreement", "agreement.json", "candidate-logits.npy", "runtime-logits.npy"),
         *("guard", "coherence.json", "generated.json", "tasks.json"),
-        *("plan.json", "report.html", "report.json", "report-split.json", "seals.jsonl", LOG_FILE),
         *("sequential", "sequential-pass", "sequential-moments"),
+        *("plan.json", "report.html", "report.json", "report-split.json", CACHE_QUALITY, "seals.jsonl", LOG_FILE),
         "piece",
     )
 )

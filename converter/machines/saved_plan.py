@@ -127,7 +127,7 @@ def _decided(prepared: Prepared[Any]) -> dict[str, Any]:
     """Options that are what they were found to be, so that no machine finds something else: the text, and the commit
     of a model on the Hub."""
     job, checkpoint = prepared.run.job, prepared.run.checkpoint
-    decided = {"calibration_dtype": job.calibration_dtype}  # as the measurement here has it
+    decided: dict[str, Any] = {"calibration_dtype": job.calibration_dtype}  # as the measurement here has it
     if job.calibration is not None:
         decided["calibration"] = job.calibration
     if checkpoint.revision is not None and job.model == checkpoint.model_id:

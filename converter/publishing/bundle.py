@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bitwright.converter.artifact.naming import imatrix_name, labelled, mix_of_file
+from bitwright.converter.artifact.naming import imatrix_name, labelled, mix_of_file, whole_name
 from bitwright.converter.artifact.ownership import foreign_entries
 from bitwright.converter.directory.files import finished_files, is_written_name
 from bitwright.converter.gguf.verify import artifact_files
@@ -93,7 +93,7 @@ def load_artifact(location: Path, work_dir: Path | None, progress: Progress) -> 
                 str(path),
                 f"{split} --split-size 20GB",
             )
-    whole = location.absolute() if in_directory else location.with_name(f"{_SHARD.sub('', location.stem)}.gguf")
+    whole = location.absolute() if in_directory else location.with_name(whole_name(location.name))
     work_dir = work_dir or default_work_dir(whole)
     was_split = len(files) > 1 and not in_directory and (work_dir / SPLIT_REPORT).exists()
     report = read_report(work_dir, name=SPLIT_REPORT if was_split else REPORT)

@@ -103,12 +103,16 @@ def _samples(n_bytes: int) -> list[tuple[int, int]]:
     return [(i * (n_bytes - length) // (_N_SAMPLES - 1), length) for i in range(_N_SAMPLES)]
 
 
-def _download(model_id: str, revision: str | None, shards: list[str], token: str | None) -> Path:
+def download(repository: str, revision: str | None, patterns: list[str], token: str | None = None) -> Path:
+    """The directory of those files of a repository that the patterns name. Raises ConvertError."""
     from huggingface_hub import snapshot_download
 
-    with _hub_errors(model_id):
-        patterns = [*METADATA_PATTERNS, *LICENSE_PATTERNS, *shards]
-        return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns, token=token))
+    with _hub_errors(repository):
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, token=token))
+
+
+def _download(model_id: str, revision: str | None, shards: list[str], token: str | None) -> Path:
+    return download(model_id, revision, [*METADATA_PATTERNS, *LICENSE_PATTERNS, *shards], token)
 
 
 def _read_remote_header(model_id: str, commit: str, path: Path, token: str | None) -> dict[str, StoredTensor]:

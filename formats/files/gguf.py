@@ -113,6 +113,17 @@ def _render_header(metadata: Mapping[str, GGUFValue], tensors: Sequence[TensorEn
     return header + bytes(padded(len(header)) - len(header))
 
 
+def key_value_bytes(key: str, value: GGUFValue) -> int:
+    """What a key and its value take of a header."""
+    content = value.value
+    if value.type is GGUFValueType.ARRAY and content and isinstance(content[0], str):
+        # The longest by far, and not packed to be counted: type, type and number of the texts, each with its length.
+        packed = 16 + 8 * len(content) + sum(map(len, map(str.encode, content)))
+    else:
+        packed = len(_HeaderWriter(None, arch="")._pack_val(content, value.type, True, value.sub_type))
+    return 8 + len(key.encode()) + packed  # a text is its length in eight bytes, then itself
+
+
 def _lay_out(file_name: str, metadata: Mapping[str, GGUFValue], tensors: Sequence[TensorEntry]) -> GgufLayout:
     header = _render_header(metadata, tensors)
     offsets, position = [], len(header)

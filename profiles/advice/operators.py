@@ -127,11 +127,13 @@ class Experts:
 
 @dataclass(frozen=True)
 class Operator:
-    """One kind of operator in all layers: bytes that a step reads, operations that it computes."""
+    """One kind of operator in all layers: bytes that a step reads, operations that it computes. least_bytes: that it
+    reads at least, where its texts have every expert in common."""
 
     type: OperatorType
     n_bytes: float
     operations: float
+    least_bytes: float
 
     @property
     def intensity(self) -> float:
@@ -151,15 +153,17 @@ def step_operators(
     tied = not any(row.role is Role.OUTPUT for row in tensors)
     sums: dict[OperatorType, list[float]] = {}
 
-    def add(kind: OperatorType, n_bytes: float, operations: float) -> None:
-        total = sums.setdefault(kind, [0.0, 0.0])
+    def add(kind: OperatorType, n_bytes: float, operations: float, least_bytes: float | None = None) -> None:
+        total = sums.setdefault(kind, [0.0, 0.0, 0.0])
         total[0] += n_bytes
         total[1] += operations
+        total[2] += n_bytes if least_bytes is None else least_bytes
 
     for row in tensors:
         is_head = tied and row.role is Role.EMBEDDING
         if row.role in EXPERT_ROLES:
-            add(OperatorType.EXPERTS, row.n_bytes * experts.touched(batch), 2 * batch * row.n_weights * experts.share)
+            operations = 2 * batch * row.n_weights * experts.share
+            add(OperatorType.EXPERTS, row.n_bytes * experts.touched(batch), operations, row.n_bytes * experts.share)
         elif row.role in _LOOKED_UP and not is_head:
             add(OperatorType.EMBEDDINGS, batch * row.n_bytes / row.rows, 0)
         else:

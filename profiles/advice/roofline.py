@@ -30,7 +30,8 @@ class Bottleneck:
 class StepTime:
     """A decode step of a batch. seconds: predicted; low, high: tokens a second of all texts together, between which
     measurements lie. shares: group -> its part of the time. is_class, of_kernels: as of efficiency.Decode. floor:
-    seconds when every byte comes at the full bandwidth."""
+    seconds when every byte comes at the full bandwidth, and the texts have every expert in common: how many they reach
+    is a guess, and a ceiling is none."""
 
     seconds: float
     floor: float
@@ -56,7 +57,7 @@ def step_time(
     computing = operations / rate if rate else 0.0
     if computing > moving:
         seconds += computing - moving
-    floor = max(n_bytes / device.bandwidth, computing)
+    floor = max(sum(operator.least_bytes for operator in operators) / device.bandwidth, computing)
     groups = {}
     for name, kinds in GROUPS.items():
         of_group = sum(operator.n_bytes for operator in operators if operator.type in kinds)

@@ -14,7 +14,7 @@ from bitwright.profiles.advice.operators import Experts, Row, prompt_operations,
 from bitwright.profiles.vocabulary import Role
 
 DATA = Path(__file__).parent
-_TEST = re.compile(r"(?P<kind>tg|pp)~?(?P<tokens>\d*)(@d(?P<depth>\d+))?(xb(?P<batch>\d+))?")
+_TEST = re.compile(r"(?P<kind>tg|pp)~?(?P<tokens>\d*)(@d(?P<depth>\d+))?((?P<of>[xu])b(?P<batch>\d+))?")
 # Bits of the embedding and of the head: llama.cpp's mixes keep the head, and an embedding that is one, in Q6_K.
 _OUTSIDE = {
     "Q4_K_M": (4.5, 6.5625),
@@ -30,8 +30,9 @@ _VLLM_AND_KIN = ("vLLM", "SGLang", "TRT-LLM", "AutoAWQ", "LMDeploy")
 
 @dataclass(frozen=True)
 class Point:
-    """tokens_per_s: of all texts together. n_bytes: that a step reads; file_bytes: of the whole file; operations: of a
-    prompt. group: whose constants are to predict it."""
+    """tokens_per_s: of all texts together. batch: texts, or tokens of one text (a test "ub"), in a step. n_bytes:
+    that a step reads; least_bytes: the same if the texts have every expert in common; file_bytes: of the whole
+    file; operations: of a prompt. group: whose constants are to predict it."""
 
     hardware: str
     model: str
@@ -45,6 +46,7 @@ class Point:
     layers: int
     has_experts: bool
     n_bytes: float
+    least_bytes: float
     file_bytes: float
     operations: float
     tokens_per_s: float
@@ -52,8 +54,8 @@ class Point:
 
     @property
     def ceiling(self) -> float:
-        """Tokens a second when every byte comes at the full bandwidth."""
-        return self.batch * self.device.bandwidth / self.n_bytes
+        """Tokens a second when every byte that has to be read comes at the full bandwidth."""
+        return self.batch * self.device.bandwidth / self.least_bytes
 
     @property
     def overheads(self) -> float:
@@ -130,6 +132,8 @@ def _point(row: dict[str, str]) -> Point:
     experts = Experts(dims.get("experts", 0), dims.get("used", 0))
     kv = cache_format("F16")
     operators = step_operators(rows, cache_, experts, kv, depth + tokens // 2, batch)
+    # Tokens of one text, as of a draft that is checked, read its keys and values once.
+    once = (batch - 1) * cache_.read(depth + tokens // 2, kv) if match["of"] == "u" else 0
     prompt = prompt_operations(rows, cache_, experts, depth + tokens)
     if depth:
         prompt -= prompt_operations(rows, cache_, experts, depth)
@@ -145,7 +149,8 @@ def _point(row: dict[str, str]) -> Point:
         tokens=tokens,
         layers=dims["layers"],
         has_experts="experts" in dims,
-        n_bytes=sum(operator.n_bytes for operator in operators),
+        n_bytes=sum(operator.n_bytes for operator in operators) - once,
+        least_bytes=sum(operator.least_bytes for operator in operators) - once,
         file_bytes=file_bytes,
         operations=prompt,
         tokens_per_s=float(row["tokens_per_s"]),
@@ -188,6 +193,7 @@ def kernel_points() -> list[Point]:
                     layers=dims["layers"],
                     has_experts=False,
                     n_bytes=n_bytes,
+                    least_bytes=n_bytes,
                     file_bytes=n_bytes,
                     operations=0,
                     tokens_per_s=1e3 / float(row["decode_ms"]),

@@ -5,8 +5,8 @@
 Decode of one text: error of the predicted tokens a second, against scripts/advice/measured.csv. "held" is the share of
 the points that lie in the range stated for them; the range, too, comes from the other devices alone. The peers' formula
 is a share of 0.55 of the bandwidth over the bytes of the file. Prefill is stated as a class, whose share of right ones
-is "held". Batches have no range: texts that share their prompt or their experts read less than is counted here. Exits
-with 1 where a figure misses its bar.
+is "held". Batches have no range: texts that have experts in common read less than is counted here, and the ceiling of a
+batch is what they read if they had all in common. Exits with 1 where a figure misses its bar.
 """
 
 import sys
@@ -112,8 +112,8 @@ def main() -> None:
     of_prefill = [1 / PREFILL_CLASS <= left.ratio <= PREFILL_CLASS for left in prefill]
     print(line("prefill (a class)", prefill, of_prefill))
 
-    above = sum(point.tokens_per_s > point.ceiling for point in points)
-    over = sum(left.predicted > left.point.ceiling for left in lefts)
+    above = sum(point.tokens_per_s > point.ceiling for point in [*points, *batches])
+    over = sum(left.predicted > left.point.ceiling for left in [*lefts, *batch_lefts])
     median, ninety = quantiles([left.error for left in no_cpu])
     gddr_median, gddr_ninety = quantiles([left.error for left in group(GDDR)])
     bars = [

@@ -55,6 +55,7 @@ def evaluate(
     whether its runtime computes the same; or a part of it on one of many machines (--part), or what PARTS have found
     together (--merge)."""
     from bitwright.calibration.evaluation.quality import QualityReport
+    from bitwright.converter.advice.cache_quality import keep_cache_quality
     from bitwright.converter.job.progress import Progress
     from bitwright.converter.judge.open import evaluate_artifact
     from bitwright.converter.report.data import Agreement
@@ -89,6 +90,8 @@ def evaluate(
             if output is not None or scratch is not None:
                 raise ConvertError("--output and --scratch are of a part", "--output, --scratch", "add --part I/N")
             evaluation = evaluate_artifact(artifact, model, progress, **options)
+            if options["kv"] is not None:
+                keep_cache_quality(artifact, evaluation, progress)
     quality, agreement = from_plain(QualityReport, evaluation), from_plain(Agreement | None, evaluation["agreement"])
     lines = [
         wrapped(f"Verdict: {grade_of_loss(quality)} ({figures_text(quality)})"),

@@ -1,6 +1,8 @@
 """`bitwright advise`: what it says of a small model, and what it does without."""
 
 import json
+import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from bitwright.profiles.planning.plan_modules import plan_modules
 from bitwright.profiles.reading.schema import load_profile
 from tests import tiny_models
 from tests.converter.commands import convert, refused
+from tests.converter.source.hub_server import COMMIT, REPOSITORY, serve
 from tests.tiny_architectures import ALL_TINY_MODELS
 
 SPECIFIED = {
@@ -135,12 +138,28 @@ def test_bytes_are_those_of_the_plan(small, profile, tmp_path):
     prepared = prepare(build_job(small, profile, calibration="embedded", work_dir=tmp_path))
     priced = Source.open(str(small)).price(profile)
     assert priced.tensor_bytes == prepared.plan.n_bytes
-    # How long codes are chosen together changes no byte's place.
-    assert priced.plan.digest() == replace(prepared.plan, error_feedback=None).digest()
-    if priced.runtime == "vLLM":
-        assert priced.file_bytes == prepared.files.n_bytes
-    else:  # which has the vocabulary in its header
-        assert priced.tensor_bytes < priced.file_bytes < prepared.files.n_bytes
+    # How long codes of a directory are chosen together changes no byte's place, and is decided later.
+    expected = prepared.plan if priced.runtime == "llama.cpp" else replace(prepared.plan, error_feedback=None)
+    assert priced.plan.digest() == expected.digest()
+    assert priced.file_bytes == prepared.files.n_bytes, "a GGUF with the vocabulary in its header"
+
+
+@pytest.mark.parametrize("name", ["gemma", "glm4", "llama", "granite"])
+def test_a_vocabulary_of_any_kind_is_counted(name, tmp_path):
+    source = tiny_models.checkpoint(name, ALL_TINY_MODELS[name])
+    prepared = prepare(build_job(source, "uniform-8bit", calibration="embedded", work_dir=tmp_path))
+    assert Source.open(str(source)).price("uniform-8bit").file_bytes == prepared.files.n_bytes
+
+
+def test_a_vocabulary_that_is_not_counted_is_named(model, small, tmp_path, monkeypatch):
+    assert any("without its vocabulary" in note for note in asked(model).notes), "it has no tokenizer"
+    counted = asked(small)
+    assert not any("without its vocabulary" in note for note in counted.notes)
+    monkeypatch.setattr("bitwright.converter.advice.plans._LARGEST_TOKENIZER", 100)
+    without = asked(small)
+    assert any("tokenizer.json is larger than 100 B" in note for note in without.notes)
+    sizes = [profiles(advice)["balanced-4bit"].file_bytes for advice in (counted, without)]
+    assert sizes[0] > sizes[1]
 
 
 @pytest.mark.parametrize("name", ["deepseek_v2", "mixtral", "qwen3_next", "gemma4_text-small", "mamba2", "phi3"])
@@ -217,6 +236,38 @@ def test_longest_context_is_capped_by_the_model(model):
     assert {candidate.longest_context for candidate in asked(model).candidates} == {131072}
 
 
+def test_several_gpus_share_a_model(model):
+    one, four = (profiles(asked(model, hardware="RTX 4090", memory="8GiB", gpus=gpus)) for gpus in (1, 4))
+    assert not one["fp16-baseline"].fits and four["fp16-baseline"].fits
+    assert not one["fp8"].fits and four["fp8"].fits and four["fp8"].run == "--tensor-parallel-size 4"
+    wide = {gpus: profiles(asked(model, hardware="RTX 4090", gpus=gpus)) for gpus in (1, 4)}
+    for name in ("balanced-4bit", "fp8"):
+        alone, shared = wide[1][name], wide[4][name]
+        assert shared.decode.is_class and shared.decode.coverage is None and "not measured" in shared.decode.basis
+        assert shared.decode.low <= alone.decode.low and shared.kv_bytes == alone.kv_bytes
+        assert shared.prefill.low <= alone.prefill.low and shared.prefill.high > 2 * alone.prefill.high
+    assert wide[4]["balanced-4bit"].floor_seconds == wide[1]["balanced-4bit"].floor_seconds, "layers take turns"
+    assert wide[4]["fp8"].floor_seconds == pytest.approx(wide[1]["fp8"].floor_seconds / 4)
+    assert wide[4]["fp8"].decode.high > wide[1]["fp8"].decode.high
+    three = asked(model, hardware="RTX 4090", gpus=3)
+    assert {candidate.runtime for candidate in three.candidates} == {"llama.cpp"}
+    assert any("3 GPUs do not divide 32" in entry.why for entry in three.left_out)
+    assert convert("advise", model, "--hardware", "RTX 4090", "--gpus", 2).stdout.startswith(
+        "Llama-3.1-8B on 2 x RTX 4090 (48.0 GiB usable, 1008 GB/s stated each"
+    )
+    assert "--gpus 2" in refused("advise", model, "--hardware", "M2 Ultra", "--gpus", 2)
+
+
+def test_a_speed_that_was_measured_is_in_its_range(model):
+    """Also where no figure but a class was stated before."""
+    for hardware, gpus in (("GB10", 1), ("RTX 4090", 4), ("DDR5-5600 desktop", 1)):
+        candidate = profiles(asked(model, hardware=hardware, gpus=gpus, runtime="llama.cpp"))["balanced-4bit"]
+        speed = 0.9 / candidate.step_seconds
+        found = asked(model, hardware=hardware, gpus=gpus, runtime="llama.cpp", measured=f"balanced-4bit={speed}")
+        decode = profiles(found)["balanced-4bit"].decode
+        assert decode.low < speed < decode.high < 1.5 * decode.low and (decode.coverage is None) == (gpus > 1)
+
+
 def test_a_measured_speed_narrows_the_range(model):
     before = profiles(asked(model))["balanced-4bit"]
     speed = before.decode.middle * 0.9
@@ -246,15 +297,78 @@ def test_few_bits_are_recommended_only_where_nothing_else_fits(model):
     assert asked(model).best.bits_per_weight >= 4
 
 
-def test_a_report_of_this_plan_is_its_quality(small, tmp_path):
+@pytest.fixture(scope="module")
+def converted(small, tmp_path_factory):
+    """A directory with an artifact of the model and its work directory; the report."""
+    directory = tmp_path_factory.mktemp("converted")
     text = {"calibration": "embedded", "samples": 128, "sequence_length": 16, "effort": "fast"}
-    report = converter.convert(small, "uniform-8bit", tmp_path / "m.gguf", quiet=True, device="cpu", **text)
+    return directory, converter.convert(small, "uniform-8bit", directory / "m.gguf", quiet=True, device="cpu", **text)
+
+
+PUBLISHED = """
+import json, sys
+from bitwright import converter
+advice = converter.advise("org/tiny", "gb10", context=1024, runtime="llama.cpp", reports="org/tiny")
+print(json.dumps({c.profile: [c.quality.kind, c.quality.kld, c.quality.source, c.quality.confidence, c.quality.text]
+                  for c in advice.candidates}))
+"""
+
+
+def test_a_report_on_the_hub_is_of_the_same_commit(small, converted, tmp_path):
+    """The reports of a repository that is named are read, no weights, and no other repository."""
+    repository = tmp_path / "repository"
+    shutil.copytree(small, repository)
+    _, report = converted
+    published = report | {"base_model": REPOSITORY, "revision": COMMIT, "recipe_directory": "recipe/m"}
+    other = published | {"revision": "f" * 40, "profile": "balanced-4bit", "recipe_directory": "recipe/other"}
+    for name, content in {"m": json.dumps(published), "other": json.dumps(other), "no": "{"}.items():
+        (repository / "recipe" / name).mkdir(parents=True)
+        (repository / "recipe" / name / "report.json").write_text(content)
+    with serve(repository) as server:
+        environment = {**os.environ, "HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home")}
+        environment["HF_HUB_OFFLINE"] = "0"
+        program = [sys.executable, "-c", PUBLISHED]
+        ran = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
+        found = json.loads(ran.stdout)
+        assert not {name for name in server.downloaded() if name.endswith(".safetensors")}
+    kind, kld, source, confidence, text = found["uniform-8bit"]
+    assert (kind, kld, confidence) == ("published", report["quality"]["mean_kld"], "medium") and text.endswith("+")
+    assert source == f"{REPOSITORY}@{COMMIT[:12]}: recipe/m/report.json"
+    assert found["balanced-4bit"][0] == "not measured", "the report of another commit says nothing"
+
+
+def test_a_local_model_has_no_reports_on_the_hub(small):
+    with pytest.raises(ConvertError, match="this one is local"):
+        asked(small, reports="org/name")
+    with pytest.raises(ConvertError, match="no repository of the Hub"):
+        asked(small, reports="https://example.com/org/name")
+
+
+def test_a_report_of_this_plan_is_its_quality(small, converted, tmp_path):
+    directory, report = converted
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
     offered = profiles(asked(small, work_dir=tmp_path / "m.bitwright"))
     quality = offered["uniform-8bit"].quality
     assert quality.kind == "measured" and quality.kld == report["quality"]["mean_kld"]
     assert quality.confidence == "high" and quality.source.endswith("report.json")
     assert offered["balanced-4bit"].quality.kind == "not measured"
     assert "bitwright --profile balanced-4bit" in offered["balanced-4bit"].quality.source
+    artifact = tmp_path / "m.gguf"
+    arguments = ["--against", small, "--kv", "Q8_0", "--samples", 1, "--sequence-length", 32, "--device", "cpu"]
+    evaluated = convert("evaluate", artifact, *arguments, "--text", "embedded", "--json")
+    assert evaluated.exit_code == 0, evaluated.stderr
+    kld = json.loads(evaluated.stdout)["mean_kld"]
+    advice = asked(small, work_dir=tmp_path / "m.bitwright", kv="Q8_0", runtime="llama.cpp")
+    own, other = (profiles(advice)[name] for name in ("uniform-8bit", "balanced-4bit"))
+    assert own.kld == own.cache_quality.kld == kld and own.cache_quality.is_own
+    assert own.cache_quality.source.endswith("quality-kv.json")
+    assert other.cache_quality.kld == kld and not other.cache_quality.is_own and other.kld is None
+    assert any(note.startswith("keys and values in Q8_0: mean KL divergence") for note in advice.notes)
+    assert profiles(asked(small, work_dir=tmp_path / "m.bitwright", kv="Q4_0"))["uniform-8bit"].cache_quality is None
+    content = artifact.read_bytes()
+    artifact.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    changed = convert("evaluate", artifact, *arguments[:2], "--kv", "Q4_0", *arguments[4:], "--text", "embedded")
+    assert "not kept for bitwright advise: m.gguf is not what its report says" in changed.stderr
     (tmp_path / "m.bitwright" / "report.json").write_text("{}")
     again = profiles(asked(small, work_dir=tmp_path / "m.bitwright"))
     assert again["uniform-8bit"].quality.kind == "not measured", "it is not what was sealed"

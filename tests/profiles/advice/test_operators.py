@@ -77,7 +77,9 @@ def test_experts_are_read_as_far_as_tokens_reach_them():
     assert experts.touched(1) < experts.touched(4) < 1 and experts.touched(4) < 4 * experts.touched(1)
     row = [Row(Role.EXPERT_UP, 1000, 500, 10), Row(Role.EMBEDDING, 10, 20, 10)]
     (read,) = [o for o in step_operators(row, Cache(()), experts, F16, 1, 1) if o.type is OperatorType.EXPERTS]
-    assert (read.n_bytes, read.operations) == (500 / 16, 2 * 1000 / 16)
+    assert (read.n_bytes, read.least_bytes, read.operations) == (500 / 16, 500 / 16, 2 * 1000 / 16)
+    (read,) = [o for o in step_operators(row, Cache(()), experts, F16, 1, 8) if o.type is OperatorType.EXPERTS]
+    assert read.n_bytes == 500 * experts.touched(8) and read.least_bytes == 500 / 16, "the texts may share them all"
 
 
 def test_what_is_no_part_of_the_text_model_is_not_read():

@@ -5,10 +5,11 @@ import pytest
 from bitwright.profiles.advice.cache import AttentionLayer, Cache, cache_format
 from bitwright.profiles.advice.efficiency import decode_constants, prefill_constants
 from bitwright.profiles.advice.hardware import devices, find_device
-from bitwright.profiles.advice.operators import Experts, prompt_operations, step_operators
+from bitwright.profiles.advice.operators import Experts, Row, prompt_operations, step_operators
 from bitwright.profiles.advice.roofline import bottlenecks, prompt_time, step_time
 from bitwright.profiles.advice.support import scheme_family, supported
-from tests.profiles.advice.test_operators import CACHE, F16, LAYERS, rows
+from bitwright.profiles.vocabulary import Role
+from tests.profiles.advice.test_operators import CACHE, F16, LAYERS, rows, total
 
 
 def step(hardware, bits=16.0, context=4096, batch=1, kv=F16, runtime="llama.cpp", scheme=""):
@@ -53,6 +54,17 @@ def test_one_text_is_bound_by_memory_in_every_operator():
         found = bottlenecks(operators, find_device(hardware))
         assert {row.limit for row in found} == {"memory"}
         assert sum(row.share for row in found) == pytest.approx(1)
+
+
+def test_the_ceiling_of_a_batch_lets_it_share_its_experts():
+    """Qwen3-30B-A3B in Q8_0 wrote 163 tokens a second on a GB10 with 16 texts, more than if each reached experts of its
+    own would be possible."""
+    expert = [Row(Role.EXPERT_UP, 30_000_000_000, 30_000_000_000, 1)]
+    operators = step_operators(expert, Cache(()), Experts(128, 8), F16, 1, 16)
+    device = find_device("GB10")
+    time = step_time(operators, 1, 16, device, decode_constants(device, "llama.cpp"), True)
+    assert time.floor == pytest.approx(30e9 / 16 / device.bandwidth)
+    assert total(operators) / device.bandwidth > 10 * time.floor
 
 
 def test_many_texts_are_bound_by_arithmetic():
