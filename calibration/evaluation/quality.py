@@ -206,15 +206,15 @@ def stream_excerpt_scores(
     control: PassControl,
     excerpt: "Excerpt",
     arithmetic: "Arithmetic | None" = None,
-) -> np.ndarray:
-    """What Baseline.stream_scores tells of an excerpt of the corpus. `quality_of` makes the report of those of all
-    excerpts, one after the other; they are the same, to the bit, however the corpus is cut into excerpts of whole
-    groups."""
+) -> tuple[np.ndarray, dict[str, str]]:
+    """What Baseline.stream_scores tells of an excerpt of the corpus, and Baseline.computed. `quality_of` makes the
+    report of those of all excerpts, one after the other; they are the same, to the bit, however the corpus is cut into
+    excerpts of whole groups."""
     few = replace(corpus, tokens=corpus.tokens[excerpt.first : excerpt.first + excerpt.n_samples])
     baseline = Baseline(source, few, control, excerpt=excerpt)
     scores = baseline.stream_scores(candidate, arithmetic=arithmetic, must_be_finite=False)
     baseline.discard()
-    return scores
+    return scores, baseline.computed
 
 
 def stream_quality_by_position(

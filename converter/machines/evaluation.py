@@ -94,7 +94,8 @@ def write_scores(
     )
     if output.exists():
         made = _load(output)
-        if made.part == part and made.fingerprint == fingerprint | {"text": made.fingerprint.get("text")}:
+        found_out = {key: made.fingerprint.get(key) for key in ("text", "computed")}
+        if made.part == part and made.fingerprint == fingerprint | found_out:
             progress.say(f"{output}: already done")
             remove_tree(work_path(output, scratch))
             return output
@@ -105,7 +106,7 @@ def write_scores(
         corpus = judging.held_out(judging.text, judging.samples, judging.sequence_length)
         groups = range(N_GROUPS * (part.index - 1) // part.count, N_GROUPS * part.index // part.count)
         excerpt = Excerpt.of_groups(groups, len(corpus.tokens))
-        scores = stream_excerpt_scores(
+        scores, computed = stream_excerpt_scores(
             judging.source_model, candidate.weights, corpus, judging.control("quality"), excerpt, candidate.arithmetic
         )
         own = slice(excerpt.first, excerpt.first + excerpt.n_samples)
@@ -116,7 +117,7 @@ def write_scores(
         }
         header = {
             "part": [part.index, part.count],
-            "fingerprint": fingerprint | {"text": text_identity(corpus)},
+            "fingerprint": fingerprint | {"text": text_identity(corpus), "computed": computed},
             "corpus": corpus.name,
             "corpus_sha256": corpus.sha256,
             "command": list(words),
@@ -154,7 +155,8 @@ def merge_scores(paths: Sequence[Path]) -> dict[str, Any]:
     parts = [by_part[part].arrays for part in sorted(by_part)]
     scores = np.concatenate([arrays["scores"] for arrays in parts], axis=1)
     tokens, words = (np.concatenate([arrays[name] for arrays in parts]) for name in ("tokens", "words"))
-    report = quality_of(scores, Corpus(tokens, known.corpus, known.corpus_sha256), words)
+    corpus = Corpus(tokens, known.corpus, known.corpus_sha256)
+    report = quality_of(scores, corpus, words, known.fingerprint["computed"])
     return report.to_dict() | {"agreement": None}
 
 
