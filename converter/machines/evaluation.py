@@ -23,7 +23,7 @@ from bitwright.converter.job.identity import tool_identity
 from bitwright.converter.job.progress import Progress
 from bitwright.converter.judge.open import candidate_of, judging_of
 from bitwright.converter.machines.part import Part
-from bitwright.converter.machines.unlike import check_alike, command_of, missing, renamed
+from bitwright.converter.machines.unlike import gathered
 from bitwright.converter.machines.work import part_directory, work_path
 from bitwright.converter.source.checkpoint import places_identity
 from bitwright.converter.source.open import open_by_content
@@ -132,29 +132,10 @@ def merge_scores(paths: Sequence[Path]) -> dict[str, Any]:
     asked, and "agreement" is None. Raises ConvertError for parts that are missing, damaged or do not go together."""
     from bitwright.calibration.evaluation.quality import quality_of
 
-    found: dict[Path, _Scores] = {}
-    faults = []
-    for path in paths:
-        try:
-            found[path] = _load(path)
-        except ConvertError as error:
-            faults.append(f"{error.what} ({error.where})")
-    if not found:
-        raise ConvertError(
-            "; ".join(faults) or "no part is given", "--merge", "name what `bitwright evaluate --part I/N` has written"
-        )
-    known_path, known = next(iter(found.items()))
-
-    def command(part: Part) -> str:
-        return command_of(known.command, part, renamed(known_path, known.part, part))
-
-    check_alike({path: (scores.part, scores.fingerprint) for path, scores in found.items()}, command)
-    by_part = {scores.part: scores for scores in found.values()}
-    if lacking := missing(by_part, faults, str(known_path), command):
-        raise lacking
-    parts = [by_part[part].arrays for part in sorted(by_part)]
-    scores = np.concatenate([arrays["scores"] for arrays in parts], axis=1)
-    tokens, words = (np.concatenate([arrays[name] for arrays in parts]) for name in ("tokens", "words"))
+    parts = gathered(paths, _load, "what `bitwright evaluate --part I/N`")
+    known, arrays_of_parts = parts[0], [part.arrays for part in parts]
+    scores = np.concatenate([arrays["scores"] for arrays in arrays_of_parts], axis=1)
+    tokens, words = (np.concatenate([arrays[name] for arrays in arrays_of_parts]) for name in ("tokens", "words"))
     corpus = Corpus(tokens, known.corpus, known.corpus_sha256)
     report = quality_of(scores, corpus, words, known.fingerprint["computed"])
     return report.to_dict() | {"agreement": None}

@@ -1,6 +1,6 @@
 """`bitwright imatrix --part` and `--merge`: a calibration whose samples are shared among machines."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from bitwright.converter.job.recipe import IMPORTANCE_FILE
 from bitwright.converter.machines.group_sums import Groups, GroupSumsOfPart, load_part, save_part
 from bitwright.converter.machines.part import Part
 from bitwright.converter.machines.saved_plan import plain_options
-from bitwright.converter.machines.unlike import check_alike, command_of, missing, renamed
+from bitwright.converter.machines.unlike import gathered
 from bitwright.converter.machines.work import part_directory, work_path
 from bitwright.converter.measure.calibrate import observed_names
 from bitwright.converter.measure.evidence import ANALYSIS_SAMPLES, ANALYSIS_SEQUENCE_LENGTH, matrices_of
@@ -125,7 +125,7 @@ def merge_parts(
     together, with the commands that compute them.
     """
     check_places(paths, [output])
-    parts = _gather(paths)
+    parts = gathered(paths, load_part, "the files that `bitwright imatrix --part I/N`")
     replaceable = Replaceable()
     written = [output, *([output.with_suffix(".sensitivity.safetensors")] if sensitivity else [])]
     if fresh:
@@ -200,31 +200,3 @@ def _made_before(output: Path, part: Part, fingerprint: dict[str, Any]) -> bool:
     if found.part != part:
         raise ConvertError(f"the file is of part {found.part}, and this is part {part}", str(output), "use --output")
     return found.fingerprint == fingerprint | {"text": found.fingerprint.get("text")}
-
-
-def _gather(paths: Collection[Path]) -> list[GroupSumsOfPart]:
-    """All parts in their order. Raises ConvertError as `merge_parts` does."""
-    found: dict[Path, GroupSumsOfPart] = {}
-    faults = []
-    for path in paths:
-        try:
-            found[path] = load_part(path)
-        except ConvertError as error:
-            faults.append(f"{error.what} ({error.where})")
-    if not found:
-        raise ConvertError(
-            "; ".join(faults) or "no part is given",
-            "--merge",
-            "name the files that `bitwright imatrix --part I/N` has written",
-        )
-
-    def command(part: Part) -> str:
-        (path, known) = next(iter(found.items()))
-        return command_of(known.command, part, renamed(path, known.part, part))
-
-    parts = {path: part.part for path, part in found.items()}
-    check_alike({path: (part.part, part.fingerprint) for path, part in found.items()}, command)
-    if lacking := missing(parts.values(), faults, str(next(iter(found))), command):
-        raise lacking
-    by_part = {part.part: part for part in found.values()}
-    return [by_part[part] for part in sorted(by_part)]

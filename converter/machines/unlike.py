@@ -1,11 +1,11 @@
-"""Parts that do not go together, and parts that are missing: said with the commands that make them."""
+"""Parts brought together: those that do not go together or are missing are named, with the commands that make them."""
 
 import re
 import shlex
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from bitwright.converter.machines.part import Part
 from bitwright.formats.errors import ConvertError
@@ -18,6 +18,44 @@ _OF_A_PART = ("--part", "--output", "-o")
 
 Command = Callable[[Part], str]
 """What makes a part, as one types it."""
+
+
+class SharedText(Protocol):
+    """What a machine has made of its samples of a text. command: the words that did it."""
+
+    @property
+    def part(self) -> Part: ...
+    @property
+    def fingerprint(self) -> Mapping[str, Any]: ...
+    @property
+    def command(self) -> Sequence[str]: ...
+
+
+S = TypeVar("S", bound=SharedText)
+
+
+def gathered(paths: Collection[Path], load: Callable[[Path], S], made_by: str) -> list[S]:
+    """All parts of a text, in their order. made_by: the command, in words. Raises ConvertError for parts that are
+    missing, damaged or do not go together, with the commands that make them."""
+    found: dict[Path, S] = {}
+    faults = []
+    for path in paths:
+        try:
+            found[path] = load(path)
+        except ConvertError as error:
+            faults.append(f"{error.what} ({error.where})")
+    if not found:
+        raise ConvertError("; ".join(faults) or "no part is given", "--merge", f"name {made_by} has written")
+    first, known = next(iter(found.items()))
+
+    def command(part: Part) -> str:
+        return command_of(known.command, part, renamed(first, known.part, part))
+
+    check_alike({path: (made.part, made.fingerprint) for path, made in found.items()}, command)
+    by_part = {made.part: made for made in found.values()}
+    if lacking := missing(by_part, faults, str(first), command):
+        raise lacking
+    return [by_part[part] for part in sorted(by_part)]
 
 
 def check_alike(parts: Mapping[Path, tuple[Part, Mapping[str, Any]]], command: Command) -> None:
