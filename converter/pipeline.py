@@ -36,11 +36,7 @@ from bitwright.converter.forecast.rates import RateKeeper, Rates
 from bitwright.converter.job.job import Job
 from bitwright.converter.job.progress import Clock, Progress
 from bitwright.converter.job.recipe import IMPORTANCE_FILE
-from bitwright.converter.job.work_directory import (
-    REPLACEABLE,
-    WorkDirectory,
-    stops_cleanly,
-)
+from bitwright.converter.job.work_directory import REPLACEABLE, WorkDirectory, stops_cleanly
 from bitwright.converter.measure.calibrate import MOMENTS, check_importance, forget_calibration, planned_importance
 from bitwright.converter.measure.dtype import with_decided_dtype
 from bitwright.converter.measure.evidence import (
@@ -51,6 +47,7 @@ from bitwright.converter.measure.evidence import (
 )
 from bitwright.converter.measure.moments import collects_moments
 from bitwright.converter.measure.obstacles import Need
+from bitwright.converter.measure.published import brings_statistics
 from bitwright.converter.preflight import preflight, ternary_warning
 from bitwright.converter.preparation import (
     TARGETS,
@@ -192,6 +189,8 @@ def _fetched(run: Run, asked: Job) -> Run:
     """The same with the weights on this machine; begun anew, as a later call will begin, where statistics that the job
     has a use for came along with them. asked: the job before its survey."""
     fetched = replace(run, checkpoint=run.checkpoint.with_weights())
+    if not brings_statistics(fetched.checkpoint):
+        return fetched
     again = survey(asked, run.progress, run.should_stop)
     if (again.job.imatrix, again.job.sensitivity) == (run.job.imatrix, run.job.sensitivity):
         return fetched

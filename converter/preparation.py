@@ -18,16 +18,9 @@ from bitwright.converter.gguf.target import GgufTarget
 from bitwright.converter.job.identity import job_fingerprint
 from bitwright.converter.job.job import Job
 from bitwright.converter.job.progress import Progress
-from bitwright.converter.job.work_directory import (
-    UNDECIDED,
-    default_work_dir,
-)
+from bitwright.converter.job.work_directory import UNDECIDED, default_work_dir
 from bitwright.converter.measure.calibrate import check_importance, planned_importance
-from bitwright.converter.measure.evidence import (
-    analysis_is_needed,
-    available_evidence,
-    given_evidence,
-)
+from bitwright.converter.measure.evidence import analysis_is_needed, available_evidence, given_evidence
 from bitwright.converter.measure.obstacles import Need, obstacle_to_analysis
 from bitwright.converter.measure.published import with_published
 from bitwright.converter.preflight import check_samples

@@ -12,7 +12,7 @@ from bitwright.converter.artifact.run import Run
 from bitwright.converter.measure.calibrate import observed_names
 from bitwright.converter.measure.evidence import formats_to_measure
 from bitwright.converter.measure.sensitivity import check_sensitivity
-from bitwright.converter.source.checkpoint import IMATRIX_PATTERN, SENSITIVITY_PATTERN, model_files
+from bitwright.converter.source.checkpoint import IMATRIX_PATTERN, SENSITIVITY_PATTERN, Checkpoint, model_files
 from bitwright.formats.errors import ConvertError
 from bitwright.formats.registry import get_format
 
@@ -34,7 +34,7 @@ def with_published(run: Run) -> Run:
     sensitivity, imatrix = job.sensitivity, job.imatrix
     if sensitivity is None and job.profile.needs_sensitivity and not job.refine:
         sensitivity = _first(run, SENSITIVITY_PATTERN, "sensitivity table", _check_sensitivity, notes)
-    if imatrix is None and (found := _files(run, IMATRIX_PATTERN)):
+    if imatrix is None and (found := _files_of(run.checkpoint, IMATRIX_PATTERN)):
         if job.feedback is None and job.profile.target == "gguf":
             imatrix = _first(run, IMATRIX_PATTERN, "importance matrix", _check_imatrix, notes)
         elif job.profile.target == "gguf":
@@ -46,9 +46,14 @@ def with_published(run: Run) -> Run:
     return replace(run, job=job, notes=(*run.notes, *notes))
 
 
-def _files(run: Run, pattern: str) -> Sequence[Path]:
+def brings_statistics(checkpoint: Checkpoint) -> bool:
+    """Whether any such file is there, be it of use or not."""
+    return any(_files_of(checkpoint, pattern) for pattern in (IMATRIX_PATTERN, SENSITIVITY_PATTERN))
+
+
+def _files_of(checkpoint: Checkpoint, pattern: str) -> Sequence[Path]:
     """Of a GGUF the one of its own name, as others lie beside it; by name."""
-    location = run.checkpoint.location
+    location = checkpoint.location
     if location.is_dir():
         return model_files(location, [pattern], largest=None)
     path = location.with_name(pattern.replace("*", location.stem))
@@ -57,7 +62,7 @@ def _files(run: Run, pattern: str) -> Sequence[Path]:
 
 def _first(run: Run, pattern: str, what: str, check: Callable[[Run, Path], None], notes: list[str]) -> Path | None:
     """The first that fits; notes: take what is to be said of it, and of the others."""
-    for path in _files(run, pattern):
+    for path in _files_of(run.checkpoint, pattern):
         try:
             check(run, path)
         except ConvertError as error:
