@@ -41,6 +41,9 @@ class PlanEncoder(Protocol[R]):
     def remarks(self, name: str) -> dict[str, object]:
         """What the journal should keep of an entry that has been encoded, besides its hash: plain data."""
 
+    def was_copied(self, name: str) -> bool:
+        """Whether an entry was there encoded already, so that the time it took says nothing of encoding."""
+
 
 class ArtifactWriter(Generic[R]):
     """Writes the files of an artifact, a checkpoint after every tensor.
@@ -108,7 +111,8 @@ class ArtifactWriter(Generic[R]):
                         sync_file(file)
                         record = {"tensor": entry.name, "sha256": digest, **self.encoder.remarks(entry.name)}
                         append_line(self.journal, record)
-                        took(progress, entry.name, planned.tensor.n_weights, time.monotonic() - began)
+                        if not self.encoder.was_copied(entry.name):
+                            took(progress, entry.name, planned.tensor.n_weights, time.monotonic() - began)
                     layer = planned.tensor.layer
                     done += entry.n_bytes
                     progress("encode", done, self._total, "B")

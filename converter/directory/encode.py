@@ -97,6 +97,10 @@ class ModuleEncoder:
         """What the journal keeps of a tensor: what feedback did for it."""
         return {"feedback": [asdict(self.outcomes[name])]} if name in self.outcomes else {}
 
+    def was_copied(self, name: str) -> bool:
+        """As PlanEncoder.was_copied."""
+        return False
+
     def tensors(self, planned: PlannedModule, scheme: Scheme) -> Tensors:
         """By suffix what is stored of the matrix, with the scale of its input."""
         name = planned.tensor.name

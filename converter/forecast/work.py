@@ -58,10 +58,10 @@ def work_of(run: Run, plan: Plan | None, importance_is_given: bool, reads_text_l
     if _adapts(run, plan, reads_text_later):
         again = importance_is_given and squares > 0
         yield Work("adapt", float(weights + (tokens * squares if again else 0)), f"{computing} moments={again}")
-    if plan is not None:
-        yield from encoding_of(plan)
-    else:
+    if plan is None or job.in_sequence:  # what its pass over the model takes is in no rate of encoding
         yield Work("encode", None)
+    else:
+        yield from encoding_of(plan)
     yield Work("verify", float(sum(tensor.n_weights for tensor in run.model_map.tensors)), job.profile.target)
     if job.judge != "off":
         read = report_samples(job.judge) * min(REPORT_SEQUENCE_LENGTH, job.sequence_length)

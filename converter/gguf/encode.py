@@ -119,6 +119,10 @@ class Encoder:
         """What the journal of a written artifact keeps of a tensor: what feedback did for its matrices."""
         return {"feedback": [asdict(outcome) for outcome in self.outcomes[name]]} if name in self.outcomes else {}
 
+    def was_copied(self, name: str) -> bool:
+        """As PlanEncoder.was_copied."""
+        return False
+
     def _encode_chunks(self, chunks: Iterable[_Chunk], scales: list[float]) -> Iterator[np.ndarray]:
         waiting: deque[Future[np.ndarray]] = deque()
         for chunk in chunks:

@@ -42,6 +42,7 @@ class ReusingEncoder:
         self.encoder, self.run = encoder, run
         self._source = _digest(_of_source(run))
         self._donors = {key: donor for each in run.earlier for key, donor in _donors(each, run.progress).items()}
+        self._keys: dict[str, str] = {}
         self._taken: dict[str, _Donor] = {}
 
     @property
@@ -50,20 +51,25 @@ class ReusingEncoder:
 
     def encode(self, planned: PlannedTensor) -> Iterator[np.ndarray]:
         """As Encoder.encode."""
-        donor = self._donors.get(self._key(planned))
+        name = planned.tensor.name
+        self._keys[name] = self._key(planned)
+        donor = self._donors.get(self._keys[name])
         if donor is None or not _is_sound(donor):
             yield from self.encoder.encode(planned)
             return
-        self._taken[planned.tensor.name] = donor
+        self._taken[name] = donor
         yield from _chunks(donor)
 
     def remarks(self, name: str) -> dict[str, object]:
         """As Encoder.remarks, and the key."""
-        planned = next(planned for planned in self.rows if planned.tensor.name == name)
         if name not in self._taken:
-            return {**self.encoder.remarks(name), _KEY: self._key(planned)}
+            return {**self.encoder.remarks(name), _KEY: self._keys[name]}
         feedback = self._taken[name].feedback
-        return {_KEY: self._key(planned)} | ({} if feedback is None else {_FEEDBACK: feedback})
+        return {_KEY: self._keys[name]} | ({} if feedback is None else {_FEEDBACK: feedback})
+
+    def was_copied(self, name: str) -> bool:
+        """As PlanEncoder.was_copied."""
+        return name in self._taken
 
     def __enter__(self) -> Self:
         self.encoder.__enter__()

@@ -39,6 +39,9 @@ class _SomeRows(Generic[R]):
     def remarks(self, name: str) -> dict[str, object]:
         return self.encoder.remarks(name)
 
+    def was_copied(self, name: str) -> bool:
+        return self.encoder.was_copied(name)
+
 
 def encode_part(
     plan: Path,

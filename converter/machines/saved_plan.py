@@ -107,6 +107,12 @@ def save_plan(
     kept = plain_options(options)
     saved = SavedPlan(path, kept, {}, {})
     job = saved.job(extent="beginning", command=options.get("command"))
+    if job.in_sequence:
+        raise ConvertError(
+            "layers that are encoded one after the other cannot be shared among machines",
+            "--tune" if job.tune else "--sequential",
+            "leave it out, or convert on one machine",
+        )
     prepared = measure(job, progress, should_stop, fresh)
     saved = replace(
         saved,

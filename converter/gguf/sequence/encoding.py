@@ -66,6 +66,10 @@ class SequencedEncoder:
         """As Encoder.remarks."""
         return self._remarks[name] if name in self._remarks else self.encoder.remarks(name)
 
+    def was_copied(self, name: str) -> bool:
+        """As PlanEncoder.was_copied."""
+        return name in self._layers
+
     def __enter__(self) -> Self:
         self.encoder.__enter__()
         return self

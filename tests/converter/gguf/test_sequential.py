@@ -14,6 +14,7 @@ from bitwright.calibration.passes import moment_observer
 from bitwright.calibration.stream.micro_batches import is_held_out
 from bitwright.calibration.text.corpus import load_corpus
 from bitwright.converter.artifact.writer import JOURNAL
+from bitwright.converter.forecast.work import work_of
 from bitwright.converter.gguf.verify import DecodedArtifact, artifact_tensors
 from bitwright.converter.job.build import build_job
 from bitwright.converter.job.progress import Progress
@@ -21,6 +22,7 @@ from bitwright.converter.job.work_directory import Stopped
 from bitwright.converter.measure.running import load_tokenizer
 from bitwright.converter.model.model_map import describe
 from bitwright.converter.pipeline import run
+from bitwright.converter.preparation import prepare, survey
 from bitwright.converter.source.open import open_checkpoint
 from bitwright.formats.files.journal import read_lines
 from bitwright.formats.parts import ScalarParts
@@ -189,3 +191,13 @@ def test_tuning_gives_the_same_bytes_on_one_thread_and_after_a_stop(tiny, tuned,
 def test_too_few_tokens_to_tune_on_are_refused(tiny, tmp_path):
     few = ["--calibration", "embedded", "--samples", 128, "--sequence-length", 4, "--tune", 8]
     assert "too few to tune" in refused(*PLAIN, *few, "--output", tmp_path / "a.gguf", tiny("llama-256"))
+
+
+def test_layers_in_sequence_are_no_work_to_be_shared_and_none_whose_time_is_known(tiny, tmp_path):
+    text = ["--no-analysis", "--profile", "mlp-low-precision", *TEXT]
+    for option in (["--sequential"], ["--tune", 8]):
+        said = refused("plan", "--save", tmp_path / "plan.json", *text, *option, tiny("llama-256"))
+        assert "cannot be shared among machines" in said and option[0] in said
+    job = build_job(str(tiny("llama-256")), output=tmp_path / "model.gguf", tune=8, **OPTIONS)
+    (encoding,) = [work for work in work_of(survey(job), prepare(job).plan, False, False) if work.stage == "encode"]
+    assert encoding.amount is None

@@ -8,6 +8,7 @@ import pytest
 
 from bitwright import converter
 from bitwright.calibration.control import never
+from bitwright.converter.forecast.rates import RateKeeper
 from bitwright.converter.job.progress import Progress
 from bitwright.converter.several.ladder import PAGE, SUMMARY, climb, parse_rungs
 from bitwright.formats.errors import ConvertError
@@ -40,10 +41,15 @@ def test_rungs_are_profiles_sizes_and_bits_per_weight():
             parse_rungs(wrong)
 
 
-def test_every_rung_is_what_it_is_alone_and_the_model_is_measured_once(tiny, tmp_path, capsys):
-    model, ladder = str(tiny("llama")), tmp_path / "ladder"
+def test_every_rung_is_what_it_is_alone_and_the_model_is_measured_once(tiny, tmp_path, capsys, monkeypatch):
+    model, ladder, timed = str(tiny("llama")), tmp_path / "ladder", []
+    monkeypatch.setattr(RateKeeper, "took", lambda self, tensor, n_weights, seconds: timed.append(tensor))
     reports = climb(model, parse_rungs(RUNGS), ladder, Progress(), never, judge="off", **SHORT)
-    assert re.search(r"\d+ tensors \(.* bytes\) are those of earlier artifacts", capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert re.search(r"\d+ tensors \(.* bytes\) are those of earlier artifacts", said)
+    copied = sum(map(int, re.findall(r"(\d+) tensors \(.* bytes\) are those of earlier artifacts", said)))
+    written = [line for path in ladder.glob("*.bitwright/encoded.jsonl") for line in path.read_text().splitlines()]
+    assert len(timed) == len(written) - copied, "the time of a copy is no measure of encoding"
     assert [report.profile for report in reports] == ["uniform-8bit", "balanced-4bit", "budget", "budget"]
     artifacts = [report.artifact.location for report in reports]
     assert not list(ladder.glob("*.bitwright/calibration/*")) or len(list(ladder.glob("*.bitwright/calibration"))) == 1
