@@ -343,6 +343,7 @@ class _Advisor:
             device.ridge(),
             self.request.hardware == THIS,
             dict(device.sources),
+            device.instructions,
         )
 
     def _notes(self, order: Sequence[Candidate]) -> Iterator[str]:
