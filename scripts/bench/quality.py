@@ -69,6 +69,8 @@ CONVERSIONS: dict[str, dict[str, Any]] = {
     "refined": {"refine": 2, "error_feedback": "off", "folding": False},
     "protected": {"protect_super_weights": "auto", "error_feedback": "off", "folding": False},
 }
+CACHE_SIZE = 64 << 30
+"""Bytes; the second moments of a model of 1.5 billion weights take 5 GB, which all its conversions share."""
 DEFAULT_TYPES = "IQ1_S,IQ2_XXS,IQ2_M,IQ3_XXS,Q3_K_M,Q4_K_M"
 
 
@@ -171,6 +173,7 @@ class Bench:
             calibration=str(write_text(self.directory / "calibration.txt", CALIBRATION_TEXTS)),
             samples=CALIBRATION_SAMPLES,
             sequence_length=self.length,
+            cache_size=CACHE_SIZE,
             judge="off",
             quiet=True,
             **{"protect_super_weights": "off", **changed},
