@@ -38,6 +38,7 @@ class Options(TypedDict, total=False):
     error_feedback: Literal["quick", "best", "off"] | bool | None
     sequential: bool
     tune: int
+    folding: bool
     pre_tokenizer: str | None
     mtp: Kept
     shard_bytes: int | str | None
