@@ -35,9 +35,9 @@ from bitwright.converter.model.model_map import describe
 from bitwright.converter.report.inspect import inspect_file, inspect_text
 from bitwright.converter.smoothing.record import Smoothing, save_smoothing
 from bitwright.converter.smoothing.search import SmoothedGroup
-from bitwright.converter.smoothing.view import Folding
 from bitwright.converter.source.gguf import open_gguf, open_parts
 from bitwright.converter.source.open import open_checkpoint
+from bitwright.converter.source.smoothed import Folding
 from bitwright.formats.errors import ConvertError
 from bitwright.formats.files.gguf import TensorEntry, lay_out
 from bitwright.formats.files.journal import append_line, read_lines

@@ -16,7 +16,7 @@ from bitwright.calibration.statistics.second_moments import EXPERT_BYTES, Second
 from bitwright.converter.artifact.run import Run
 from bitwright.converter.artifact.writer import JOURNAL
 from bitwright.converter.model.rescaled import input_factors, rescale_moments
-from bitwright.converter.smoothing.view import Folding
+from bitwright.converter.source.smoothed import Folding
 from bitwright.formats.block_format import BlockFormat
 from bitwright.formats.choices import Effort, FeedbackLevel
 from bitwright.formats.feedback.choose import feed_back

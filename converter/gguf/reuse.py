@@ -17,7 +17,7 @@ from bitwright.converter.artifact.feedback import wants_feedback
 from bitwright.converter.artifact.run import EarlierArtifact, Run
 from bitwright.converter.gguf.encode import Encoder
 from bitwright.converter.job.identity import job_fingerprint
-from bitwright.converter.smoothing.view import foldings_of
+from bitwright.converter.source.smoothed import foldings_of
 from bitwright.formats.errors import ConvertError
 from bitwright.formats.files.gguf import EncodedTensor, read_gguf
 from bitwright.formats.files.journal import read_lines

@@ -5,7 +5,7 @@ from pathlib import Path
 from bitwright.converter.artifact.feedback import Feedback
 from bitwright.converter.artifact.run import Run
 from bitwright.converter.measure.calibrate import MOMENTS
-from bitwright.converter.smoothing.view import foldings_of
+from bitwright.converter.source.smoothed import foldings_of
 from bitwright.profiles.planning.plan import Plan
 
 

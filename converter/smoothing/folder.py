@@ -3,8 +3,8 @@
 import numpy as np
 
 from bitwright.converter.smoothing.groups import Link
-from bitwright.converter.smoothing.view import Folding, SmoothedCheckpoint
 from bitwright.converter.source.checkpoint import Checkpoint
+from bitwright.converter.source.smoothed import Folding, SmoothedCheckpoint
 from bitwright.formats.blocks.plain import BF16
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from bitwright.calibration.choices import Alpha
 from bitwright.converter.smoothing.search import SmoothedGroup
-from bitwright.converter.smoothing.view import Folding
+from bitwright.converter.source.smoothed import Folding
 from bitwright.formats.files.record import RecordKind
 from bitwright.formats.typed import is_a
 

@@ -25,7 +25,7 @@ from bitwright.converter.measure.running import runnable, streamable
 from bitwright.converter.smoothing.groups import smoothing_groups, unsmoothed
 from bitwright.converter.smoothing.record import Smoothing, load_smoothing, save_smoothing
 from bitwright.converter.smoothing.search import SmoothedGroup, Smoother
-from bitwright.converter.smoothing.view import Folding, SmoothedCheckpoint
+from bitwright.converter.source.smoothed import Folding, SmoothedCheckpoint
 from bitwright.profiles.vocabulary import ModelMap, Role
 
 SMOOTHING_FILE = "smoothing.safetensors"

@@ -34,8 +34,8 @@ from bitwright.converter.model.stored_rows import read_rows
 from bitwright.converter.pipeline import run
 from bitwright.converter.preparation import prepare
 from bitwright.converter.smoothing.record import load_smoothing
-from bitwright.converter.smoothing.view import SmoothedCheckpoint
 from bitwright.converter.source.open import open_checkpoint
+from bitwright.converter.source.smoothed import SmoothedCheckpoint
 from bitwright.formats.errors import ConvertError
 from bitwright.formats.feedback.moment_factor import factorize
 from bitwright.formats.files.seals import write_sealed

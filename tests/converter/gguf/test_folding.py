@@ -1,4 +1,4 @@
-"""Channels scaled against each other before they are encoded: the same function, less error, and a file that says so."""
+"""Channels scaled against each other before encoding: the same function, less error, and a file that says so."""
 
 import json
 import shutil

@@ -18,9 +18,9 @@ from bitwright.converter.measure.activations import activation_names
 from bitwright.converter.model.model_map import describe
 from bitwright.converter.smoothing.groups import smoothing_groups
 from bitwright.converter.smoothing.search import SmoothedGroup, Smoother
-from bitwright.converter.smoothing.view import SmoothedCheckpoint
 from bitwright.converter.source.checkpoint import Checkpoint
 from bitwright.converter.source.open import open_checkpoint
+from bitwright.converter.source.smoothed import SmoothedCheckpoint
 from bitwright.profiles.vocabulary import ModelMap
 
 
