@@ -52,7 +52,8 @@ class SmoothedGroup:
 class Smoother:
     """Smooths the groups one after the other; foldings: what becomes of the tensors so far, by name. factors: GGUF
     tensor -> float32 [n_matrices, n_columns], what its inputs are divided by. static: GGUF tensors whose inputs
-    get a stored scale in INT8: `auto` looks for what suits these."""
+    get a stored scale in INT8: `auto` looks for what suits these. device: what measures, see
+    calibration.statistics.smoothing.output_error."""
 
     def __init__(
         self,
@@ -60,8 +61,10 @@ class Smoother:
         statistics: ActivationStatistics,
         rows: InputRows,
         static: Collection[str] = (),
+        device: str = "cpu",
     ):
         self.checkpoint, self.statistics, self.rows, self.static = checkpoint, statistics, rows, static
+        self.device = device
         self.foldings: dict[str, Folding] = {}
         self.factors: dict[str, np.ndarray] = {}
 
@@ -89,8 +92,8 @@ class Smoother:
         before = after = None
         if products:
             if config.alpha == "auto":
-                alpha, tried = choose_alpha(products, self._is_static(group))
-            before, after = output_error(products, None), output_error(products, alpha)
+                alpha, tried = choose_alpha(products, self._is_static(group), self.device)
+            before, after = (output_error(products, a, device=self.device) for a in (None, alpha))
         factors = [np.ones_like(link.inputs) for link in links]
         if alpha is not None:
             factors = [self.fold(link.link, smoothing_factors(link.inputs, link.columns, alpha)) for link in links]
