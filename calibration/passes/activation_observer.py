@@ -140,6 +140,13 @@ class InputObserver:
             peaks = states.detach().abs().amax(dim=(0, 2)).float()
             self._caches.add((kind, layer), tuple(peaks.shape), ..., peaks)
 
+    def move_to(self, device: torch.device) -> None:
+        for there in self._there.values():
+            there.move_to(device)
+        for kept in self.rows.values():
+            kept.rows = list(torch.stack(kept.rows).to(device)) if kept.rows else []
+        self._caches.move_to(device)
+
     def merge(self, other: "InputObserver") -> None:
         for parameter, inputs in other.inputs.items():
             refuse_not_finite(inputs.squares, parameter)

@@ -48,6 +48,13 @@ class DeviceInputs:
         self.peaks[matrix] += product.peaks
         self.counts[matrix] += product.count
 
+    def move_to(self, device: torch.device) -> None:
+        """Those of one micro-batch."""
+        self.minima, self.maxima = self.minima.to(device), self.maxima.to(device)
+        self.values, self.peaks = self.values.to(device), self.peaks.to(device)
+        for pair in (self.squares, self.totals):
+            pair.move_to(device)
+
     def add_batch(self, other: "DeviceInputs") -> None:
         """Another micro-batch, the next in order, which is not used again."""
         self.batches.append((other.minima.amin(dim=1), other.maxima.amax(dim=1), other.counts > 0))

@@ -83,6 +83,11 @@ class InputMoments(SquaredInputs):
             return parameter
         return f"{parameter}#{matrix}" if 4 * n_matrices * n_columns**2 <= self.expert_bytes else None
 
+    def move_to(self, device: torch.device) -> None:
+        super().move_to(device)
+        self._moments = {group: product.to(device) for group, product in self._moments.items()}
+        self._rows = {group: [of.to(device) for of in rows] for group, rows in self._rows.items()}
+
     def merge(self, other: Self) -> None:
         super().merge(other)
         self.shared |= other.shared

@@ -68,6 +68,8 @@ class SequentialStream(LayerStream):
     settings: whatever decides how layers are encoded: a checkpoint of others is refused. tuning: None for none.
     """
 
+    on_all_gpus = False
+
     def __init__(
         self,
         streamable: StreamableModel,
@@ -96,11 +98,13 @@ class SequentialStream(LayerStream):
         calls = self.arranged.calls
 
         def first(index: int, weights: Mapping[str, torch.Tensor]) -> None:
-            self.fit(self.batch, self.observed(partial(self.forward, calls[index]), weights, NoStatistic()))
+            self.fit(
+                self.batch, self.observed(partial(self.forward, calls[index], self.device), weights, NoStatistic())
+            )
 
         with closing(self.layers_in_turn(range(self._checkpoint.layers_done, len(self.layers)), first)) as turns:
-            for index, weights in turns:
-                forward = partial(self.forward, calls[index])
+            for index, (weights,) in turns:
+                forward = partial(self.forward, calls[index], self.device)
                 remove_tree(self.moments_dir)
                 n_tokens = self.n_artifact * self.sequence_length
                 moments = InputMoments(self.moments_dir, self.config.hidden_size, n_tokens)
@@ -170,8 +174,9 @@ class SequentialStream(LayerStream):
         """Give the resident layer other weights."""
         parameters = self.parameters.of(source)
         for name, weight in weights.items():
-            weight.copy_(parameters.read(name, weight, self._transfer))
-        self._transfer.arrive()
+            read = parameters.read(name, weight, self._transfer)
+            self._transfer.arrive()
+            weight.copy_(read)
 
     def _stored(self, weights: Mapping[str, torch.Tensor]) -> frozenset[str]:
         """The names under which a layer's weights are stored."""

@@ -28,6 +28,9 @@ class Observer(Protocol):
         """inputs: [..., n_columns], multiplied with the transposed matrix of that index in the parameter; outputs:
         [..., n_rows], that product, or None where it is not computed."""
 
+    def move_to(self, device: torch.device) -> None:
+        """What has been seen on another GPU goes to this one, where it is merged."""
+
     def merge(self, other: Self) -> None: ...
 
     def to_arrays(self) -> dict[str, np.ndarray]:
@@ -251,6 +254,9 @@ class NoStatistic:
     ) -> None:
         pass
 
+    def move_to(self, device: torch.device) -> None:
+        pass
+
     def merge(self, other: Self) -> None:
         pass
 
@@ -299,6 +305,10 @@ class SquaredInputs:
         squares = self._latest[1]
         self._totals["sums"].add(parameter, (n_matrices, len(squares)), matrix, squares)
         self._totals["counts"].add(parameter, (n_matrices,), matrix, inputs.numel() // inputs.shape[-1])
+
+    def move_to(self, device: torch.device) -> None:
+        for totals in self._totals.values():
+            totals.move_to(device)
 
     def merge(self, other: Self) -> None:
         self.grouped.add(other.first, other._totals)
