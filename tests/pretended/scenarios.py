@@ -201,8 +201,9 @@ def converted(name: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
         return converter.convert(str(directory), output=output, device=kind, quiet=True, **options)
 
 
-def converted_directory(name: str, kind: str, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """A conversion to a directory, and its quality by the products and caches of its schemes: there, and on a CPU."""
+def converted_directory(name: str, kind: str, options: dict[str, Any], **limits: int) -> list[dict[str, Any]]:
+    """A conversion to a directory, and its quality by the products and caches of its schemes: there, one sample at
+    once, and on a CPU. limits: as of pretended."""
     directory = tiny_models.checkpoint(name, ALL_TINY_MODELS[name])
     tokens = np.random.default_rng(0).integers(3, tiny_models.VOCAB_SIZE, (2, LENGTH)).astype(np.int32)
     corpus, source = Corpus(tokens, "random", "0" * 64), open_checkpoint(str(directory))
@@ -215,9 +216,10 @@ def converted_directory(name: str, kind: str, options: dict[str, Any]) -> list[d
             control = PassControl(Path(place) / device)
             return stream_quality(model, artifact, corpus, control, arithmetic=SchemeProducts(artifact)).to_dict()
 
-        with pretended(kind):
+        with pretended(kind, **limits):
             converter.convert(str(directory), output=output, device=kind, quiet=True, **options)
-            there = quality(kind)
+            with one_sample_at_once(kind):
+                there = quality(kind)
         return [there, quality("cpu")]
 
 

@@ -162,11 +162,12 @@ def test_a_whole_job_is_measured_in_float32(name, kind, options, pretend):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "profile"),
-    [("gemma3", "mps", "fp8-kv"), ("qwen3_5", "mps", "nvfp4-vllm"), ("llama", "cuda", "smoothquant-w8a8")],
+    ("name", "kind", "number", "profile"),
+    [("gemma3", "mps", 1, "fp8-kv"), ("qwen3_5", "mps", 1, "nvfp4-vllm"), ("llama", "cuda", 2, "smoothquant-w8a8")],
 )
-def test_a_whole_job_to_a_directory_is_computed_by_its_schemes(name, kind, profile, pretend):
-    there, here = pretend("converted_directory", name, kind, SHORT | BY_RULES | {"profile": profile, "judge": "off"})
+def test_a_whole_job_to_a_directory_is_computed_by_its_schemes(name, kind, number, profile, pretend):
+    options = SHORT | BY_RULES | {"profile": profile, "judge": "off"}
+    there, here = pretend("converted_directory", name, kind, options, number=number)
     assert (there["device"], here["device"]) == (kind, "cpu") and there["not_finite"] == 0
     assert there["mean_kld"] == pytest.approx(here["mean_kld"], rel=0.05, abs=1e-7)
 
