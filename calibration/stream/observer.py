@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from bitwright.calibration.stream.checkpointing import flat_arrays, load_flat_arrays
 from bitwright.calibration.stream.device.totals import Totals, settle_all
-from bitwright.calibration.stream.micro_batches import Excerpt
+from bitwright.calibration.stream.micro_batches import N_GROUPS, Excerpt
 from bitwright.formats.errors import ConvertError
 
 
@@ -197,10 +197,18 @@ class GroupedSums:
         self.groups: dict[int, dict[str, dict[str, np.ndarray]]] = {}
         self._open: list[tuple[int, dict[str, Totals[str]]]] = []
 
+    def group_of(self, sample: int) -> int:
+        return 0 if self.excerpt is None else self.excerpt.group_of(sample)
+
+    @property
+    def all_groups(self) -> range:
+        """Of which the excerpt is made."""
+        return range(N_GROUPS) if self.excerpt is None else self.excerpt.groups
+
     def add(self, first: int, totals: Mapping[str, Totals[str]]) -> None:
         """What a micro-batch that begins with this sample has shown, by kind, which is not used again; micro-batches
         come in order."""
-        group = 0 if self.excerpt is None else self.excerpt.group_of(first)
+        group = self.group_of(first)
         self.refuse({kind: of.host for kind, of in totals.items()})
         if self._open and self._open[-1][0] == group:
             for kind, of_kind in self._open[-1][1].items():

@@ -22,6 +22,7 @@ from bitwright.converter.measure.activations import (
     streamed_activations,
 )
 from bitwright.converter.measure.running import runnable, streamable
+from bitwright.converter.measure.statistics_directory import given_activations
 from bitwright.converter.smoothing.groups import smoothing_groups, unsmoothed
 from bitwright.converter.smoothing.record import Smoothing, load_smoothing, save_smoothing
 from bitwright.converter.smoothing.search import SmoothedGroup, Smoother
@@ -69,7 +70,7 @@ def streamed_smoothing(run: Run, config: SmoothQuantConfig, static: Collection[s
     groups = smoothing_groups(running, running_map)
 
     def decide() -> Smoothing:
-        smoother = Smoother(running, before, input_rows(run.work_dir), static)
+        smoother = Smoother(running, before, input_rows(run), static)
         decided = smoother.smooth(groups, config, progress, run.should_stop)
         return Smoothing(
             checkpoint.model_id, checkpoint.revision, config.alpha, tuple(decided), smoother.factors, smoother.foldings
@@ -79,8 +80,10 @@ def streamed_smoothing(run: Run, config: SmoothQuantConfig, static: Collection[s
         try:
             return decide()
         except RowsLost as lost:
+            if given_activations(job) is not None:
+                raise
             progress.say(f"{lost.where}: {lost.what}: the model is run again")
-            forget_activations(run.work_dir)
+            forget_activations(run)
             streamed_activations(run)
             return decide()
 
