@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from bitwright.calibration.passes.device_inputs import DeviceInputs, ProductInputs, bring_over
+from bitwright.calibration.passes.device_inputs import DeviceInputs, ProductInputs
 from bitwright.calibration.passes.input_sums import EXACT, InputSums, smoothed
 from bitwright.calibration.statistics.histogram import FLOAT32_SHIFT, N_CODES, N_MAGNITUDES, by_bins
 from bitwright.calibration.stream.checkpointing import flat_arrays, load_flat_arrays
@@ -153,9 +153,9 @@ class InputObserver:
 
     def _settle(self) -> None:
         """Bring over what a GPU has summed up of a layer, and take its micro-batches together."""
-        for (parameter, there), (sums, ends) in zip(
-            self._there.items(), bring_over(list(self._there.values())), strict=True
-        ):
+        arrays = iter(self.grouped.close([tensor for there in self._there.values() for tensor in there.tensors()]))
+        for parameter, there in self._there.items():
+            sums, ends = there.settled(arrays)
             self._sums_of(parameter, *there.minima.shape).add(sums)
             self._ends.setdefault(parameter, []).extend(ends)
         self._there.clear()
@@ -171,7 +171,6 @@ class InputObserver:
         self._ends.clear()
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        of_groups = self.grouped.to_arrays()
         self._settle()
         if self.write_rows is not None:
             self.write_rows(self._take_rows())
@@ -180,7 +179,7 @@ class InputObserver:
             f"cached {cached}": {str(layer): peaks for (kind, layer), peaks in self.caches.items() if kind == cached}
             for cached in CACHED
         }
-        return of_groups | flat_arrays(kinds | {"ranges": self.ranges, "ends": self.ends} | caches)
+        return self.grouped.to_arrays() | flat_arrays(kinds | {"ranges": self.ranges, "ends": self.ends} | caches)
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         kinds: dict[str, dict[str, np.ndarray]] = {key: {} for key in (*EXACT, "ranges", "ends")}

@@ -7,7 +7,6 @@ import torch
 
 from bitwright.calibration.passes.input_sums import InputSums
 from bitwright.calibration.statistics.histogram import FLOAT32_SHIFT, N_CODES, N_MAGNITUDES, by_bins
-from bitwright.calibration.stream.device.transfer import to_host
 
 
 class ProductInputs:
@@ -68,12 +67,6 @@ class DeviceInputs:
             peaks=np.stack([by_bins(codes)[N_MAGNITUDES:] for codes in peaks]),
         )
         return sums, np.stack([least, largest], axis=2)
-
-
-def bring_over(inputs: list[DeviceInputs]) -> list[tuple[InputSums, np.ndarray]]:
-    """What `settled` gives of each, in one copy for all of a dtype."""
-    arrays = iter(to_host([tensor for of in inputs for tensor in of.tensors()]))
-    return [of.settled(arrays) for of in inputs]
 
 
 def _code_counts(values: torch.Tensor) -> torch.Tensor:
