@@ -19,11 +19,10 @@ import numpy as np
 import torch
 
 from bitwright.calibration.control import Interrupted, PassControl
-from bitwright.calibration.passes.importance_pass import moment_groups
+from bitwright.calibration.passes.importance_pass import fed_matrices, index_moments
 from bitwright.calibration.passes.layer_tuning import LayerTask, Place, TunableBlocks, TunedBlocks, tune
 from bitwright.calibration.passes.moment_observer import InputMoments
 from bitwright.calibration.places import MatrixNames
-from bitwright.calibration.statistics.second_moments import write_index
 from bitwright.calibration.stream.forward import LayerStream
 from bitwright.calibration.stream.micro_batches import Excerpt
 from bitwright.calibration.stream.observer import NoStatistic, Observer
@@ -112,7 +111,8 @@ class SequentialStream(LayerStream):
                 self._take([(self.n_artifact, self.n_samples)], pool, forward, weights, NoStatistic())
                 report(index, self.n_samples // 2)
                 moments.to_arrays()  # writes them
-                write_index(self.moments_dir, moment_groups(moments, self.names, self.parameters))
+                fed = fed_matrices(moments.counts, self.names, self.parameters)
+                index_moments(self.moments_dir, moments.shared, fed)
                 self._set(weights, self.encoded.encode(self._stored(weights)))
                 self.encoded.finish(self._tune(pool, index, weights))
                 self._take(self._of_artifact, pool, forward, weights, NoStatistic())

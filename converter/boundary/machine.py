@@ -1,5 +1,6 @@
-"""What this machine is called, and whether a GPU is in it, without asking torch."""
+"""What this machine is called, its cores, and whether a GPU is in it, without asking torch."""
 
+import os
 import platform
 from pathlib import Path
 
@@ -22,3 +23,8 @@ def nvidia_gpu() -> str | None:
             if line.startswith("Model:"):
                 return line.partition(":")[2].strip()
     return None
+
+
+def usable_cores() -> int:
+    """The cores that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

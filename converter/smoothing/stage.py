@@ -24,6 +24,7 @@ from bitwright.converter.measure.activations import (
     streamed_activations,
 )
 from bitwright.converter.measure.running import runnable, streamable
+from bitwright.converter.measure.statistics_directory import given_activations
 from bitwright.converter.smoothing.groups import smoothing_groups, unsmoothed
 from bitwright.converter.smoothing.record import Smoothing, load_smoothing, save_smoothing
 from bitwright.converter.smoothing.search import SmoothedGroup, Smoother
@@ -77,7 +78,7 @@ def streamed_smoothing(run: Run, config: SmoothQuantConfig, static: Collection[s
         from bitwright.calibration.stream.device.memory import memory_explained
 
         device = _measuring_device(job.device)
-        smoother = Smoother(running, before, input_rows(run.work_dir), static, str(device))
+        smoother = Smoother(running, before, input_rows(run), static, str(device))
         with memory_explained(device):
             decided = smoother.smooth(groups, config, progress, run.should_stop)
         return Smoothing(
@@ -88,8 +89,10 @@ def streamed_smoothing(run: Run, config: SmoothQuantConfig, static: Collection[s
         try:
             return decide()
         except RowsLost as lost:
+            if given_activations(job) is not None:
+                raise
             progress.say(f"{lost.where}: {lost.what}: the model is run again")
-            forget_activations(run.work_dir)
+            forget_activations(run)
             streamed_activations(run)
             return decide()
 

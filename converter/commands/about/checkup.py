@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bitwright import formats
+from bitwright.converter.boundary.machine import usable_cores
 from bitwright.converter.job.identity import tool_identity
-from bitwright.converter.job.job import usable_cores
 from bitwright.profiles.sizes import size_text
 
 _PACKAGES = ("numba", "numpy", "gguf", "torch", "transformers", "huggingface_hub", "datasets")
