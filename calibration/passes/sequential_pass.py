@@ -106,7 +106,8 @@ class SequentialStream(LayerStream):
                 forward = partial(self.forward, calls[index], self.device)
                 remove_tree(self.moments_dir)
                 n_tokens = self.n_artifact * self.sequence_length
-                moments = InputMoments(self.moments_dir, self.config.hidden_size, n_tokens)
+                width, excerpt = self.config.hidden_size, Excerpt.whole(self.n_artifact)
+                moments = InputMoments(self.moments_dir, width, n_tokens, excerpt=excerpt)
                 self._take(self._of_artifact, pool, forward, weights, moments)
                 self._take([(self.n_artifact, self.n_samples)], pool, forward, weights, NoStatistic())
                 report(index, self.n_samples // 2)
