@@ -48,6 +48,7 @@ from bitwright.converter.measure.evidence import (
 from bitwright.converter.measure.moments import collects_moments
 from bitwright.converter.measure.obstacles import Need
 from bitwright.converter.measure.published import brings_statistics
+from bitwright.converter.measure.statistics_directory import check_statistics
 from bitwright.converter.preflight import preflight, ternary_warning
 from bitwright.converter.preparation import (
     TARGETS,
@@ -160,6 +161,7 @@ def _begun(
                 fetched = fetched if prepared is None else prepared.run
                 files = _checked_files(fetched, prepared)
             begun = fetched
+        check_statistics(begun)
         if begun.job.sensitivity is not None:  # the weights tell models apart that look alike by their headers
             available_evidence(begun)
         if {*needs_of(begun.job, prepared)} - {Need.QUALITY}:
@@ -271,7 +273,7 @@ def _adapted(planned: Prepared[Any], clock: Clock) -> Adapted[Any, Any]:
         progress.say(f"warning: {text}")
     calibrated = _calibrate(planned, clock)
     with clock("adapt"):
-        if calibrated.plan.error_feedback and job.imatrix is not None:
+        if job.imatrix is not None and collects_moments(calibrated.run, calibrated.plan):
             target.calibrate(calibrated.run, calibrated.plan)  # for the second moments, which the file does not have
         adapted: Adapted[Any, Any] = target.adapt(calibrated)
     for note in (*(f"{decision['tensor']}: {decision['why']}" for decision in adapted.decisions), *adapted.notes):
@@ -338,6 +340,8 @@ def _write(planned: Prepared[Any], adapted: Adapted[Any, Any], encoders: Encoder
     try:
         paths = write()
     except MomentsLost as lost:
+        if not collects_moments(run, planned.plan):
+            raise
         run.progress.say(f"{lost.where}: {lost.what}: the model is calibrated again")
         forget_calibration(run.work_dir)
         target.calibrate(run, planned.plan)

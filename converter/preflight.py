@@ -129,8 +129,9 @@ def _memory(run: Run, widths: list[list[int]], runs: bool) -> int:
     copies = 2 if not run.job.tune else 5 + run.job.n_threads
     streamed = copies * max((n for layer, n in weights.items() if layer is not None), default=0)
     resident = 0 if not runs else streamed if run.checkpoint.location.is_dir() else sum(weights.values())
-    # Square matrices of a layer's inputs: the sums, and what each thread has just added up.
-    squares = max((sum(n * n for n in layer) for layer in widths), default=0) * (2 + run.job.n_threads)
+    # Square matrices of a layer's inputs: three sums that are still to be added up, what each thread has just made, and
+    # what waits for its turn.
+    squares = max((sum(n * n for n in layer) for layer in widths), default=0) * (4 + run.job.n_threads)
     return 4 * (resident + squares)
 
 
@@ -151,8 +152,8 @@ def _check_device_memory(run: Run, widths: list[list[int]], needs: Collection[Ne
             layers[tensor.layer] += tensor.n_weights
     layer = max(layers.values(), default=0)
     head = max((t.n_weights for t in run.model_map.tensors if t.layer is None), default=0)
-    # The sums of a layer, those of a micro-batch and their product, float32.
-    squares = 3 * 4 * max((sum(n * n for n in layer) for layer in widths), default=0)
+    # Three sums of a layer that are still to be added up, those of a micro-batch and their product, float32.
+    squares = 5 * 4 * max((sum(n * n for n in layer) for layer in widths), default=0)
     needed = calibrated * max(layer, head) + squares
     if Need.QUALITY in needs:  # in float32
         needed = max(needed, 4 * layer, 2 * 4 * head)

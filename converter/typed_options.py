@@ -23,6 +23,7 @@ class Options(TypedDict, total=False):
     refine: int
     imatrix: Path | str | None
     sensitivity: Path | str | None
+    statistics: Path | str | None
     analysis: bool
     published: bool
     calibration: str | None

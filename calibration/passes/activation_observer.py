@@ -3,72 +3,27 @@ what goes into the caches of keys and values."""
 
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
-from typing import Self
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from bitwright.calibration.passes.device_inputs import DeviceInputs, ProductInputs, bring_over
-from bitwright.calibration.statistics.activations import MatrixInputs
-from bitwright.calibration.statistics.histogram import FLOAT32_SHIFT, N_BINS, N_CODES, N_MAGNITUDES, by_bins
+from bitwright.calibration.passes.device_inputs import DeviceInputs, ProductInputs
+from bitwright.calibration.passes.input_sums import EXACT, InputSums, smoothed
+from bitwright.calibration.statistics.histogram import FLOAT32_SHIFT, N_CODES, N_MAGNITUDES, by_bins
 from bitwright.calibration.stream.checkpointing import flat_arrays, load_flat_arrays
-from bitwright.calibration.stream.device.totals import Maxima
+from bitwright.calibration.stream.device.totals import Maxima, Totals
 from bitwright.calibration.stream.device.transfer import to_host
-from bitwright.calibration.stream.observer import refuse_not_finite
+from bitwright.calibration.stream.micro_batches import N_GROUPS, Excerpt
+from bitwright.calibration.stream.observer import GroupedSums, Sums, refuse_not_finite
 
-# Rows that are kept of a parameter's inputs, over all its matrices, and of one matrix at least; and at most of one
-# micro-batch, so that those of one text do not crowd out the others.
-KEPT_ROWS, _LEAST_ROWS = 256, 16
+# Rows that are kept of a parameter's inputs, over all its matrices, as many of every group of the text and one of a
+# matrix at least; and at most of one micro-batch, so that those of one text do not crowd out the others.
+KEPT_ROWS = 256
 _ROWS_OF_A_BATCH = 16
 
-
-class InputSums(MatrixInputs):
-    """Statistics of the inputs of one parameter's matrices, to which more is added in place. The extremes of a matrix
-    that no row has reached are infinite."""
-
-    @classmethod
-    def empty(cls, n_matrices: int, n_columns: int) -> Self:
-        return cls(
-            minima=np.full((n_matrices, n_columns), np.inf, np.float32),
-            maxima=np.full((n_matrices, n_columns), -np.inf, np.float32),
-            squares=np.zeros((n_matrices, n_columns)),
-            counts=np.zeros(n_matrices, np.int64),
-            totals=np.zeros(n_matrices),
-            values=np.zeros((n_matrices, N_BINS), np.int64),
-            peaks=np.zeros((n_matrices, N_MAGNITUDES + 1), np.int64),
-            ranges=np.zeros((n_matrices, 2)),
-        )
-
-    def add(self, other: MatrixInputs, matrices: slice = slice(None)) -> None:
-        """Other rows of these matrices, all but their smoothed ranges."""
-        for key, combine in (("minima", np.minimum), ("maxima", np.maximum)):
-            into = getattr(self, key)[matrices]
-            combine(into, getattr(other, key), out=into)
-        for key in ("squares", "counts", "totals", "values", "peaks"):
-            into = getattr(self, key)[matrices]
-            into += getattr(other, key)
-
-    def add_batch(self, other: MatrixInputs, decay: float) -> None:
-        """Another micro-batch, the next in order."""
-        ends = np.stack([other.minima.min(axis=1), other.maxima.max(axis=1)], axis=1)
-        self.add_batches(other, [(ends, other.counts > 0)], decay)
-
-    def add_batches(self, other: MatrixInputs, ends: Sequence[tuple[np.ndarray, np.ndarray]], decay: float) -> None:
-        """The sum of the next micro-batches. ends: of each, in order, the smallest and the largest input of every
-        matrix, float32 [n_matrices, 2], and which matrices had any, bool [n_matrices]."""
-        reached = self.counts > 0
-        for of_batch, seen in ends:
-            batch = of_batch[seen].astype(np.float64)
-            kept = np.where(reached[seen, None], decay, 0.0)
-            self.ranges[seen] = kept * self.ranges[seen] + (1 - kept) * batch
-            reached = reached | seen
-        self.add(other)
-
-
-FIELDS = tuple(field.name for field in fields(MatrixInputs))
-_CACHED = ("keys", "values")
+CACHED = ("keys", "values")
 # parameter -> matrix -> float32 [n, n_columns]: some rows of its inputs
 Rows = dict[str, dict[int, np.ndarray]]
 
@@ -90,28 +45,50 @@ class KeptRows:
 
 
 class InputObserver:
-    """An Observer of inputs. inputs: parameter -> InputSums. decay: of the smoothed ranges, of the past in a step.
+    """An Observer of inputs. decay: of the smoothed ranges, of the past in a step.
 
     write_rows: given some rows of a layer's inputs at the end of the layer, where they are wanted; where several
-    matrices are shown the same tensor, those of the first one. caches: ("keys" or "values", layer) -> largest
-    magnitudes of what a cache would hold, float32 [n_heads, head_size]. inputs, caches: of finished layers.
-    Within a micro-batch sums are taken in float32 by torch's cascade summation, beyond it in float64, or on a GPU as
-    Totals do.
+    matrices are shown the same tensor, those of the first one. excerpt, apart: as of GroupedSums, whose sums of squares
+    and of values by group are in `grouped`.
+    Of finished layers: sums: parameter -> InputSums. ranges: parameter -> as of `smoothed`; or, where groups are kept
+    apart, ends: parameter -> what these are made of. caches: ("keys" or "values", layer) -> largest magnitudes of what
+    a cache would hold, float32 [n_heads, head_size].
+    Within a micro-batch sums are taken in float32 by torch's cascade summation, beyond it as Totals do.
     """
 
     one_group_at_once = True  # ranges are smoothed, and rows are kept, from micro-batch to micro-batch
 
-    def __init__(self, decay: float, write_rows: Callable[[Rows], None] | None = None, first: int = 0) -> None:
+    def __init__(
+        self,
+        decay: float,
+        write_rows: Callable[[Rows], None] | None = None,
+        first: int = 0,
+        *,
+        excerpt: Excerpt | None = None,
+        apart: bool = False,
+    ) -> None:
         self.decay, self.write_rows, self.first = decay, write_rows, first
-        self.inputs: dict[str, InputSums] = {}
-        self.rows: dict[tuple[str, int, int], KeptRows] = {}
+        self.grouped = GroupedSums({"squares": {}, "totals": {}}, excerpt, _refuse, apart)
+        self.sums: dict[str, InputSums] = {}
+        self.ranges: dict[str, np.ndarray] = {}
+        self.ends: dict[str, np.ndarray] = {}
+        self._totals = {"squares": Totals[str](), "totals": Totals[str]()}  # of a micro-batch
+        self._rows: dict[tuple[int, str, int, int], KeptRows] = {}  # by the group of the text, too
         self._caches = Maxima[tuple[str, int]]()
+        self._ends: dict[str, list[np.ndarray]] = {}
         self._there: dict[str, DeviceInputs] = {}
-        self._latest: tuple[weakref.ref[torch.Tensor], InputSums | ProductInputs | None] | None = None
+        self._latest: tuple[weakref.ref[torch.Tensor], Product | None] | None = None
 
     @property
     def caches(self) -> dict[tuple[str, int], np.ndarray]:
         return self._caches.host
+
+    @property
+    def inputs(self) -> dict[str, dict[str, np.ndarray]]:
+        """The fields of MatrixInputs, parameter by parameter, where groups are added up; the ranges of what no row has
+        reached are not numbers."""
+        exact = {key: {name: getattr(sums, key) for name, sums in self.sums.items()} for key in EXACT}
+        return exact | self.grouped.total | {"ranges": self.ranges}
 
     def fresh(self, first: int) -> "InputObserver":
         return InputObserver(self.decay, self.write_rows, first)
@@ -121,98 +98,141 @@ class InputObserver:
     ) -> None:
         if self._latest is None or self._latest[0]() is not inputs:
             rows = inputs.reshape(-1, inputs.shape[-1]).float()
-            self._latest = (weakref.ref(inputs), _sums(rows))
-            if self.write_rows is not None and outputs is not None:
-                kept = self.rows.setdefault((parameter, matrix, n_matrices), KeptRows())
+            self._latest = (weakref.ref(inputs), _seen(rows))
+            if self.write_rows is not None and outputs is not None and len(rows):
+                kept = self._rows.setdefault((0, parameter, matrix, n_matrices), KeptRows())
                 kept.add(_some_rows(rows, f"{parameter} {matrix} {self.first}"), _ROWS_OF_A_BATCH)
-        sums = self._latest[1]
-        if isinstance(sums, InputSums):
-            into = self.inputs.setdefault(parameter, InputSums.empty(n_matrices, inputs.shape[-1]))
-            into.add(sums, slice(matrix, matrix + 1))
-            return
-        if parameter not in self._there:
-            self._there[parameter] = DeviceInputs(n_matrices, inputs.shape[-1], inputs.device)
-        if sums is not None:
-            self._there[parameter].add(sums, matrix)
+        n_columns, seen = inputs.shape[-1], self._latest[1]
+        if inputs.device.type == "cpu":
+            into = self._sums_of(parameter, n_matrices, n_columns)
+            if seen is not None and isinstance(seen.exact, InputSums):
+                into.add(seen.exact, slice(matrix, matrix + 1))
+        else:
+            if parameter not in self._there:
+                self._there[parameter] = DeviceInputs(n_matrices, n_columns, inputs.device)
+            if seen is not None and isinstance(seen.exact, ProductInputs):
+                self._there[parameter].add(seen.exact, matrix)
+        squares, total = (0.0, 0.0) if seen is None else (seen.squares, seen.total)
+        self._totals["squares"].add(parameter, (n_matrices, n_columns), matrix, squares)
+        self._totals["totals"].add(parameter, (n_matrices,), matrix, total)
 
     def observe_cache(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         for kind, states in (("keys", keys), ("values", values)):
             peaks = states.detach().abs().amax(dim=(0, 2)).float()
             self._caches.add((kind, layer), tuple(peaks.shape), ..., peaks)
 
+    def move_to(self, device: torch.device) -> None:
+        for totals in self._totals.values():
+            totals.move_to(device)
+        for there in self._there.values():
+            there.move_to(device)
+        for kept in self._rows.values():
+            kept.rows = list(torch.stack(kept.rows).to(device)) if kept.rows else []
+        self._caches.move_to(device)
+
     def merge(self, other: "InputObserver") -> None:
-        for parameter, inputs in other.inputs.items():
-            refuse_not_finite(inputs.squares, parameter)
-            n_matrices, n_columns = inputs.squares.shape
-            into = self.inputs.setdefault(parameter, InputSums.empty(n_matrices, n_columns))
-            into.add_batch(inputs, self.decay)
+        self.grouped.add(other.first, other._totals)
+        for parameter, sums in other.sums.items():
+            self._sums_of(parameter, *sums.minima.shape).add(sums)
+            self._ends.setdefault(parameter, []).append(sums.ends())
         for parameter, there in other._there.items():
             if parameter not in self._there:
                 self._there[parameter] = there.empty_like()
             self._there[parameter].add_batch(there)
-        for key, kept in other.rows.items():
-            capacity = max(_LEAST_ROWS, KEPT_ROWS // key[2])
-            self.rows.setdefault(key, KeptRows()).add(kept.rows, capacity)
+        group = self.grouped.group_of(other.first)
+        for (_, parameter, matrix, n_matrices), kept in other._rows.items():
+            capacity = max(1, KEPT_ROWS // N_GROUPS // n_matrices)
+            self._rows.setdefault((group, parameter, matrix, n_matrices), KeptRows()).add(kept.rows, capacity)
         self._caches.merge(other._caches)
 
+    def _sums_of(self, parameter: str, n_matrices: int, n_columns: int) -> InputSums:
+        if parameter not in self.sums:
+            self.sums[parameter] = InputSums.empty(n_matrices, n_columns)
+        return self.sums[parameter]
+
     def _take_rows(self) -> Rows:
-        """The rows that are kept; they are kept no longer."""
-        taken: Rows = {}
-        order = sorted(self.rows)
-        arrays = to_host([torch.stack(self.rows[key].rows) for key in order])
-        for (parameter, matrix, _), rows in zip(order, arrays, strict=True):
-            taken.setdefault(parameter, {})[matrix] = rows
-        self.rows.clear()
-        return taken
+        """The rows that are kept, group by group; they are kept no longer."""
+        taken: dict[str, dict[int, list[np.ndarray]]] = {}
+        order = sorted(self._rows)
+        arrays = to_host([torch.stack(self._rows[key].rows) for key in order])
+        for (_, parameter, matrix, _), rows in zip(order, arrays, strict=True):
+            taken.setdefault(parameter, {}).setdefault(matrix, []).append(rows)
+        self._rows.clear()
+        return {name: {i: np.concatenate(of[i]) for i in sorted(of)} for name, of in sorted(taken.items())}
 
     def _settle(self) -> None:
-        """Bring over what a GPU has summed up of a layer."""
-        for (parameter, there), (inputs, ends) in zip(
-            self._there.items(), bring_over(list(self._there.values())), strict=True
-        ):
-            refuse_not_finite(inputs.squares, parameter)
-            into = self.inputs.setdefault(parameter, InputSums.empty(*there.minima.shape))
-            into.add_batches(inputs, ends, self.decay)
+        """Bring over what a GPU has summed up of a layer, and take its micro-batches together."""
+        arrays = iter(self.grouped.close([tensor for there in self._there.values() for tensor in there.tensors()]))
+        for parameter, there in self._there.items():
+            sums, ends = there.settled(arrays)
+            self._sums_of(parameter, *there.minima.shape).add(sums)
+            self._ends.setdefault(parameter, []).extend(ends)
         self._there.clear()
         self._caches.settle()
+        for parameter, of_batches in self._ends.items():
+            stacked = np.stack(of_batches)
+            if not self.grouped.apart:
+                self.ranges[parameter] = smoothed(stacked, self.decay, self.ranges.get(parameter))
+            elif parameter in self.ends:
+                self.ends[parameter] = np.concatenate([self.ends[parameter], stacked])
+            else:
+                self.ends[parameter] = stacked
+        self._ends.clear()
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         self._settle()
         if self.write_rows is not None:
             self.write_rows(self._take_rows())
-        sums = {key: {name: getattr(inputs, key) for name, inputs in self.inputs.items()} for key in FIELDS}
+        kinds = {key: {name: getattr(sums, key) for name, sums in self.sums.items()} for key in EXACT}
         caches = {
             f"cached {cached}": {str(layer): peaks for (kind, layer), peaks in self.caches.items() if kind == cached}
-            for cached in _CACHED
+            for cached in CACHED
         }
-        return flat_arrays(sums | caches)
+        return self.grouped.to_arrays() | flat_arrays(kinds | {"ranges": self.ranges, "ends": self.ends} | caches)
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        sums: dict[str, dict[str, np.ndarray]] = {key: {} for key in FIELDS}
-        caches: dict[str, dict[str, np.ndarray]] = {f"cached {kind}": {} for kind in _CACHED}
-        load_flat_arrays(arrays, sums | caches)
-        self.inputs = {name: InputSums(**{key: sums[key][name] for key in FIELDS}) for name in sums["counts"]}
+        kinds: dict[str, dict[str, np.ndarray]] = {key: {} for key in (*EXACT, "ranges", "ends")}
+        kinds |= {f"cached {kind}": {} for kind in CACHED}
+        own = {name: array for name, array in arrays.items() if name.partition("/")[0] in kinds}
+        load_flat_arrays(own, kinds)
+        self.grouped.load_arrays({name: array for name, array in arrays.items() if name not in own})
+        self.sums = {name: InputSums(**{key: kinds[key][name] for key in EXACT}) for name in kinds["counts"]}
+        self.ranges, self.ends = kinds["ranges"], kinds["ends"]
         self._caches.host = {
-            (kind, int(layer)): peaks for kind in _CACHED for layer, peaks in caches[f"cached {kind}"].items()
+            (kind, int(layer)): peaks for kind in CACHED for layer, peaks in kinds[f"cached {kind}"].items()
         }
 
 
-def _sums(rows: torch.Tensor) -> InputSums | ProductInputs | None:
-    """The statistics of one matrix's inputs, where these are; None on a GPU without any. rows: float32 [n, n_columns].
-    Counts of a bin are integers, so no order of adding matters."""
+class Product(NamedTuple):
+    """The inputs of one product, where these are. exact: their statistics without order. squares: sum by column,
+    float32 [n_columns]; total: of all values."""
+
+    exact: InputSums | ProductInputs
+    squares: torch.Tensor
+    total: torch.Tensor | float
+
+
+def _refuse(sums: Sums) -> None:
+    for parameter, squares in sums["squares"].items():
+        refuse_not_finite(squares, parameter)
+
+
+def _seen(rows: torch.Tensor) -> Product | None:
+    """The statistics of one matrix's inputs; None without any. rows: float32 [n, n_columns]. Counts of a bin are
+    integers, so no order of adding matters."""
+    if not len(rows):
+        return None
+    squares = rows.square().sum(0)
     if rows.device.type != "cpu":
-        return ProductInputs(rows) if len(rows) else None
-    sums = InputSums.empty(1, rows.shape[1])
-    if len(rows):
-        minima, maxima = rows.amin(dim=0), rows.amax(dim=0)  # several times as fast as aminmax
-        peaks = torch.maximum(-rows.amin(dim=1), rows.amax(dim=1))
-        sums.minima[0], sums.maxima[0] = minima.numpy(), maxima.numpy()
-        sums.squares[0] = rows.square().sum(0).numpy()
-        sums.counts[0] = len(rows)
-        sums.totals[0] = float(rows.sum())
-        sums.values[0] = _counts(rows.reshape(-1))
-        sums.peaks[0] = _counts(peaks)[N_MAGNITUDES:]
-    return sums
+        return Product(ProductInputs(rows), squares, rows.sum())
+    minima, maxima = rows.amin(dim=0), rows.amax(dim=0)  # several times as fast as aminmax
+    peaks = torch.maximum(-rows.amin(dim=1), rows.amax(dim=1))
+    exact = InputSums.empty(1, rows.shape[1])
+    exact.minima[0], exact.maxima[0] = minima.numpy(), maxima.numpy()
+    exact.counts[0] = len(rows)
+    exact.values[0] = _counts(rows.reshape(-1))
+    exact.peaks[0] = _counts(peaks)[N_MAGNITUDES:]
+    return Product(exact, squares, float(rows.sum()))
 
 
 def _counts(values: torch.Tensor) -> np.ndarray:

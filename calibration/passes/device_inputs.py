@@ -5,10 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from bitwright.calibration.statistics.activations import MatrixInputs
+from bitwright.calibration.passes.input_sums import InputSums
 from bitwright.calibration.statistics.histogram import FLOAT32_SHIFT, N_CODES, N_MAGNITUDES, by_bins
-from bitwright.calibration.stream.device.totals import Pair
-from bitwright.calibration.stream.device.transfer import to_host
 
 
 class ProductInputs:
@@ -18,22 +16,20 @@ class ProductInputs:
         self.count, self.device = len(rows), rows.device
         self.minima, self.maxima = rows.amin(dim=0), rows.amax(dim=0)
         peaks = torch.maximum(-rows.amin(dim=1), rows.amax(dim=1))
-        self.squares, self.total = rows.square().sum(0), rows.sum()
         self.values, self.peaks = _code_counts(rows.reshape(-1)), _code_counts(peaks)
 
 
 class DeviceInputs:
     """As InputSums. The histograms are by code: int64 [n_matrices, N_CODES]. batches: what smoothed ranges are made of,
-    of every micro-batch the smallest and the largest input [n_matrices] and which matrices had any."""
+    of every micro-batch the smallest and the largest input [n_matrices]."""
 
     def __init__(self, n_matrices: int, n_columns: int, device: torch.device):
         self.minima = torch.full((n_matrices, n_columns), torch.inf, device=device)
         self.maxima = torch.full((n_matrices, n_columns), -torch.inf, device=device)
-        self.squares, self.totals = Pair((n_matrices, n_columns), device), Pair((n_matrices,), device)
         self.values = torch.zeros((n_matrices, N_CODES), dtype=torch.int64, device=device)
         self.peaks = torch.zeros_like(self.values)
         self.counts = np.zeros(n_matrices, np.int64)
-        self.batches: list[tuple[torch.Tensor, torch.Tensor, np.ndarray]] = []
+        self.batches: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def empty_like(self) -> "DeviceInputs":
         n_matrices, n_columns = self.minima.shape
@@ -42,53 +38,40 @@ class DeviceInputs:
     def add(self, product: ProductInputs, matrix: int) -> None:
         self.minima[matrix] = torch.minimum(self.minima[matrix], product.minima)
         self.maxima[matrix] = torch.maximum(self.maxima[matrix], product.maxima)
-        self.squares.add(product.squares, matrix)
-        self.totals.add(product.total, matrix)
         self.values[matrix] += product.values
         self.peaks[matrix] += product.peaks
         self.counts[matrix] += product.count
 
+    def move_to(self, device: torch.device) -> None:
+        """Those of one micro-batch."""
+        self.minima, self.maxima = self.minima.to(device), self.maxima.to(device)
+        self.values, self.peaks = self.values.to(device), self.peaks.to(device)
+
     def add_batch(self, other: "DeviceInputs") -> None:
         """Another micro-batch, the next in order, which is not used again."""
-        self.batches.append((other.minima.amin(dim=1), other.maxima.amax(dim=1), other.counts > 0))
+        self.batches.append((other.minima.amin(dim=1), other.maxima.amax(dim=1)))
         self.minima = torch.minimum(self.minima, other.minima)
         self.maxima = torch.maximum(self.maxima, other.maxima)
-        self.squares.merge(other.squares)
-        self.totals.merge(other.totals)
         self.values += other.values
         self.peaks += other.peaks
         self.counts += other.counts
 
     def tensors(self) -> list[torch.Tensor]:
         """All that `settled` is given, on the host."""
-        ends = [torch.stack(of) for of in zip(*[batch[:2] for batch in self.batches], strict=True)]
-        pairs = [self.squares.high, self.squares.low, self.totals.high, self.totals.low]
-        return [self.minima, self.maxima, *pairs, self.values, self.peaks, *ends]
+        ends = [torch.stack(of) for of in zip(*self.batches, strict=True)]
+        return [self.minima, self.maxima, self.values, self.peaks, *ends]
 
-    def settled(self, arrays: Iterator[np.ndarray]) -> tuple[MatrixInputs, list[tuple[np.ndarray, np.ndarray]]]:
-        """The statistics, without smoothed ranges; and for these of every micro-batch the smallest and largest input
-        float32 [n_matrices, 2], with which matrices had any."""
-        minima, maxima, squares, squares_low, totals, totals_low, values, peaks, least, largest = (
-            next(arrays) for _ in range(10)
-        )
-        inputs = MatrixInputs(
+    def settled(self, arrays: Iterator[np.ndarray]) -> tuple[InputSums, np.ndarray]:
+        """The statistics, and for smoothed ranges the ends of every micro-batch, float32 [n_batches, n_matrices, 2]."""
+        minima, maxima, values, peaks, least, largest = (next(arrays) for _ in range(6))
+        sums = InputSums(
             minima=minima,
             maxima=maxima,
-            squares=squares.astype(np.float64) + squares_low,
             counts=self.counts,
-            totals=totals.astype(np.float64) + totals_low,
             values=np.stack([by_bins(codes) for codes in values]),
             peaks=np.stack([by_bins(codes)[N_MAGNITUDES:] for codes in peaks]),
-            ranges=np.zeros((len(self.counts), 2)),
         )
-        ends = np.stack([least, largest], axis=2)
-        return inputs, [(of, batch[2]) for of, batch in zip(ends, self.batches, strict=True)]
-
-
-def bring_over(inputs: list[DeviceInputs]) -> list[tuple[MatrixInputs, list[tuple[np.ndarray, np.ndarray]]]]:
-    """What `settled` gives of each, in one copy for all of a dtype."""
-    arrays = iter(to_host([tensor for of in inputs for tensor in of.tensors()]))
-    return [of.settled(arrays) for of in inputs]
+        return sums, np.stack([least, largest], axis=2)
 
 
 def _code_counts(values: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from bitwright.calibration.stream.anatomy.state import HIDDEN, Layout
+from bitwright.calibration.stream.backward import deterministic_attention
 from bitwright.calibration.stream.checkpointing import HiddenStates
 from bitwright.calibration.stream.micro_batches import is_held_out
 from bitwright.calibration.stream.model import LayerCall
@@ -115,16 +116,17 @@ def tune(
         by_name = dict(zip(task.parameters, found, strict=True))
         return [gradient for each in blocks for gradient in each.gradients(by_name[each.parameter])]
 
-    for step in range(n_steps):
-        for group in adam.param_groups:
-            group["lr"] = LEARNING_RATE * (1 - step / n_steps)
-        chosen = random.choice(samples, min(SAMPLES_A_STEP, len(samples)), replace=False)
-        for leaf, *of_samples in zip(leaves, *pool.map(gradients, chosen.tolist()), strict=True):
-            leaf.grad = torch.stack(of_samples).sum(0)
-        adam.step()
-        with torch.no_grad():
-            for each in blocks:
-                each.set(task.parameters[each.parameter])
+    with deterministic_attention(task.device):
+        for step in range(n_steps):
+            for group in adam.param_groups:
+                group["lr"] = LEARNING_RATE * (1 - step / n_steps)
+            chosen = random.choice(samples, min(SAMPLES_A_STEP, len(samples)), replace=False)
+            for leaf, *of_samples in zip(leaves, *pool.map(gradients, chosen.tolist()), strict=True):
+                leaf.grad = torch.stack(of_samples).sum(0)
+            adam.step()
+            with torch.no_grad():
+                for each in blocks:
+                    each.set(task.parameters[each.parameter])
     return [TunedBlocks(*map(_array, each.factors), *[None] * (2 - len(each.factors))) for each in blocks]
 
 

@@ -9,12 +9,14 @@ from typing import Self
 import numpy as np
 import torch
 
+from bitwright.calibration.statistics.group_folding import fold
 from bitwright.calibration.statistics.second_moments import (
     EXPERT_BYTES,
     held_out_share,
     row_share,
     thinned,
     write_moments,
+    write_partial,
 )
 from bitwright.calibration.stream.micro_batches import Excerpt, is_held_out, samples_of_a_group
 from bitwright.calibration.stream.observer import SquaredInputs
@@ -28,9 +30,10 @@ class InputMoments(SquaredInputs):
 
     width: of the hidden states; experts whose inputs are as wide share one sum. n_tokens: of the text.
     shared: "PARAMETER#MATRIX" -> the name of its moments. The output head, whose products are not computed in this
-    pass, has none. Sums are float32, of products of one micro-batch each, added up in their order, on the device that
-    computes them until the layer is done. Of samples that are held out rows are kept instead. excerpt: of the text,
-    whose squares are summed by groups.
+    pass, has none. Sums are float32, of products of one micro-batch each, added up in their order to those of groups,
+    and these as `fold` does, on the device that computes them until the layer is done. Of samples that are held out
+    rows are kept instead. excerpt: of the text; apart: it is not all of it, and what is written is partial, see
+    statistics/second_moments.py.
     """
 
     def __init__(
@@ -41,12 +44,15 @@ class InputMoments(SquaredInputs):
         expert_bytes: int = EXPERT_BYTES,
         *,
         excerpt: Excerpt | None = None,
+        apart: bool = False,
     ) -> None:
-        super().__init__(excerpt)
+        super().__init__(excerpt, apart)
         self.directory, self.width, self.n_tokens, self.expert_bytes = directory, width, n_tokens, expert_bytes
         self.holds_out = False
         self.shared: dict[str, str] = {}
-        self._moments: dict[str, torch.Tensor] = {}
+        self._products: dict[str, torch.Tensor] = {}  # of a micro-batch
+        self._sums: dict[str, dict[int, torch.Tensor]] = {}
+        self._latest_group = 0
         self._rows: dict[str, list[torch.Tensor]] = {}
         self._shown: tuple[weakref.ref[torch.Tensor], str] | None = None
 
@@ -73,33 +79,62 @@ class InputMoments(SquaredInputs):
         # An expert that sums its own rows may have few.
         rows = _share(inputs, row_share(self.n_tokens, inputs.shape[-1]) if group == parameter else 1)
         product = rows.T @ rows
-        if group in self._moments:  # another expert of this layer
-            self._moments[group] += product
+        if group in self._products:  # another expert of this layer
+            self._products[group] += product
         else:
-            self._moments[group] = product
+            self._products[group] = product
 
     def _group(self, parameter: str, matrix: int, n_matrices: int, n_columns: int) -> str | None:
         if n_matrices == 1 or n_columns == self.width:
             return parameter
         return f"{parameter}#{matrix}" if 4 * n_matrices * n_columns**2 <= self.expert_bytes else None
 
+    def move_to(self, device: torch.device) -> None:
+        super().move_to(device)
+        self._products = {group: product.to(device) for group, product in self._products.items()}
+        self._rows = {group: [of.to(device) for of in rows] for group, rows in self._rows.items()}
+
     def merge(self, other: Self) -> None:
         super().merge(other)
         self.shared |= other.shared
         for group, rows in other._rows.items():
             self._rows.setdefault(group, []).extend(rows)
-        for group, product in other._moments.items():
-            if group in self._moments:
-                self._moments[group] += product
+        group_of_text = self.grouped.group_of(other.first)
+        if group_of_text != self._latest_group:
+            self._fold(group_of_text)
+            self._latest_group = group_of_text
+        for group, product in other._products.items():
+            sums = self._sums.setdefault(group, {})
+            if group_of_text in sums:
+                sums[group_of_text] += product
             else:
-                self._moments[group] = product
+                sums[group_of_text] = product
+
+    def _fold(self, stop: int | None = None) -> None:
+        """stop: the first group of the text that is not done; None where all of the excerpt's are."""
+        groups = self.grouped.all_groups
+        for sums in self._sums.values():
+            fold(sums, groups.start, groups.stop if stop is None else stop)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """At the end of a layer, whose moments go to the disk before the checkpoint says that it is done."""
-        for group, moments in self._moments.items():
-            held_out = torch.cat(self._rows.get(group, [moments[:0]])).cpu().numpy()
-            write_moments(self.directory, group, moments.cpu().numpy(), thinned(held_out))
-        self._moments, self._rows = {}, {}
+        with torch.inference_mode():  # the sums were made in it
+            self._fold()
+        for group, sums in self._sums.items():
+            matrices = {first: matrix.cpu().numpy() for first, matrix in sums.items()}
+            rows = torch.cat(self._rows.get(group, [next(iter(sums.values()))[:0]])).cpu().numpy()
+            if self.grouped.apart:
+                write_partial(self.directory, group, matrices, rows)
+            else:
+                (matrix,) = matrices.values()
+                write_moments(self.directory, group, matrix, thinned(rows))
+        held_out_alone = self._rows.keys() - self._sums.keys()
+        if self.grouped.apart:  # another part may have a sum to which the rows belong
+            for group in held_out_alone:
+                write_partial(self.directory, group, {}, torch.cat(self._rows[group]).cpu().numpy())
+        else:
+            self.shared = {name: group for name, group in self.shared.items() if group not in held_out_alone}
+        self._sums, self._rows, self._latest_group = {}, {}, 0
         return super().to_arrays() | {GROUPS_KEY: np.array(json.dumps(self.shared))}
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:

@@ -19,11 +19,10 @@ import numpy as np
 import torch
 
 from bitwright.calibration.control import Interrupted, PassControl
-from bitwright.calibration.passes.importance_pass import moment_groups
+from bitwright.calibration.passes.importance_pass import fed_matrices, index_moments
 from bitwright.calibration.passes.layer_tuning import LayerTask, Place, TunableBlocks, TunedBlocks, tune
 from bitwright.calibration.passes.moment_observer import InputMoments
 from bitwright.calibration.places import MatrixNames
-from bitwright.calibration.statistics.second_moments import write_index
 from bitwright.calibration.stream.forward import LayerStream
 from bitwright.calibration.stream.micro_batches import Excerpt
 from bitwright.calibration.stream.observer import NoStatistic, Observer
@@ -68,6 +67,8 @@ class SequentialStream(LayerStream):
     settings: whatever decides how layers are encoded: a checkpoint of others is refused. tuning: None for none.
     """
 
+    on_all_gpus = False
+
     def __init__(
         self,
         streamable: StreamableModel,
@@ -96,19 +97,23 @@ class SequentialStream(LayerStream):
         calls = self.arranged.calls
 
         def first(index: int, weights: Mapping[str, torch.Tensor]) -> None:
-            self.fit(self.batch, self.observed(partial(self.forward, calls[index]), weights, NoStatistic()))
+            self.fit(
+                self.batch, self.observed(partial(self.forward, calls[index], self.device), weights, NoStatistic())
+            )
 
         with closing(self.layers_in_turn(range(self._checkpoint.layers_done, len(self.layers)), first)) as turns:
-            for index, weights in turns:
-                forward = partial(self.forward, calls[index])
+            for index, (weights,) in turns:
+                forward = partial(self.forward, calls[index], self.device)
                 remove_tree(self.moments_dir)
                 n_tokens = self.n_artifact * self.sequence_length
-                moments = InputMoments(self.moments_dir, self.config.hidden_size, n_tokens)
+                width, excerpt = self.config.hidden_size, Excerpt.whole(self.n_artifact)
+                moments = InputMoments(self.moments_dir, width, n_tokens, excerpt=excerpt)
                 self._take(self._of_artifact, pool, forward, weights, moments)
                 self._take([(self.n_artifact, self.n_samples)], pool, forward, weights, NoStatistic())
                 report(index, self.n_samples // 2)
                 moments.to_arrays()  # writes them
-                write_index(self.moments_dir, moment_groups(moments, self.names, self.parameters))
+                fed = fed_matrices(moments.counts, self.names, self.parameters)
+                index_moments(self.moments_dir, moments.shared, fed)
                 self._set(weights, self.encoded.encode(self._stored(weights)))
                 self.encoded.finish(self._tune(pool, index, weights))
                 self._take(self._of_artifact, pool, forward, weights, NoStatistic())
@@ -170,8 +175,9 @@ class SequentialStream(LayerStream):
         """Give the resident layer other weights."""
         parameters = self.parameters.of(source)
         for name, weight in weights.items():
-            weight.copy_(parameters.read(name, weight, self._transfer))
-        self._transfer.arrive()
+            read = parameters.read(name, weight, self._transfer)
+            self._transfer.arrive()
+            weight.copy_(read)
 
     def _stored(self, weights: Mapping[str, torch.Tensor]) -> frozenset[str]:
         """The names under which a layer's weights are stored."""

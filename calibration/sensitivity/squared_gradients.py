@@ -85,6 +85,10 @@ class SquaredGradients:
     def _add(self, kind: str, parameter: str, shape: tuple[int, ...], place: Any, values: torch.Tensor | int) -> None:
         self._totals[kind].add(parameter, shape, place, values)
 
+    def move_to(self, device: torch.device) -> None:
+        for totals in self._totals.values():
+            totals.move_to(device)
+
     def merge(self, other: "SquaredGradients") -> None:
         self.grouped.add(other.first, other._totals)
 

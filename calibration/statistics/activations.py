@@ -216,7 +216,8 @@ class RowsLost(ConvertError):
     """Rows that were kept are gone or damaged; another pass over the text brings them back."""
 
     def __init__(self, path: Path):
-        super().__init__("the sample of activations is not what was written", str(path), "start again with --fresh")
+        remedy = "start again with --fresh; of statistics that were given, merge the parts again"
+        super().__init__("the sample of activations is not what was written", str(path), remedy)
 
 
 class InputRows:

@@ -13,6 +13,10 @@ A layer's moments leave the memory with the layer, into a directory:
 
     NAME.npz     upper: float32 [n (n + 1) / 2], the rows of the upper triangle; held_out: float32 [n_rows, n]
     index.json   written last, sealed: for each GGUF tensor and matrix the NAME of its moments, or null
+
+Those of a part of the text, which are still to be added to those of the others, see group_folding.py:
+
+    NAME.npz     upper GROUP: as above, of the groups from that one on; held_out: all rows
 """
 
 import json
@@ -20,7 +24,7 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -37,13 +41,15 @@ HELD_OUT_ROWS = 256
 _ROWS_A_COLUMN = 16
 
 _REMEDY = "free some space, give another --work-dir, or add --no-error-feedback"
+_UPPER, _HELD_OUT = "upper", "held_out"
 
 
 class MomentsLost(ConvertError):
     """Second moments that were there are gone or damaged; another pass over the text brings them back."""
 
     def __init__(self, path: Path, why: str):
-        super().__init__(f"the second moments cannot be read ({why})", str(path), "start again with --fresh")
+        remedy = "start again with --fresh; of statistics that were given, merge the parts again"
+        super().__init__(f"the second moments cannot be read ({why})", str(path), remedy)
 
 
 class Moments(NamedTuple):
@@ -103,10 +109,10 @@ class SecondMoments:
 
     def load(self, group: str) -> Moments:
         """Raises MomentsLost for a file that is missing or damaged, by the checksums that npz files have."""
-        path = self.directory / f"{group}.npz"
+        path = moments_path(self.directory, group)
         try:
             with np.load(path, allow_pickle=False) as stored:
-                return Moments(unpack(stored["upper"]), stored["held_out"])
+                return Moments(unpack(stored[_UPPER]), stored[_HELD_OUT])
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise MomentsLost(path, str(error)) from error
 
@@ -122,9 +128,36 @@ def open_moments(directory: Path) -> SecondMoments:
 
 def write_moments(directory: Path, group: str, matrix: np.ndarray, held_out: np.ndarray) -> None:
     """matrix: float32 [n, n], symmetric; held_out: float32 [n_rows, n]."""
+    write_packed(directory, group, pack(matrix), held_out)
+
+
+def write_packed(directory: Path, group: str, upper: np.ndarray, held_out: np.ndarray) -> None:
+    """The same of what `pack` gives."""
+    _write(directory, group, {_UPPER: upper, _HELD_OUT: held_out})
+
+
+def write_partial(directory: Path, group: str, matrices: Mapping[int, np.ndarray], held_out: np.ndarray) -> None:
+    """The moments of a part of a text. matrices: first group that a sum is of -> float32 [n, n]; held_out: all rows
+    that were held out, float32 [n_rows, n]."""
+    uppers = {f"{_UPPER} {first}": pack(matrix) for first, matrix in matrices.items()}
+    _write(directory, group, uppers | {_HELD_OUT: held_out})
+
+
+def read_partial(file: BinaryIO) -> tuple[dict[int, np.ndarray], np.ndarray]:
+    """What write_partial wrote, its matrices packed."""
+    with np.load(file, allow_pickle=False) as stored:
+        uppers = {int(name.removeprefix(_UPPER)): stored[name] for name in stored.files if name != _HELD_OUT}
+        return uppers, stored[_HELD_OUT]
+
+
+def _write(directory: Path, group: str, arrays: Mapping[str, np.ndarray]) -> None:
     make_directory(directory)
-    with whole_file(directory / f"{group}.npz", "file of second moments", _REMEDY) as file:
-        np.savez(file, allow_pickle=False, upper=pack(matrix), held_out=held_out)
+    with whole_file(moments_path(directory, group), "file of second moments", _REMEDY) as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def moments_path(directory: Path, group: str) -> Path:
+    return directory / f"{group}.npz"
 
 
 def write_index(directory: Path, groups: Mapping[str, Sequence[str | None]]) -> None:

@@ -6,7 +6,6 @@ s_j = max|X_j|**alpha / max|W_j|**(1 - alpha)            (Xiao et al. 2022, arXi
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -83,36 +82,26 @@ class Products:
     columns: np.ndarray
 
 
-def output_error(products: Sequence[Products], alpha: float | None, static: bool = False) -> float:
+def output_error(products: Sequence[Products], alpha: float | None, static: bool = False, device: str = "cpu") -> float:
     """The mean, over all matrices, of the relative squared error of their outputs when inputs (by row) and weights (by
-    row) are smoothed and rounded to INT8; alpha None: not smoothed. static: inputs have one stored scale.
+    row) are smoothed and rounded to INT8; alpha None: not smoothed. static: inputs have one stored scale. device: what
+    computes it, and has float64.
 
     Every row of outputs counts relative to its own energy and the median row's together: neither a few rows of huge
-    outputs nor many of tiny ones decide alone. Computed on one core.
+    outputs nor many of tiny ones decide alone. Of a CPU computed on one core.
     """
-    with _one_core() as torch:
-        errors = []
-        for group in products:
-            factors = np.ones(len(group.inputs), np.float32)
-            if alpha is not None:
-                factors = smoothing_factors(group.inputs, group.columns, alpha)
-            scales, rows = torch.from_numpy(factors), torch.from_numpy(group.rows)
-            peak = float((group.inputs / factors).max())
-            rounded = rounded_as_one(rows / scales, peak) if static else rounded_by_row(rows / scales)
-            for weights in map(torch.from_numpy, group.weights):
-                wanted = rows @ weights.T
-                missed = rounded @ rounded_by_row(weights * scales).T - wanted
-                energies = wanted.double().square().sum(1)
-                scale_of_rows = energies + energies.median()
-                relative = missed.double().square().sum(1) / scale_of_rows.clamp_min(1e-300)
-                errors.append(2 * float(relative.mean()))
-        return float(np.mean(errors))
+    with _one_core():
+        return _error_of([_Placed(group, device) for group in products], alpha, static)
 
 
-def choose_alpha(products: Sequence[Products], static: bool = False) -> tuple[float | None, dict[str, float]]:
+def choose_alpha(
+    products: Sequence[Products], static: bool = False, device: str = "cpu"
+) -> tuple[float | None, dict[str, float]]:
     """The alpha with the least output_error, None for not smoothing at all; and the errors of all that was tried, by
     name. Of equally good ones (to six digits, so that no order of summing decides) the one nearest the default."""
-    tried = {alpha: output_error(products, alpha, static) for alpha in (None, *ALPHA_GRID)}
+    with _one_core():
+        placed = [_Placed(group, device) for group in products]
+        tried = {alpha: _error_of(placed, alpha, static) for alpha in (None, *ALPHA_GRID)}
 
     def rank(alpha: float | None) -> tuple[float, float]:
         return float(f"{tried[alpha]:.6g}"), 2.0 if alpha is None else abs(alpha - DEFAULT_ALPHA)
@@ -120,10 +109,43 @@ def choose_alpha(products: Sequence[Products], static: bool = False) -> tuple[fl
     return min(tried, key=rank), {"off" if alpha is None else f"{alpha:g}": e for alpha, e in tried.items()}
 
 
+class _Placed:
+    """Products on the device that measures them. matrices: of each the weights, the outputs float32 [n, n_rows], and
+    what the squared error of each row of these is divided by, float64 [n]."""
+
+    def __init__(self, products: Products, device: str):
+        import torch
+
+        self.products, self.rows = products, torch.from_numpy(products.rows).to(device)
+        self.matrices = []
+        for weights in (torch.from_numpy(of).to(device) for of in products.weights):
+            wanted = self.rows @ weights.T
+            energies = wanted.double().square().sum(1)
+            self.matrices.append((weights, wanted, (energies + energies.median()).clamp_min(1e-300)))
+
+    def errors(self, alpha: float | None, static: bool) -> Iterator[float]:
+        """As output_error, of every matrix."""
+        import torch
+
+        inputs, columns = self.products.inputs, self.products.columns
+        factors = np.ones(len(inputs), np.float32) if alpha is None else smoothing_factors(inputs, columns, alpha)
+        scales, peak = torch.from_numpy(factors).to(self.rows.device), float((inputs / factors).max())
+        smoothed = self.rows / scales
+        rounded = rounded_as_one(smoothed, peak) if static else rounded_by_row(smoothed)
+        for weights, wanted, scale_of_rows in self.matrices:
+            missed = rounded @ rounded_by_row(weights * scales).T - wanted
+            yield 2 * float((missed.double().square().sum(1) / scale_of_rows).mean())
+
+
+def _error_of(placed: Sequence[_Placed], alpha: float | None, static: bool) -> float:
+    return float(np.mean([error for of in placed for error in of.errors(alpha, static)]))
+
+
+# Divisors are tensors: with a number CUDA multiplies by its inverse, which rounds otherwise.
 def rounded_by_row(rows: "torch.Tensor") -> "torch.Tensor":
     """Every row rounded to 255 symmetric steps of its own, as INT8 stores it: float32 like rows."""
-    scales = rows.abs().amax(dim=1, keepdim=True) / _LARGEST
-    scales[scales == 0] = 1
+    scales = rows.abs().amax(dim=1, keepdim=True) / rows.new_full((), _LARGEST)
+    scales = scales.masked_fill(scales == 0, 1)
     return (rows / scales).round() * scales
 
 
@@ -132,18 +154,18 @@ def rounded_as_one(rows: "torch.Tensor", peak: float) -> "torch.Tensor":
     that was seen; the range is the part of it that suits these rows best."""
     if peak == 0:
         return rows
-    scale = peak * best_part(counted(rows.numpy()), -peak, peak) / _LARGEST_STATIC
+    scale = rows.new_full((), peak * best_part(counted(rows.cpu().numpy()), -peak, peak) / _LARGEST_STATIC)
     return (rows / scale).round().clamp(-128, 127) * scale
 
 
 @contextmanager
-def _one_core() -> Iterator[ModuleType]:
-    """torch, whose products do not depend on a number of threads meanwhile."""
+def _one_core() -> Iterator[None]:
+    """torch's products on a CPU do not depend on a number of threads meanwhile."""
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield torch
+        yield
     finally:
         torch.set_num_threads(before)

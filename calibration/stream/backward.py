@@ -9,7 +9,7 @@ predictions make the expected square of its gradient the Fisher matrix, which is
 they depend on the seed and the sample alone.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
@@ -81,7 +81,7 @@ class GradientStream:
 
     def _run(self) -> None:
         report = partial(self.forward.report, "gradients", self.n_layers + 2)
-        with self.forward.workers() as pool:
+        with self.forward.workers(1 + len(self.forward.copies)) as pool:
             if self._checkpoint.layers_done == NOT_STARTED:
                 self._through_head(pool, partial(report, 0))
                 self._commit(0)
@@ -127,29 +127,31 @@ class GradientStream:
         return probabilities.to(logits.dtype)
 
     def _through_layers(self, pool: ThreadPoolExecutor, report: Callable[[int, int], None]) -> None:
-        calls = self.forward.arranged.calls
+        forward, calls = self.forward, self.forward.arranged.calls
         order = range(self.n_layers - 1 - self._checkpoint.layers_done, -1, -1)
 
-        def back(index: int) -> Callable[[int, int], None]:
-            return partial(self._layer_backward, calls[index], index)
+        def back(call: LayerCall, device: torch.device) -> Callable[[int, int], None]:
+            return partial(self._layer_backward, call, device)
 
         def first(index: int, weights: Mapping[str, torch.Tensor]) -> None:
-            self.forward.fit(self._batch, self.forward.observed(back(index), weights, self.observer))
+            here = back(calls[index], forward.device)
+            forward.fit(self._batch, forward.observed(here, weights, self.observer))
 
-        with closing(self.forward.layers_in_turn(order, first)) as turns:
-            for index, weights in turns:
-                done, micro_batch = self.n_layers - index, back(index)
-                self._for_all_samples(pool, micro_batch, weights, partial(report, done))
+        turns = forward.layers_in_turn(order, first, forward.copies)
+        with closing(turns), deterministic_attention(forward.device):
+            for index, (weights, *of_copies) in turns:
+                done, here = self.n_layers - index, back(calls[index], forward.device)
+                elsewhere = forward.observed_elsewhere(index, of_copies, self.observer, back)
+                self._for_all_samples(pool, here, weights, partial(report, done), elsewhere)
                 self._commit(done)
                 if self.control.should_stop():
                     raise Interrupted(f"stopped after layer {index + 1}, {index} of {self.n_layers} to go")
 
-    def _layer_backward(self, call: LayerCall, index: int, start: int, stop: int) -> None:
-        done = self.n_layers - index
-        states = self.forward.read_states(self.forward.hidden(index), start, stop).requires_grad_()
-        gradients = self.forward.read_states(self._checkpoint.hidden(done - 1), start, stop)
-        with deterministic_attention(self.forward.device):
-            above, _ = call(states, self.forward.layouts[index])
+    def _layer_backward(self, call: LayerCall, device: torch.device, start: int, stop: int) -> None:
+        done = self.n_layers - call.index
+        states = self.forward.read_states(self.forward.hidden(call.index), start, stop, device).requires_grad_()
+        gradients = self.forward.read_states(self._checkpoint.hidden(done - 1), start, stop, device)
+        above, _ = call(states, self.forward.layouts[call.index])
         (below,) = torch.autograd.grad(above, states, gradients)
         self._checkpoint.hidden(done).write(start, below)
 
@@ -177,8 +179,12 @@ class GradientStream:
         micro_batch: Callable[[int, int], None],
         weights: Mapping[str, torch.Tensor],
         report: Callable[[int], None],
+        elsewhere: Sequence[Callable[[int, int], Observer]] = (),
     ) -> None:
-        for samples_done in self.forward.for_all_samples(pool, micro_batch, weights, self.observer, self._batch):
+        """elsewhere: as of LayerStream.for_all_samples."""
+        for samples_done in self.forward.for_all_samples(
+            pool, micro_batch, weights, self.observer, self._batch, elsewhere=elsewhere
+        ):
             report(samples_done)
 
     def _commit(self, layers_done: int, complete: bool = False) -> None:
@@ -188,7 +194,7 @@ class GradientStream:
 
 def deterministic_attention(device: torch.device) -> AbstractContextManager[None]:
     """CUDA's fused attentions add up their gradients in another order every time. The plain one does not, and samples
-    of this pass are short."""
+    of which gradients are taken are short. It is one choice for all threads: make it where these are waited for."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()

@@ -31,6 +31,16 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def others_alike(device: torch.device) -> list[torch.device]:
+    """The other GPUs that torch sees, of the kind of this one: they compute the same, to the last bit. Of CUDA alone,
+    and where that has only this one, none."""
+    if device.type != "cuda":
+        return []
+    own = torch.cuda.current_device()
+    kind, numbers = torch.cuda.get_device_name(own), range(torch.cuda.device_count())
+    return [torch.device("cuda", i) for i in numbers if i != own and torch.cuda.get_device_name(i) == kind]
+
+
 def compute_exactly(device: torch.device, dtype: torch.dtype) -> None:
     """Where float32 is asked for: unless told, CUDA convolutions round inputs to TF32, with 10 bits of mantissa."""
     if device.type == "cuda" and dtype == torch.float32:

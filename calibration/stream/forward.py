@@ -4,7 +4,9 @@ For every layer in turn all samples go through the layer's own forward, from one
 then the checkpoint is written and the layer's weights are freed. The next layer's weights load meanwhile.
 
 On a CPU every worker thread takes whole micro-batches through the layer, each on one core: no core waits for another
-inside of an operation, and the results do not depend on the number of threads.
+inside of an operation, and the results do not depend on the number of threads. Of several GPUs alike each has the layer
+and takes micro-batches in turn; what they have shown is merged in the order of the samples on the first one, so that
+the results do not depend on the number of GPUs either.
 """
 
 import hashlib
@@ -12,7 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
-from functools import partial
+from functools import cached_property, partial
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ import torch
 
 from bitwright.calibration.control import Interrupted, PassControl
 from bitwright.calibration.stream.anatomy.state import Layout
+from bitwright.calibration.stream.build import others_alike
 from bitwright.calibration.stream.checkpointing import NOT_STARTED, HiddenStates, StreamCheckpoint
 from bitwright.calibration.stream.device.memory import MicroBatch, is_out_of_memory
 from bitwright.calibration.stream.micro_batches import Excerpt, largest_micro_batch, spans_of_samples
@@ -43,6 +47,8 @@ class LayerStream(LayerwiseModel):
     excerpt: what the tokens are of a text whose statistics are summed by groups, see Excerpt.
     """
 
+    on_all_gpus = True
+
     def __init__(
         self,
         streamable: StreamableModel,
@@ -56,6 +62,7 @@ class LayerStream(LayerwiseModel):
         excerpt: Excerpt | None = None,
     ):
         super().__init__(streamable)
+        self._streamable = streamable
         self.tokens, self.control, self.observer = tokens, control, observer or NoStatistic()
         self.n_samples, self.sequence_length = tokens.shape
         self.excerpt, self.first = excerpt, 0 if excerpt is None else excerpt.first
@@ -74,6 +81,18 @@ class LayerStream(LayerwiseModel):
             self._arranged = self.arrange(self.sequence_length)
         return self._arranged
 
+    @cached_property
+    def copies(self) -> list[LayerwiseModel]:
+        """The model on other GPUs alike, on no more than have a micro-batch to do."""
+        devices = others_alike(self.device) if self.on_all_gpus else []
+        n_useful = len(self.micro_batches(self.batch.samples)) - 1
+        return [LayerwiseModel(self._streamable, device) for device in devices[:n_useful]]
+
+    @cached_property
+    def arranged_copies(self) -> list[Arranged]:
+        """What they do with these samples."""
+        return [copy.arrange(self.sequence_length) for copy in self.copies]
+
     def run(self, stage: str = "calibrate") -> None:
         """Take all samples through all layers, from wherever the checkpoint stands.
 
@@ -84,7 +103,7 @@ class LayerStream(LayerwiseModel):
         if self._checkpoint.complete:
             return
         report = partial(self.report, stage, len(self.layers))
-        with self.workers() as pool, torch.no_grad():
+        with self.workers(1 + len(self.copies)) as pool, torch.no_grad():
             if self._checkpoint.layers_done == NOT_STARTED:
                 if self._after is None:
                     self._embed(pool)
@@ -104,10 +123,12 @@ class LayerStream(LayerwiseModel):
         [stop - start, sequence_length, width]."""
         return self.read_states(self.hidden(len(self.layers)), start, stop)
 
-    def read_states(self, source: HiddenStates, start: int, stop: int) -> torch.Tensor:
-        """Samples start to stop of a file, on the device or on their way there."""
+    def read_states(
+        self, source: HiddenStates, start: int, stop: int, device: torch.device | None = None
+    ) -> torch.Tensor:
+        """Samples start to stop of a file, on the device or on their way there. device: None for this one's."""
         pinned = self.device.type == "cuda"
-        return source.read(start, stop, pinned).to(self.device, non_blocking=pinned)
+        return source.read(start, stop, pinned).to(device or self.device, non_blocking=pinned)
 
     def weights_after_layers(self, arranged: Arranged) -> dict[str, torch.Tensor]:
         """What is resident of the body's weights that are multiplied after the layers, by full name."""
@@ -156,6 +177,7 @@ class LayerStream(LayerwiseModel):
         observer: Observer,
         batch: MicroBatch,
         ranges: Sequence[tuple[int, int]] | None = None,
+        elsewhere: Sequence[Callable[[int, int], Observer]] = (),
     ) -> Iterator[int]:
         """Runs micro-batches, from sample start to stop, in the pool; merges what the products with these weights have
         shown in the order of the samples, and yields the samples done. Where a GPU's memory is full, the rest goes in
@@ -163,16 +185,18 @@ class LayerStream(LayerwiseModel):
         too much.
 
         ranges: (first sample, the one after the last), one or more in order, where not all samples are meant; no
-        micro-batch is of two of them."""
-        observed = self.observed(micro_batch, weights, observer)
+        micro-batch is of two of them. elsewhere: what runs them on other devices, which take turns with this one, and
+        brings here what has been seen."""
+        devices = cycle([self.observed(micro_batch, weights, observer), *elsewhere])
+        most = self.threads * (1 + len(elsewhere))
         spans = deque(self.micro_batches(batch.samples, 0, ranges))
         # No more at once than the threads have to do: each holds what it has seen, as large as all statistics.
         running: deque[tuple[tuple[int, int], Future[Observer]]] = deque()
         try:
             while spans or running:
-                while spans and len(running) <= self.threads:
+                while spans and len(running) <= most:
                     span = spans.popleft()
-                    running.append((span, pool.submit(observed, *span)))
+                    running.append((span, pool.submit(next(devices), *span)))
                 (start, stop), future = running.popleft()
                 if (error := _out_of_memory(future)) is not None:
                     _end(future for _, future in running)
@@ -188,18 +212,39 @@ class LayerStream(LayerwiseModel):
                 future.cancel()
 
     def observed(
-        self, micro_batch: Callable[[int, int], None], weights: Mapping[str, torch.Tensor], observer: Observer
+        self,
+        micro_batch: Callable[[int, int], None],
+        weights: Mapping[str, torch.Tensor],
+        observer: Observer,
+        model: LayerwiseModel | None = None,
     ) -> Callable[[int, int], Observer]:
-        """The micro-batch, which returns what its products with these weights have shown."""
-        owners = locate_matrices(weights)
+        """The micro-batch, which returns what its products with these weights have shown. model: a copy on another
+        device that computes it, None for this one; what has been seen comes here."""
+        owners, model = locate_matrices(weights), model or self
 
         def run(start: int, stop: int) -> Observer:
             seen = observer.fresh(self.first + start)
-            with ProductTap(owners, seen), self.cache.shown_to(seen), self.computing(weights):
+            with ProductTap(owners, seen), model.cache.shown_to(seen), model.computing(weights):
                 micro_batch(start, stop)
+            if model is not self:
+                with torch.inference_mode():  # what was made in it is changed in it alone
+                    seen.move_to(self.device)
             return seen
 
         return run
+
+    def observed_elsewhere(
+        self,
+        index: int,
+        of_copies: Sequence[Weights],
+        observer: Observer,
+        micro_batch: Callable[[LayerCall, torch.device], Callable[[int, int], None]],
+    ) -> list[Callable[[int, int], Observer]]:
+        """The same by every copy, whose weights of that layer are resident; micro_batch: by the layer on a device."""
+        return [
+            self.observed(micro_batch(arranged.calls[index], copy.device), own, observer, copy)
+            for copy, arranged, own in zip(self.copies, self.arranged_copies, of_copies, strict=True)
+        ]
 
     def fit(self, batch: MicroBatch, run: Callable[[int, int], Observer]) -> None:
         """Look once how much memory a sample takes, before anything else is loaded."""
@@ -247,33 +292,42 @@ class LayerStream(LayerwiseModel):
         calls = self.arranged.calls
 
         def first(index: int, weights: Mapping[str, torch.Tensor]) -> None:
-            self.fit(self.batch, self.observed(partial(self.forward, calls[index]), weights, self.observer))
+            self.fit(
+                self.batch, self.observed(partial(self.forward, calls[index], self.device), weights, self.observer)
+            )
 
-        with closing(self.layers_in_turn(range(self._checkpoint.layers_done, len(self.layers)), first)) as turns:
+        remaining = range(self._checkpoint.layers_done, len(self.layers))
+        with closing(self.layers_in_turn(remaining, first, self.copies)) as turns:
             for index, weights in turns:
-                for samples_done in self.through_layer(pool, calls[index], weights):
+                for samples_done in self.through_layer(pool, calls[index], *weights):
                     report(index, samples_done)
                 self._commit(index + 1)
                 if self.control.should_stop():
                     raise Interrupted(f"stopped after layer {index + 1} of {len(self.layers)}")
 
-    def through_layer(self, pool: ThreadPoolExecutor, call: LayerCall, weights: Weights) -> Iterator[int]:
-        """Takes all samples through a layer, whose weights are resident; yields the samples done."""
-        yield from self.for_all_samples(pool, partial(self.forward, call), weights, self.observer, self.batch)
+    def through_layer(
+        self, pool: ThreadPoolExecutor, call: LayerCall, weights: Weights, *of_copies: Weights
+    ) -> Iterator[int]:
+        """Takes all samples through a layer, whose weights are resident, in the copies, too; yields the samples
+        done."""
+        forward = partial(partial, self.forward)
+        elsewhere = self.observed_elsewhere(call.index, of_copies, self.observer, forward)
+        here = forward(call, self.device)
+        yield from self.for_all_samples(pool, here, weights, self.observer, self.batch, elsewhere=elsewhere)
 
     @torch.inference_mode()
-    def forward(self, call: LayerCall, start: int, stop: int) -> None:
-        """Takes samples start to stop through a layer."""
-        inputs = self.layer_inputs(call.index, start, stop)
+    def forward(self, call: LayerCall, device: torch.device, start: int, stop: int) -> None:
+        """Takes samples start to stop through a layer, which is on this device."""
+        inputs = self.layer_inputs(call.index, device, start, stop)
         states, self.layouts[call.index + 1] = call(inputs, self.layouts[call.index])
         self.hidden(call.index + 1).write(start, states)
 
-    def layer_inputs(self, index: int, start: int, stop: int) -> torch.Tensor:
+    def layer_inputs(self, index: int, device: torch.device, start: int, stop: int) -> torch.Tensor:
         """What samples start to stop are before the layer, on the device or on their way there: [stop - start,
         sequence_length, width]."""
         if self._after is not None and self._after[1] == index:
-            return self.read_states(self._after[0].hidden(index), start, stop)
-        return self.read_states(self.hidden(index), start, stop)
+            return self.read_states(self._after[0].hidden(index), start, stop, device)
+        return self.read_states(self.hidden(index), start, stop, device)
 
     def _observe_head(self) -> None:
         """The head's inputs are its importance; its products, the vocabulary wide, need not be computed for that."""

@@ -1,6 +1,6 @@
 """How many samples go through a layer at once, and which."""
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -26,6 +26,11 @@ class OrderedObserver(Protocol):
     it is shown those micro-batches that a CPU takes."""
 
     one_group_at_once: bool
+
+
+def groups_of_part(index: int, count: int) -> range:
+    """Of part `index` of `count`, counted from 1."""
+    return range(N_GROUPS * (index - 1) // count, N_GROUPS * index // count)
 
 
 def is_held_out(sample: int) -> bool:
@@ -72,6 +77,12 @@ class Excerpt:
     def of_groups(cls, groups: range, n_text: int) -> "Excerpt":
         first, last = (n_text * group // N_GROUPS for group in (groups.start, groups.stop))
         return cls(first, last - first, n_text)
+
+    @property
+    def groups(self) -> range:
+        """The groups that it is made of."""
+        starts = [*self._starts, self.n_text]
+        return range(bisect_left(starts, self.first), bisect_left(starts, self.first + self.n_samples))
 
     @cached_property
     def _starts(self) -> list[int]:

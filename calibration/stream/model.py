@@ -98,12 +98,12 @@ class LayerwiseModel:
 
     config: of the text model. identity: what tells the weights from others of the same shapes. cache: what the layers
     take for theirs. output: the head, None of an encoder, which predicts nothing. layouts: of the states after that
-    many layers, as far as they are known.
+    many layers, as far as they are known. device: None for the one that the streamable model names.
     """
 
-    def __init__(self, streamable: StreamableModel):
+    def __init__(self, streamable: StreamableModel, device: torch.device | None = None):
         self.identity, self.arithmetic, self.cache = streamable.identity, streamable.arithmetic, PassingCache()
-        self.device = choose_device(streamable.device)
+        self.device = device or choose_device(streamable.device)
         self.dtype = choose_dtype(streamable.dtype, self.device)
         compute_exactly(self.device, self.dtype)
         self.threads = micro_batches_at_once(self.device, streamable.threads or torch.get_num_threads())
@@ -131,7 +131,7 @@ class LayerwiseModel:
     @contextmanager
     def resident(self, module: nn.Module, weights: Weights | None = None) -> Iterator[Weights]:
         """The module with its weights in memory, these or freshly read ones; yields them by full name."""
-        weights = self.read(module) if weights is None else weights
+        weights = self.read(module)[0] if weights is None else weights
         self._transfer.arrive()
         module.load_state_dict(weights, assign=True)
         try:
@@ -139,12 +139,14 @@ class LayerwiseModel:
         finally:
             module.load_state_dict({name: weight.to("meta") for name, weight in weights.items()}, assign=True)
 
-    def read(self, module: nn.Module) -> Weights:
-        """The module's weights, sent to the device."""
-        return {
-            name: self.parameters.read(f"{self._names[module]}.{name}", like, self._transfer)
-            for name, like in module.state_dict().items()
-        }
+    def read(self, module: nn.Module, copies: Sequence["LayerwiseModel"] = ()) -> list[Weights]:
+        """The module's weights, read once and sent to the device, and to those of the copies: a set for each."""
+        models, sent = [self, *copies], [Weights() for _ in range(1 + len(copies))]
+        for name, like in module.state_dict().items():
+            values = self.parameters.fill(f"{self._names[module]}.{name}", self._transfer.buffer(like))
+            for model, weights in zip(models, sent, strict=True):
+                weights[name] = model._transfer.send(values)
+        return sent
 
     @contextmanager
     def resident_surroundings(self, *, tables: bool) -> Iterator[Weights]:
@@ -179,35 +181,46 @@ class LayerwiseModel:
             yield
 
     def layers_in_turn(
-        self, order: Iterable[int], first: Callable[[int, Weights], None]
-    ) -> Generator[tuple[int, Weights]]:
-        """One layer after the other resident, with its index and its weights; the next one's load meanwhile.
+        self,
+        order: Iterable[int],
+        first: Callable[[int, Weights], None],
+        copies: Sequence["LayerwiseModel"] = (),
+    ) -> Generator[tuple[int, list[Weights]]]:
+        """One layer after the other resident, here and in the copies, with its index and its weights by full name, a
+        set for each; the next one's load meanwhile.
 
-        first: called with the first one, alone in memory. Close the iterator when it is left early.
+        first: called with the first one's, alone in memory. Close the iterator when it is left early.
         """
         remaining = list(order)
         with ThreadPoolExecutor(1) as reader:
-            following = [reader.submit(self.read, self.layers[index]) for index in remaining[:1]]
+
+            def read(index: int) -> Future[list[Weights]]:
+                return reader.submit(self.read, self.layers[index], copies)
+
+            following = [read(index) for index in remaining[:1]]
             for index, after in zip(remaining, [*remaining[1:], None], strict=True):
-                weights = self._loaded(following.pop(), index)
-                with self.resident(self.layers[index], weights) as parameters:
+                weights = self._loaded(following.pop(), index, copies)
+                with ExitStack() as stack:
+                    models = zip([self, *copies], weights, strict=True)
+                    parameters = [stack.enter_context(of.resident(of.layers[index], own)) for of, own in models]
                     del weights
                     if index == remaining[0]:
-                        first(index, parameters)
+                        first(index, parameters[0])
                     if after is not None:
-                        following.append(reader.submit(self.read, self.layers[after]))
+                        following.append(read(after))
                     yield index, parameters
-                    parameters.clear()  # whoever still holds it would keep a third layer in memory
+                    for own in parameters:
+                        own.clear()  # whoever still holds it would keep a third layer in memory
                 _return_freed_memory()
 
-    def _loaded(self, reading: Future[Weights], index: int) -> Weights:
+    def _loaded(self, reading: Future[list[Weights]], index: int, copies: Sequence["LayerwiseModel"]) -> list[Weights]:
         """A layer that was read while the one before it was in memory. Where there was no room for both on a GPU, it is
         read again, now that there is."""
         error = reading.exception()
         if error is None or not is_out_of_memory(error):
             return reading.result()
         release(self.device, error)
-        return self.read(self.layers[index])
+        return self.read(self.layers[index], copies)
 
     def layer_bytes(self) -> int:
         """Of the largest layer's weights."""
@@ -290,13 +303,13 @@ class LayerwiseModel:
         return [slice(start, min(start + step, n_positions)) for start in range(0, n_positions, step)]
 
     @contextmanager
-    def workers(self) -> Iterator[ThreadPoolExecutor]:
+    def workers(self, n_devices: int = 1) -> Iterator[ThreadPoolExecutor]:
         """Threads that take one micro-batch each; on a CPU an operation then keeps to its own core."""
         before = torch.get_num_threads()
         if self.device.type == "cpu":
             torch.set_num_threads(1)
         try:
-            with ThreadPoolExecutor(self.threads) as pool, memory_explained(self.device):
+            with ThreadPoolExecutor(self.threads * n_devices) as pool, memory_explained(self.device):
                 yield pool
         finally:
             torch.set_num_threads(before)

@@ -1,7 +1,7 @@
 """Seeing every matrix product, by the identity of its weight, without touching the model's code."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -10,8 +10,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from bitwright.calibration.stream.checkpointing import flat_arrays, load_flat_arrays
-from bitwright.calibration.stream.device.totals import Totals, settle_all
-from bitwright.calibration.stream.micro_batches import Excerpt
+from bitwright.calibration.stream.device.totals import Totals
+from bitwright.calibration.stream.device.transfer import to_host
+from bitwright.calibration.stream.micro_batches import N_GROUPS, Excerpt
 from bitwright.formats.errors import ConvertError
 
 
@@ -27,6 +28,9 @@ class Observer(Protocol):
     ) -> None:
         """inputs: [..., n_columns], multiplied with the transposed matrix of that index in the parameter; outputs:
         [..., n_rows], that product, or None where it is not computed."""
+
+    def move_to(self, device: torch.device) -> None:
+        """What has been seen on another GPU goes to this one, where it is merged."""
 
     def merge(self, other: Self) -> None: ...
 
@@ -197,10 +201,18 @@ class GroupedSums:
         self.groups: dict[int, dict[str, dict[str, np.ndarray]]] = {}
         self._open: list[tuple[int, dict[str, Totals[str]]]] = []
 
+    def group_of(self, sample: int) -> int:
+        return 0 if self.excerpt is None else self.excerpt.group_of(sample)
+
+    @property
+    def all_groups(self) -> range:
+        """Of which the excerpt is made."""
+        return range(N_GROUPS) if self.excerpt is None else self.excerpt.groups
+
     def add(self, first: int, totals: Mapping[str, Totals[str]]) -> None:
         """What a micro-batch that begins with this sample has shown, by kind, which is not used again; micro-batches
         come in order."""
-        group = 0 if self.excerpt is None else self.excerpt.group_of(first)
+        group = self.group_of(first)
         self.refuse({kind: of.host for kind, of in totals.items()})
         if self._open and self._open[-1][0] == group:
             for kind, of_kind in self._open[-1][1].items():
@@ -208,14 +220,20 @@ class GroupedSums:
         else:
             self._open.append((group, dict(totals)))
 
-    def close(self) -> None:
-        """Nothing more comes of the layer: its groups are added up."""
-        settled = iter(settle_all([of_kind for _, totals in self._open for of_kind in totals.values()]))
+    def close(self, beside: Sequence[torch.Tensor] = ()) -> list[np.ndarray]:
+        """Nothing more comes of the layer: its groups are added up. beside: what else is on the device, which comes
+        over in the same copy and is returned."""
+        of_groups = [of_kind for _, totals in self._open for of_kind in totals.values()]
+        pairs = [part for of_kind in of_groups for part in of_kind.pairs()]
+        brought = to_host([*pairs, *beside])
+        parts = iter(brought[: len(pairs)])
+        settled = iter([of_kind.take_over(parts) for of_kind in of_groups])
         for group, totals in self._open:
             self.refuse({kind: next(settled) for kind in totals})
             into = self.groups.setdefault(group, {kind: {} for kind in self.total}) if self.apart else self.total
             add_sums(into, {kind: of.host for kind, of in totals.items()})
         self._open = []
+        return brought[len(pairs) :]
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Everything of the layers that are done, for a checkpoint."""
@@ -249,6 +267,9 @@ class NoStatistic:
     def observe(
         self, parameter: str, matrix: int, n_matrices: int, inputs: torch.Tensor, outputs: torch.Tensor | None
     ) -> None:
+        pass
+
+    def move_to(self, device: torch.device) -> None:
         pass
 
     def merge(self, other: Self) -> None:
@@ -299,6 +320,10 @@ class SquaredInputs:
         squares = self._latest[1]
         self._totals["sums"].add(parameter, (n_matrices, len(squares)), matrix, squares)
         self._totals["counts"].add(parameter, (n_matrices,), matrix, inputs.numel() // inputs.shape[-1])
+
+    def move_to(self, device: torch.device) -> None:
+        for totals in self._totals.values():
+            totals.move_to(device)
 
     def merge(self, other: Self) -> None:
         self.grouped.add(other.first, other._totals)

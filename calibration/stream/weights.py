@@ -88,14 +88,15 @@ class ParameterReader:
                     yield place, slice(i * step, (i + 1) * step), block
 
     def read(self, parameter: str, like: torch.Tensor, transfer: WeightTransfer) -> torch.Tensor:
-        """The parameter's values with the shape and dtype of `like`, sent to the device.
+        """The parameter's values with the shape and dtype of `like`, sent to the device."""
+        return transfer.send(self.fill(parameter, transfer.buffer(like)))
 
-        They are copied into memory of torch's own: matrix products round differently on memory aligned differently.
-        """
-        values = transfer.buffer(like)
+    def fill(self, parameter: str, values: torch.Tensor) -> torch.Tensor:
+        """The parameter's values, in the place of these. They are copied into memory of torch's own: matrix products
+        round differently on memory aligned differently."""
         if self._stored(parameter).exchanged and self._read_exchanged(parameter, values):
-            return transfer.send(values)
-        matrices = self.matrices(parameter, n_matrices(like))
+            return values
+        matrices = self.matrices(parameter, n_matrices(values))
         for target, names in zip(values if len(matrices) > 1 else [values], matrices, strict=True):
             rows, first = target.reshape(-1, target.shape[-1] if target.dim() else 1), 0
             for name in names:
@@ -108,7 +109,7 @@ class ParameterReader:
                     first = last
             if first != len(rows):
                 raise _wrong_shape(names[-1], (first, rows.shape[1]), rows)
-        return transfer.send(values)
+        return values
 
     def _read_exchanged(self, parameter: str, values: torch.Tensor) -> bool:
         """Fill in a parameter [n_matrices, n_rows, n_columns] whose matrices are stored transposed; False where they

@@ -54,8 +54,10 @@ class RemovalStream(LayerStream):
 
     Sample i without the weights of removals[k] is sample k * source.n_samples + i. removals: in order, the one that
     begins in the earliest layer first, so that what is running is always the first copies. What a copy gives depends on
-    no other.
+    no other. It runs on one GPU, as every copy has its own weights.
     """
+
+    on_all_gpus = False
 
     def __init__(
         self, source: LayerStream, streamable: StreamableModel, removals: Sequence[Removal], control: PassControl
@@ -73,7 +75,9 @@ class RemovalStream(LayerStream):
         """The first sample without removals[k], and the one after the last."""
         return k * self._source.n_samples, (k + 1) * self._source.n_samples
 
-    def through_layer(self, pool: ThreadPoolExecutor, call: LayerCall, weights: Weights) -> Iterator[int]:
+    def through_layer(
+        self, pool: ThreadPoolExecutor, call: LayerCall, weights: Weights, *of_copies: Weights
+    ) -> Iterator[int]:
         begun = [k for k, removal in enumerate(self._removals) if removal.first_layer <= call.index]
         changed = {k: names for k in begun if (names := self._losing(k, weights))}
         alike = [k for k in begun if k not in changed]
@@ -81,17 +85,17 @@ class RemovalStream(LayerStream):
         for copies in [alike, *([k] for k in changed)] if alike else [[k] for k in changed]:
             with self._without(call, weights, copies[0], changed.get(copies[0], ())) as present:
                 ranges = [self.copy(k) for k in copies]
-                forward = partial(self.forward, call)
+                forward = partial(self.forward, call, self.device)
                 for _ in self.for_all_samples(pool, forward, present, self.observer, self.batch, ranges):
                     pass
             samples_done += len(copies) * self._source.n_samples
             yield samples_done
 
-    def layer_inputs(self, index: int, start: int, stop: int) -> torch.Tensor:
+    def layer_inputs(self, index: int, device: torch.device, start: int, stop: int) -> torch.Tensor:
         k, first = divmod(start, self._source.n_samples)
         if self._removals[k].first_layer == index:
-            return self.read_states(self._source.hidden(index), first, first + stop - start)
-        return self.read_states(self.hidden(index), start, stop)
+            return self.read_states(self._source.hidden(index), first, first + stop - start, device)
+        return self.read_states(self.hidden(index), start, stop, device)
 
     def _losing(self, k: int, weights: Weights) -> list[str]:
         """Those of a layer's parameters that lack weights in removals[k]."""

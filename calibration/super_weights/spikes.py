@@ -135,6 +135,10 @@ class Peaks:
             largest = values.reshape(-1, values.shape[-1]).abs().amax(0).float()
             peaks.add(parameter, (n_matrices, len(largest)), matrix, largest)
 
+    def move_to(self, device: torch.device) -> None:
+        for peaks in (self._columns, self._rows):
+            peaks.move_to(device)
+
     def merge(self, other: "Peaks") -> None:
         for peaks, others in ((self._columns, other._columns), (self._rows, other._rows)):
             _refuse_not_finite(others.host)

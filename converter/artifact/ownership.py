@@ -128,7 +128,9 @@ def inputs_of(run: Run) -> list[Path]:
     weights = {stored.file for tensor in checkpoint.tensors.values() for stored in tensor.stored}
     small = metadata_files(location) if location.is_dir() else []
     text = Path(job.calibration).expanduser() if job.calibration is not None else None
-    named = [path for path in (job.imatrix, job.sensitivity, text) if path is not None and path.exists()]
+    named = [
+        path for path in (job.imatrix, job.sensitivity, job.statistics, text) if path is not None and path.exists()
+    ]
     return [location, *small, *checkpoint.beside, *sorted(weights), *named]
 
 

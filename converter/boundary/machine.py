@@ -1,4 +1,4 @@
-"""What this machine is called, and whether a GPU is in it, without asking torch."""
+"""What this machine is called, its cores, and whether a GPU is in it, without asking torch."""
 
 import os
 import platform

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from bitwright.calibration.control import ShouldStop
     from bitwright.converter.job.progress import Progress
 
+# What a part measures beside the importance, by the name of its option.
+_OF_PARTS = ("activations", "moments")
+
 
 @click.command(cls=GroupedCommand, short_help="Compute the importance matrix, and what else is measured.")
 @click.argument("sources", nargs=-1, required=True, metavar="MODEL | PARTS...")
@@ -45,7 +48,13 @@ if TYPE_CHECKING:
     "--activations",
     group=CALIBRATION,
     is_flag=True,
-    help="Write statistics of activations instead of importance.",
+    help="Write statistics of activations instead of importance; with --part beside it.",
+)
+@option(
+    "--moments",
+    group=CALIBRATION,
+    is_flag=True,
+    help="With --part: also collect the second moments of the inputs, for error feedback.",
 )
 @part_option
 @scratch_option
@@ -86,37 +95,45 @@ def _written(
     """What the command does: the whole, a part, or the parts merged."""
     command = this_command()
     if merge:
-        from bitwright.converter.machines.importance import merge_parts
+        from bitwright.converter.machines.measuring.importance import merge_parts
 
-        if output is None or part is not None or options["super_weights"] or options["activations"]:
+        if output is None or part is not None or any(options[name] for name in ("super_weights", *_OF_PARTS)):
             raise ConvertError(
-                "parts are merged into an importance matrix, and have sensitivity beside it at most",
+                "parts are merged into an importance matrix, and what else they have measured is written beside it",
                 "--merge",
-                "name it with --output FILE.gguf, and add no --part, --super-weights or --activations",
+                "name it with --output FILE.gguf, and add no --part, --super-weights, --activations or --moments",
             )
         kept = {name: options[name] for name in ("sensitivity", "fresh", "threads")}
         paths = [Path(source) for source in sources]
         return merge_parts(paths, output, progress, should_stop, model=model, command=command, **kept)
     if len(sources) > 1 or model is not None:
         raise ConvertError("one model at a time is measured", " ".join(sources), "merge files of parts with --merge")
+    moments = options.pop("moments")
     if part is None:
         from bitwright.converter.imatrix import write_importance
 
+        if moments:
+            raise ConvertError(
+                "second moments serve a conversion whose calibration is shared, and others collect them themselves",
+                "--moments",
+                "leave it out, or add --part I/N, be it 1/1",
+            )
         if scratch is not None:
             raise ConvertError(
                 "--scratch is where a part is worked on", "--scratch", "use --work-dir, or add --part I/N"
             )
         return write_importance(sources[0], output, progress, should_stop, command=command, **options)
-    from bitwright.converter.machines.importance import write_part
+    from bitwright.converter.machines.measuring.importance import Measured, write_part
     from bitwright.converter.machines.part import part_of
 
-    if options.pop("super_weights") or options.pop("activations") or options.pop("fresh"):
+    if options.pop("super_weights") or options.pop("fresh"):
         raise ConvertError(
-            "a part has sums of importance and gradients, and nothing to start over",
-            "--super-weights, --activations or --fresh with --part",
-            "look for super weights, or measure activations, on one machine; remove a part's file to compute it again",
+            "a part has sums over its samples, and nothing to start over",
+            "--super-weights or --fresh with --part",
+            "look for super weights on one machine; remove a part's file to compute it again",
         )
     options.pop("work_dir")
+    measured = Measured(options.pop("sensitivity"), moments, options.pop("activations"))
     return [
         write_part(
             part_of(part),
@@ -124,6 +141,7 @@ def _written(
             progress,
             should_stop,
             words=shlex.split(command),
+            measured=measured,
             scratch=scratch,
             model=sources[0],
             command=command,

@@ -15,6 +15,7 @@ from bitwright.converter.directory.encode import StoredScales
 from bitwright.converter.directory.kv_cache import cache_notes, cache_scales
 from bitwright.converter.job.job import Job
 from bitwright.converter.measure.activations import streamed_activations
+from bitwright.converter.measure.statistics_directory import given_activations
 from bitwright.converter.model.module_map import gguf_names, stored_dtypes
 from bitwright.converter.smoothing.stage import streamed_smoothing
 from bitwright.profiles.planning.plan_modules import ModulePlan, fused_groups, given_schemes
@@ -52,6 +53,11 @@ def uses_activations(job: Job, plan: ModulePlan) -> bool:
     """Whether the inputs of the matrices, or what goes into the caches, have to be looked at."""
     stores = any(row.stored_activations is not None or row.cache_scales for row in plan.tensors)
     return stores or smoothing_of(job) is not None
+
+
+def looks_at_activations(job: Job, plan: ModulePlan) -> bool:
+    """Whether the model runs for that; where they are given, it does so for the smoothed model's alone."""
+    return uses_activations(job, plan) and (given_activations(job) is None or smoothing_of(job) is not None)
 
 
 def adapt_activations(prepared: Prepared[ModulePlan]) -> tuple[Prepared[ModulePlan], ActivationFindings]:

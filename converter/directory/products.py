@@ -3,7 +3,7 @@ inputs; and its caches, as their scales round keys and values."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -20,16 +20,20 @@ from bitwright.formats.schemes.scheme import ActivationScheme, Tensors
 if TYPE_CHECKING:
     import torch
 
+    from bitwright.calibration.stream.device.int8_products import Int8Matrix
+
 # Of encoded matrices that are held beside the layer that uses them.
 _HELD_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
 class _Integers:
-    """Weights of an INT8 scheme: int8 [n_rows, n_columns], with the scales float32 [n_rows] of the rows."""
+    """Weights of an INT8 scheme: int8 [n_rows, n_columns], with the scales float32 [n_rows] of the rows. there: the
+    same on the GPUs that have asked for it."""
 
     weights: np.ndarray
     row_scales: np.ndarray
+    there: "dict[torch.device, Int8Matrix]" = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,14 @@ class SchemeProducts:
         if matrix is None:
             return None
         if matrix.integers is not None:
-            rows = inputs.detach().reshape(-1, inputs.shape[-1]).float().cpu().contiguous().numpy()
-            products = torch.from_numpy(_integer_product(rows, matrix, matrix.integers)).to(inputs.device)
+            rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+            if rows.device.type == "cpu":
+                values = rows.contiguous().numpy()
+                products = torch.from_numpy(_integer_product(values, matrix, matrix.integers))
+            else:
+                with self._lock:
+                    there = _there(matrix.integers, rows.device)
+                products = _integer_product_there(rows, matrix, there)
             if bias is not None:
                 products += bias
             return products.reshape(*inputs.shape[:-1], -1).to(inputs.dtype)
@@ -131,6 +141,29 @@ def _integer_product(rows: np.ndarray, matrix: _Matrix, integers: _Integers) -> 
         zero_point = None if matrix.zero_point is None else np.array(matrix.zero_point, np.int32)
         values = quantize(rows, np.array(matrix.inputs, np.float32), zero_point)
     return int8_linear(values, integers.weights, integers.row_scales)
+
+
+def _there(integers: _Integers, device: "torch.device") -> "Int8Matrix":
+    from bitwright.calibration.stream.device.int8_products import Int8Matrix
+
+    if device not in integers.there:
+        integers.there[device] = Int8Matrix.on(device, integers.weights, integers.row_scales)
+    return integers.there[device]
+
+
+def _integer_product_there(rows: "torch.Tensor", matrix: _Matrix, integers: "Int8Matrix") -> "torch.Tensor":
+    """The same on a GPU."""
+    import torch
+
+    from bitwright.calibration.stream.device import int8_products
+
+    if matrix.inputs is None:
+        values = int8_products.quantize_per_token(rows, matrix.activations.symmetric)
+    else:
+        scale = torch.tensor([matrix.inputs], device=rows.device)
+        zero_point = None if matrix.zero_point is None else torch.full_like(scale, matrix.zero_point, dtype=torch.int32)
+        values = int8_products.quantize(rows, scale, zero_point)
+    return int8_products.int8_linear(values, integers)
 
 
 def directory_candidate(artifact: DirectoryArtifact) -> Candidate:

@@ -17,7 +17,12 @@ from bitwright.converter.artifact.run import Run
 from bitwright.converter.artifact.target import Adapted, Located, Planned, Prepared
 from bitwright.converter.artifact.tensor_errors import TensorError
 from bitwright.converter.artifact.writer import PlanEncoder
-from bitwright.converter.directory.activations import adapt_activations, smoothing_of, uses_activations
+from bitwright.converter.directory.activations import (
+    adapt_activations,
+    looks_at_activations,
+    smoothing_of,
+    uses_activations,
+)
 from bitwright.converter.directory.artifact import DirectoryArtifact
 from bitwright.converter.directory.config import quantization_config, stored_dtype
 from bitwright.converter.directory.encode import ModuleEncoder, StoredScales
@@ -39,6 +44,7 @@ from bitwright.converter.measure.activations import streamed_activations
 from bitwright.converter.measure.calibrate import streamed_importance
 from bitwright.converter.measure.moments import collects_moments, moments_dir, open_feedback
 from bitwright.converter.measure.obstacles import obstacle
+from bitwright.converter.measure.statistics_directory import given_moments
 from bitwright.converter.model.module_map import (
     describe_for_directory,
     describe_modules,
@@ -94,7 +100,7 @@ class DirectoryTarget:
         takes = any(map(_takes_feedback, plan.tensors))
         if not job.feedback_is_asked_for:  # what 8 bits gain is not worth it, nor a pass over the model of its own
             takes = unseen is None and any(map(_is_coarse, plan.tensors))
-        passes = job.feedback_is_asked_for or not uses_activations(job, plan)
+        passes = job.feedback_is_asked_for or not uses_activations(job, plan) or given_moments(job) is not None
         plan = replace(plan, error_feedback=job.feedback if takes and passes else None)
         return Planned(
             plan,
@@ -111,7 +117,9 @@ class DirectoryTarget:
                 *([] if unseen is None else [f"{unseen}: the weights are rounded without importance"]),
             ),
             needs_statistics=(plan.uses_importance and unseen is None) or uses_activations(job, plan),
-            reads_text_later=uses_activations(job, plan) or keeps_out(job) or plan.error_feedback is not None,
+            reads_text_later=keeps_out(job)
+            or looks_at_activations(job, plan)
+            or (plan.error_feedback is not None and given_moments(job) is None),
         )
 
     def files(self, run: Run, plan: ModulePlan | None = None, importance: ImportanceMatrix | None = None) -> Files:

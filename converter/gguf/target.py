@@ -34,6 +34,7 @@ from bitwright.converter.job.work_directory import REPLACEABLE
 from bitwright.converter.measure.calibrate import streamed_importance
 from bitwright.converter.measure.moments import moments_dir, open_feedback
 from bitwright.converter.measure.running import runnable
+from bitwright.converter.measure.statistics_directory import given_moments
 from bitwright.converter.model.model_map import describe
 from bitwright.converter.source.checkpoint import Checkpoint
 from bitwright.formats.errors import ConvertError
@@ -87,7 +88,8 @@ class GgufTarget:
                 *feedback_notes(run, plan, "every matrix of this plan has a format of 8 bits or more", takes),
             ),
             needs_statistics=plan.uses_importance,
-            reads_text_later=looks_for_super_weights(job.protection, plan) or plan.error_feedback is not None,
+            reads_text_later=looks_for_super_weights(job.protection, plan)
+            or (plan.error_feedback is not None and given_moments(job) is None),
         )
 
     def files(self, run: Run, plan: Plan | None = None, importance: ImportanceMatrix | None = None) -> Files:
@@ -226,6 +228,12 @@ def _refuse_options(job: Job) -> None:
         raise ConvertError(
             "without error feedback no code depends on the inputs of its layer",
             f"{'--tune' if job.tune else '--sequential'} --no-error-feedback",
+            "leave one of them out",
+        )
+    if job.in_sequence and job.statistics is not None:
+        raise ConvertError(
+            "in sequence the inputs of a layer are those in the artifact, of which no statistics tell",
+            f"{'--tune' if job.tune else '--sequential'} --statistics",
             "leave one of them out",
         )
     if job.tune and job.samples * job.sequence_length < _LEAST_TUNING_TOKENS:

@@ -5,12 +5,12 @@ Nothing heavy is imported before a job is made, so that the command line can rea
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Literal
 
 from bitwright.calibration.choices import DEFAULT_ALPHA, DEFAULT_METHOD, Alpha, Device, Dtype, Judge, RangeMethod
 from bitwright.converter.boundary.machine import usable_cores
 from bitwright.converter.job.defaults import BUDGET_PROFILE, CACHE_BYTES, DEFAULT_PROFILE
-from bitwright.converter.job.options import CALIBRATION, DIRECTORIES, MACHINE, OUTPUT, check_field, option, option_of
+from bitwright.converter.job.options import CALIBRATION, DIRECTORIES, MACHINE, OUTPUT, check_fields, option, option_of
 from bitwright.converter.job.spelling import (
     alpha_of,
     content,
@@ -20,6 +20,7 @@ from bitwright.converter.job.spelling import (
     profile_spelt,
     rule_spelt,
     rule_texts,
+    statistics_content,
     text_spelt,
 )
 from bitwright.formats.choices import Effort, FeedbackLevel
@@ -130,6 +131,17 @@ class Job:
         metadata=option("Use this sensitivity table instead of measuring one.", identity=content, group=CALIBRATION),
     )
     """What every format costs every tensor; None for measuring it where the profile needs it."""
+
+    statistics: Path | None = field(
+        default=None,
+        metadata=option(
+            "Use the second moments and activations in this directory instead of measuring them.",
+            "DIR",
+            identity=statistics_content,
+            group=CALIBRATION,
+        ),
+    )
+    """What `bitwright imatrix --merge` writes, see measure.statistics_directory."""
 
     analysis: bool = field(
         default=True,
@@ -260,9 +272,7 @@ class Job:
 
     sequential: bool = field(
         default=False,
-        metadata=option(
-            "Choose the codes of a layer by its inputs in the artifact, whose layers before are encoded; a GGUF's."
-        ),
+        metadata=option("Choose a layer's codes by its inputs in the artifact, encoded up to there; a GGUF's."),
     )
 
     tune: int = field(
@@ -424,9 +434,7 @@ class Job:
         """Raises ConvertError for a value that its field cannot have."""
         from bitwright.calibration.statistics.smoothing import SmoothQuantConfig
 
-        declared = _declared(type(self))
-        for each in fields(self):
-            check_field(each, getattr(self, each.name), declared[each.name])
+        check_fields(self)
         SmoothQuantConfig(self.alpha or 0)
 
     def identity(self, command: str = "convert") -> dict[str, object]:
@@ -472,7 +480,8 @@ class Job:
     def feedback(self) -> FeedbackLevel | None:
         """How long codes are chosen together; None for leaving that out. See `feedback_is_asked_for`."""
         if self.error_feedback is None:
-            return "quick" if self.imatrix is None or self.in_sequence else None
+            costs_no_run = self.imatrix is None or self.statistics is not None or self.in_sequence
+            return "quick" if costs_no_run else None
         return None if self.error_feedback == "off" else self.error_feedback
 
     @property
@@ -488,12 +497,3 @@ class Job:
     @property
     def n_threads(self) -> int:
         return self.threads or usable_cores()
-
-
-def _declared(job: type[Job]) -> dict[str, Any]:
-    """The types of the fields."""
-    from bitwright.profiles.reading.rules import LayerQuantizationConfig
-    from bitwright.profiles.reading.schema import QuantizationProfile
-
-    heavy = {"LayerQuantizationConfig": LayerQuantizationConfig, "QuantizationProfile": QuantizationProfile}
-    return get_type_hints(job, localns=heavy)

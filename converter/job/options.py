@@ -4,9 +4,9 @@ Nothing heavy is imported here, so that the command line can read the options be
 """
 
 from collections.abc import Callable
-from dataclasses import Field, dataclass
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, get_args, get_origin
+from typing import Any, Literal, ParamSpec, get_args, get_origin, get_type_hints
 
 from bitwright.converter.job.spelling import itself, spelt
 from bitwright.formats.errors import ConvertError, nearest
@@ -103,6 +103,17 @@ def check_field(field: "Field[Any]", value: Any, declared: Any) -> None:
     if least is not None and value is not None and value < least:
         where = _where(field.name, flag(field))
         raise ConvertError(f"{field.name} is {value}, and is {least} at least", where, "leave it out")
+
+
+def check_fields(job: Any) -> None:
+    """The same of every field of a Job."""
+    from bitwright.profiles.reading.rules import LayerQuantizationConfig
+    from bitwright.profiles.reading.schema import QuantizationProfile
+
+    heavy = {"LayerQuantizationConfig": LayerQuantizationConfig, "QuantizationProfile": QuantizationProfile}
+    declared = get_type_hints(type(job), localns=heavy)
+    for each in fields(job):
+        check_field(each, getattr(job, each.name), declared[each.name])
 
 
 def check_value(name: str, value: object, declared: Any, flag: str) -> None:

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from bitwright.profiles.reading.rules import LayerQuantizationConfig
     from bitwright.profiles.reading.schema import QuantizationProfile
 
+STATISTICS_RECORD = "statistics.json"
+"""What says of a directory of statistics what is in it, see converter.measure.statistics_directory."""
+
 # What a text says, as profiles.sizes.parse_size reads sizes. flag: the option, for errors.
 
 
@@ -40,6 +43,11 @@ def path_itself(path: Path | None) -> str | None:
 def content(path: Path | None) -> str | None:
     """Of a file that is read."""
     return file_sha256(path) if path else None
+
+
+def statistics_content(directory: Path | None) -> str | None:
+    """By the record of the statistics in it, which has the hashes of all files."""
+    return content(directory / STATISTICS_RECORD) if directory else None
 
 
 def profile_content(profile: "QuantizationProfile") -> str:

@@ -72,7 +72,7 @@ def write_scores(
     (Stopped when should_stop() asked for it); the same call continues after the last layer.
     """
     from bitwright.calibration.evaluation.quality import stream_excerpt_scores
-    from bitwright.calibration.stream.micro_batches import N_GROUPS, Excerpt
+    from bitwright.calibration.stream.micro_batches import N_GROUPS, Excerpt, groups_of_part
 
     if part.count > min(N_GROUPS, how["samples"]):
         raise ConvertError(
@@ -104,8 +104,7 @@ def write_scores(
         judging = judging_of(artifact, checkpoint, directory, progress, should_stop, cache=Path("off"), **how)
         candidate = candidate_of(artifact, judging)
         corpus = judging.held_out(judging.text, judging.samples, judging.sequence_length)
-        groups = range(N_GROUPS * (part.index - 1) // part.count, N_GROUPS * part.index // part.count)
-        excerpt = Excerpt.of_groups(groups, len(corpus.tokens))
+        excerpt = Excerpt.of_groups(groups_of_part(part.index, part.count), len(corpus.tokens))
         scores, computed = stream_excerpt_scores(
             judging.source_model, candidate.weights, corpus, judging.control("quality"), excerpt, candidate.arithmetic
         )

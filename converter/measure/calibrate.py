@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from bitwright.calibration.places import Place
+from bitwright.calibration.statistics.activation_file import load_activations
 from bitwright.calibration.statistics.imatrix_file import load_imatrix, save_imatrix
 from bitwright.calibration.statistics.importance import ImportanceMatrix
 from bitwright.calibration.text.corpus import corpus_title, resolve_corpus
@@ -13,6 +14,7 @@ from bitwright.converter.job.cache import text_identity
 from bitwright.converter.job.kept import kept
 from bitwright.converter.job.recipe import IMPORTANCE_FILE
 from bitwright.converter.measure.running import calibration_text, load_tokenizer, runnable, streamable, uses_chat
+from bitwright.converter.measure.statistics_directory import given_activations
 from bitwright.converter.model.module_map import places_of
 from bitwright.formats.errors import ConvertError
 from bitwright.formats.files.disk import remove, remove_tree
@@ -41,6 +43,8 @@ def planned_importance(run: Run) -> ImportanceMatrix:
     if job.imatrix is not None:
         shapes = {tensor.name: (tensor.n_matrices, tensor.n_columns) for tensor in model_map.tensors}
         return load_imatrix(job.imatrix).shaped_as(shapes)
+    if (given := given_activations(job)) is not None and job.profile.target != "gguf":
+        return load_activations(given.activations).importance()
     names = {place.tensor for places in observed_names(model_map).values() for place in places}
     observed = [tensor for tensor in model_map.tensors if tensor.name in names]
     corpus, _ = resolve_corpus(job.calibration)

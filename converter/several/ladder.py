@@ -144,7 +144,10 @@ def _measured(
     path = directory / default_imatrix_name(surveyed.checkpoint, surveyed.model_map)
     taken = [each.name for each in fields(Job) if "imatrix" in option_of(each).commands and each.name != "work_dir"]
     options = {name: getattr(first, name) for name in taken} | {"command": first.command, "fresh": fresh}
-    measures = {"sensitivity": wanted and not hindered, "moments": any(job.feedback for job in ggufs)}
+    measures = {
+        "sensitivity": wanted and not hindered,
+        "moments": any(job.feedback and job.statistics is None for job in ggufs),
+    }
     written = write_importance(first.model, path, progress, should_stop, **measures, **options)
     return _Measured(*written)
 

@@ -50,7 +50,8 @@ class SmoothedGroup:
 
 class Smoother:
     """Smooths the groups one after the other, into `folder`. static: GGUF tensors whose inputs get a stored scale in
-    INT8: `auto` looks for what suits these."""
+    INT8: `auto` looks for what suits these. device: what measures, see calibration.statistics.smoothing.output_error.
+    """
 
     def __init__(
         self,
@@ -58,9 +59,10 @@ class Smoother:
         statistics: ActivationStatistics,
         rows: InputRows,
         static: Collection[str] = (),
+        device: str = "cpu",
     ):
         self.checkpoint, self.statistics, self.rows, self.static = checkpoint, statistics, rows, static
-        self.folder = Folder(checkpoint)
+        self.device, self.folder = device, Folder(checkpoint)
 
     def smooth(
         self,
@@ -86,8 +88,8 @@ class Smoother:
         before = after = None
         if products:
             if config.alpha == "auto":
-                alpha, tried = choose_alpha(products, self._is_static(group))
-            before, after = output_error(products, None), output_error(products, alpha)
+                alpha, tried = choose_alpha(products, self._is_static(group), self.device)
+            before, after = (output_error(products, a, device=self.device) for a in (None, alpha))
         factors = [np.ones_like(link.inputs) for link in links]
         if alpha is not None:
             factors = [

@@ -2,9 +2,11 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bitwright.calibration.choices import Device
 from bitwright.calibration.statistics.activation_file import load_activations, save_activations
 from bitwright.calibration.statistics.activations import (
     ActivationStatistics,
@@ -22,11 +24,15 @@ from bitwright.converter.measure.activations import (
     streamed_activations,
 )
 from bitwright.converter.measure.running import runnable, streamable
+from bitwright.converter.measure.statistics_directory import given_activations
 from bitwright.converter.smoothing.groups import smoothing_groups, unsmoothed
 from bitwright.converter.smoothing.record import Smoothing, load_smoothing, save_smoothing
 from bitwright.converter.smoothing.search import SmoothedGroup, Smoother
 from bitwright.converter.source.smoothed import Folding, SmoothedCheckpoint
 from bitwright.profiles.vocabulary import ModelMap, Role
+
+if TYPE_CHECKING:
+    import torch
 
 SMOOTHING_FILE = "smoothing.safetensors"
 SMOOTHED_ACTIVATIONS_FILE = "activations-smoothed.safetensors"
@@ -69,8 +75,12 @@ def streamed_smoothing(run: Run, config: SmoothQuantConfig, static: Collection[s
     groups = smoothing_groups(running, running_map)
 
     def decide() -> Smoothing:
-        smoother = Smoother(running, before, input_rows(run.work_dir), static)
-        decided = smoother.smooth(groups, config, progress, run.should_stop)
+        from bitwright.calibration.stream.device.memory import memory_explained
+
+        device = _measuring_device(job.device)
+        smoother = Smoother(running, before, input_rows(run), static, str(device))
+        with memory_explained(device):
+            decided = smoother.smooth(groups, config, progress, run.should_stop)
         factors = smoother.folder.all_factors({spec.name: spec.n_matrices for spec in running_map.tensors})
         foldings = smoother.folder.foldings
         return Smoothing(checkpoint.model_id, checkpoint.revision, config.alpha, tuple(decided), factors, foldings)
@@ -79,8 +89,10 @@ def streamed_smoothing(run: Run, config: SmoothQuantConfig, static: Collection[s
         try:
             return decide()
         except RowsLost as lost:
+            if given_activations(job) is not None:
+                raise
             progress.say(f"{lost.where}: {lost.what}: the model is run again")
-            forget_activations(run.work_dir)
+            forget_activations(run)
             streamed_activations(run)
             return decide()
 
@@ -111,6 +123,17 @@ def streamed_smoothing(run: Run, config: SmoothQuantConfig, static: Collection[s
         if consumer.quantized
     }
     return Smoothed(view, running_map, activations, smoothing, tuple(unsmoothed(groups, running_map)), errors)
+
+
+def _measuring_device(name: Device) -> "torch.device":
+    """What the factors are chosen on: a GPU of CUDA, where the model runs on one. Metal has no float64."""
+    import torch
+
+    from bitwright.calibration.stream.build import choose_device, compute_exactly
+
+    device = choose_device(name)
+    compute_exactly(device, torch.float32)
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def smoothed_caches(

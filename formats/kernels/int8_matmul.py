@@ -4,7 +4,8 @@
 
 The sum is an exact int32. It is added up from products of float32 matrices of at most 1024 columns: 1024 products of
 magnitude 2**14 at most are integers up to 2**24, which float32 holds without rounding in whatever order they are added,
-and a BLAS multiplies floats faster than a compiler's loop multiplies bytes. Runtimes on CPUs without VNNI instructions
+and a BLAS multiplies floats faster than a compiler's loop multiplies bytes. calibration/stream/device/int8_products.py
+does the same on a GPU. Runtimes on CPUs without VNNI instructions
 saturate pairs of products at 16 bits instead; those errors belong to the runtime, not to the artifact.
 """
 
@@ -19,6 +20,8 @@ _BLOCK_ROWS = 2048
 
 # The step of values up to the largest one: compressed-tensors divides it by half of the range -128 .. 127, vLLM by 127.
 HALF_RANGE = 127.5
+# In the place of a scale of zero, that of a row of zeros.
+LEAST_SCALE = 2.0**-7
 
 
 @dataclass(frozen=True)
@@ -108,5 +111,4 @@ def int8_linear(
 
 
 def _positive(scales: np.ndarray) -> np.ndarray:
-    """Zero scales, of rows of zeros, replaced."""
-    return np.where(scales == 0, np.float32(2.0**-7), scales).astype(np.float32)
+    return np.where(scales == 0, np.float32(LEAST_SCALE), scales).astype(np.float32)

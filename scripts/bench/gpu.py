@@ -6,7 +6,8 @@
 The checkpoint is that of seven_b, made of holes. The time of a layer is the median over all but the first, between two
 checkpoints, and counts for as many layers and samples as the whole job has. Products are of the shapes of a layer, by
 torch: INT8 as W8A8 computes them, with the scales of tokens and of channels applied to their integers, beside FP16;
-medians over repetitions that alternate, timed by the GPU itself. Without a GPU nothing is measured.
+medians over repetitions that alternate, timed by the GPU itself. Importance is computed on all GPUs of a kind, products
+on the first one. Without a GPU nothing is measured.
 """
 
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 import click
 import torch
 
+from bitwright.calibration.stream.build import others_alike
 from bitwright.profiles.sizes import size_text
 from scripts.bench.memory import write_checkpoint
 from scripts.bench.seven_b import ALL_LAYERS, ALL_SAMPLES, ALL_TOKENS, SHARD_BYTES, calibrate, seconds_per_layer
@@ -101,7 +103,8 @@ def main(layers: int, samples: int, directory: Path) -> None:
         raise click.ClickException("torch finds no GPU of CUDA here, and this measures one")
     if layers < 3:
         raise click.UsageError("a time of a layer takes three layers at least")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    number = 1 + len(others_alike(torch.device("cuda")))
+    print(f"{number} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
     report_products()
     report_importance(directory, layers, samples)
 

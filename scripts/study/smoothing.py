@@ -27,8 +27,8 @@ from bitwright.converter.model.model_map import describe
 from bitwright.converter.report.text import table
 from bitwright.converter.smoothing.groups import smoothing_groups
 from bitwright.converter.smoothing.search import SmoothedGroup, Smoother
-from bitwright.converter.smoothing.view import SmoothedCheckpoint
 from bitwright.converter.source.open import open_checkpoint
+from bitwright.converter.source.smoothed import SmoothedCheckpoint
 from bitwright.formats.bfloat16 import bfloat16
 from bitwright.formats.kernels.int8_matmul import int8_linear, quantize, quantize_per_token
 from bitwright.formats.schemes.registry import get_scheme

@@ -1,9 +1,9 @@
-"""A GPU that is not there: tensors of it hold real values in ordinary memory, and keep the rules of a device.
+"""GPUs that are not there: tensors of one hold real values in ordinary memory, and keep the rules of a device.
 
-An operation that mixes it with the CPU raises, as torch's own kernels do. What makes the host wait for the device, and
-every copy between them, is counted; so are the bytes that live on it. It has as much memory as a test gives it, and
-raises what torch raises when that is full. As "mps" it refuses float64 and 8-bit floats; as "cuda" it has streams, and
-an operation that reads what another stream has not yet been waited for raises.
+An operation that mixes it with the CPU or with another raises, as torch's own kernels do. What makes the host wait for
+the device, and every copy between them, is counted; so are the bytes that live on it. It has as much memory as a test
+gives it, and raises what torch raises when that is full. As "mps" it refuses float64 and 8-bit floats; as "cuda" it has
+streams, and an operation that reads what another stream has not yet been waited for raises.
 
 torch's C++ knows the device as PrivateUse1, a backend that Python may write; Python code sees "cuda" or "mps". Both
 need a process of their own: torch numbers its devices once, at the first gradient.
@@ -85,7 +85,8 @@ class Event:
 class Counts:
     """What a scenario is judged by. waits, in_any_order: by operation. copies: to the device. bytes_back, bytes_there:
     copied. pageable: bytes of tensors of more than one dimension that came from memory that is not pinned. refused:
-    allocations for which there was no room. peak: bytes."""
+    allocations for which there was no room. peak: bytes, of the first one. made: tensors, by the number of the
+    device."""
 
     waits: Counter[str] = field(default_factory=Counter)
     in_any_order: Counter[str] = field(default_factory=Counter)
@@ -95,15 +96,17 @@ class Counts:
     pageable: int = 0
     refused: int = 0
     peak: int = 0
+    made: Counter[int] = field(default_factory=Counter)
 
 
 class Device:
-    """The state of the one device. memory: bytes that it has. largest: of the largest tensor that it takes, as where
-    its memory is in pieces. refused_copy: the number of a copy to it for which there is no room."""
+    """The state of the devices. memory: bytes that each has; live: that are in use, by its number. largest: of the
+    largest tensor that it takes, as where its memory is in pieces. refused_copy: the number of a copy to one for which
+    there is no room."""
 
     def __init__(self) -> None:
-        self.kind, self.memory, self.largest, self.refused_copy = "cpu", 0, 0, 0
-        self.counts, self.live = Counts(), 0
+        self.kind, self.number, self.memory, self.largest, self.refused_copy = "cpu", 1, 0, 0, 0
+        self.counts, self.live = Counts(), Counter[int]()
         self.storages: dict[int, list[int]] = {}
         self.pinned = set[int]()
         self.lock, self.local, self.default = threading.RLock(), threading.local(), Stream()
@@ -115,16 +118,17 @@ class Device:
         with self.lock:
             self.counts.waits[what] += 1
 
-    def take(self, storage: torch.UntypedStorage) -> int:
+    def take(self, storage: torch.UntypedStorage, index: int) -> int:
         key = storage._cdata
         with self.lock:
             if key not in self.storages:
-                if storage.nbytes() > min(self.memory - self.live, self.largest):
+                if storage.nbytes() > min(self.memory - self.live[index], self.largest):
                     self.counts.refused += 1
                     raise self.out_of_memory(storage.nbytes())
-                self.storages[key] = [storage.nbytes(), 0]
-                self.live += storage.nbytes()
-                self.counts.peak = max(self.counts.peak, self.live)
+                self.storages[key] = [storage.nbytes(), 0, index]
+                self.live[index] += storage.nbytes()
+                self.counts.peak = max(self.counts.peak, self.live[0])
+                self.counts.made[index] += 1
             self.storages[key][1] += 1
         return key
 
@@ -132,7 +136,8 @@ class Device:
         with self.lock:
             self.storages[key][1] -= 1
             if not self.storages[key][1]:
-                self.live -= self.storages.pop(key)[0]
+                n_bytes, _, index = self.storages.pop(key)
+                self.live[index] -= n_bytes
 
     def out_of_memory(self, n_bytes: int) -> RuntimeError:
         if self.kind == "mps":
@@ -150,21 +155,23 @@ class Device:
 
 
 _PLACE = torch.device("privateuseone", 0)
+_NAMED, _ANYWHERE = 8, -1
 ON = Device()
 
 
 class Held(torch.Tensor):
-    """A tensor on the device; elem: its values, in ordinary memory."""
+    """A tensor on the device of a number, which C++ is not told; elem: its values, in ordinary memory."""
 
     elem: torch.Tensor
+    index: int
     stream: Stream
     tick: int
     of_inference: bool  # which torch's own tensor says of itself, and a view of an ordinary one must not
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, elem: torch.Tensor) -> "Held":
-        key = ON.take(elem.untyped_storage())
+    def __new__(cls, elem: torch.Tensor, index: int) -> "Held":
+        key = ON.take(elem.untyped_storage(), index)
         with torch.inference_mode(False):  # a view of an ordinary tensor is ordinary, and this may be one
             held: Held = torch.Tensor._make_wrapper_subclass(
                 cls,
@@ -175,14 +182,14 @@ class Held(torch.Tensor):
                 layout=elem.layout,
                 device=_PLACE,
             )
-        held.elem, held.stream = elem, ON.current()
+        held.elem, held.index, held.stream = elem, index, ON.current()
         held.tick = held.stream.done
         weakref.finalize(held, ON.give_back, key)
         return held
 
     @property
     def device(self) -> torch.device:
-        return torch.device(ON.kind, 0)
+        return torch.device(ON.kind, max(self.index, 0))
 
     @property
     def is_cuda(self) -> bool:
@@ -192,7 +199,7 @@ class Held(torch.Tensor):
         return self.elem.data_ptr()
 
     def numpy(self, *_: Any, **__: Any) -> Any:
-        raise TypeError(f"can't convert {ON.kind}:0 device type tensor to numpy. Use Tensor.cpu() first")
+        raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first")
 
     __array__ = numpy
 
@@ -205,8 +212,17 @@ class Held(torch.Tensor):
         named = [a for a in (*args, kwargs.get("device")) if isinstance(a, str | torch.device)]
         dtypes = [a for a in (*args, kwargs.get("dtype")) if isinstance(a, torch.dtype)]
         like_another = any(isinstance(a, torch.Tensor) for a in args)
+        if other := [_index(a) for a in named if ON.is_meant(a) and _index(a) not in (self.index, _ANYWHERE)]:
+            return self._on(other[0]).to(*args, **kwargs)
         same = all(ON.is_meant(a) for a in named) and all(d == self.dtype for d in dtypes)
         return self if same and not like_another else super().to(*args, **kwargs)
+
+    def _on(self, index: int) -> "Held":
+        """A copy on another one, for which either waits."""
+        _check_order("copy", [self])
+        moved = Held(self.elem.clone(), index)
+        moved.of_inference = torch.is_inference_mode_enabled()
+        return moved
 
     def record_stream(self, stream: Stream) -> None:
         pass  # nothing here is freed before Python lets go of it
@@ -235,7 +251,8 @@ class Names(TorchFunctionMode):
 
     @staticmethod
     def _named(x: Any) -> Any:
-        return _PLACE if isinstance(x, str | torch.device) and str(x).split(":")[0] == ON.kind != "cpu" else x
+        named = isinstance(x, str | torch.device) and str(x).split(":")[0] == ON.kind != "cpu"
+        return torch.device(_PLACE.type, _NAMED + _index(x)) if named else x
 
 
 class Rules(TorchDispatchMode):
@@ -243,6 +260,18 @@ class Rules(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
+
+
+def _index(device: Any) -> int:
+    """Its number; that of the current one is 0. C++ knows one device, of which Python's have higher numbers: what C++
+    makes by itself inside an operation goes with any."""
+    if device is None or isinstance(device, int):
+        return device or 0
+    device = torch.device(device)
+    index = device.index or 0
+    if device.type != _PLACE.type:
+        return index
+    return index - _NAMED if index >= _NAMED else _ANYWHERE if ON.number > 1 else 0
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -259,9 +288,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             _remember_pinned(made)
         return made
     _check(func, name, given, held)
-    device, there = kwargs.get("device"), True
+    device, there, index = kwargs.get("device"), True, next((x.index for x in held if x.index != _ANYWHERE), _ANYWHERE)
     if device is not None:
-        there = ON.is_meant(device)
+        there, index = ON.is_meant(device), index if _index(device) == _ANYWHERE else _index(device)
         if torch.device(device).type == "meta":
             return func(*tree_map(_values, args), **kwargs)
         kwargs = kwargs | {"device": torch.device("cpu")}
@@ -276,7 +305,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             if tensor.elem is x:
                 return tensor
         ON.refuse_dtype(x.dtype)
-        made = Held(x)
+        made = Held(x, index)
         bases = [tensor for tensor in held if tensor.elem.untyped_storage()._cdata == x.untyped_storage()._cdata]
         made.of_inference = bases[0].of_inference if bases else torch.is_inference_mode_enabled()
         return made
@@ -296,19 +325,26 @@ def _values(x: Any) -> Any:
 
 
 def _check(func: Any, name: str, given: list[torch.Tensor], held: list[Held]) -> None:
-    here = ON.current()
     changed = given[0] if func._schema.is_mutable and given else None
     if isinstance(changed, Held) and changed.of_inference and not torch.is_inference_mode_enabled():
         raise RuntimeError(f"Inplace update to inference tensor outside InferenceMode is not allowed ({name})")
-    for tensor in held:
-        if tensor.stream is not here and here.known.get(id(tensor.stream), 0) < tensor.tick:
-            raise Race(f"{name} reads what another stream has not been waited for")
+    _check_order(name, held)
+    if len({tensor.index for tensor in held} - {_ANYWHERE}) > 1 and name != "copy_":
+        devices = ", ".join(sorted({str(tensor.device) for tensor in held}))
+        raise MixedDevices(f"Expected all tensors to be on the same device, found {devices} ({name})")
     others = [x for x in given if not isinstance(x, Held) and x.dim() and x.device.type != "meta"]
     if held and others and name not in _MOVES:
         if name in _INDEXES:
             ON.wait("index of the CPU")
             return
-        raise MixedDevices(f"Expected all tensors to be on the same device, found {ON.kind}:0 and cpu ({name})")
+        raise MixedDevices(f"Expected all tensors to be on the same device, found {held[0].device} and cpu ({name})")
+
+
+def _check_order(name: str, held: list[Held]) -> None:
+    here = ON.current()
+    for tensor in held:
+        if tensor.stream is not here and here.known.get(id(tensor.stream), 0) < tensor.tick:
+            raise Race(f"{name} reads what another stream has not been waited for")
 
 
 def _count(name: str, given: list[torch.Tensor], held: list[Held], there: bool) -> None:
@@ -362,29 +398,31 @@ def _on_stream(stream: Stream) -> Iterator[None]:
 
 
 def _start_peak(*_: Any) -> None:
-    ON.counts.peak = ON.live
+    ON.counts.peak = ON.live[0]
 
 
 @contextmanager
 def pretended(
-    kind: str, memory: int = 8 << 30, *, largest: int | None = None, refused_copy: int = 0
+    kind: str, memory: int = 8 << 30, *, number: int = 1, largest: int | None = None, refused_copy: int = 0
 ) -> Iterator[Counts]:
-    """A device of this kind, "cuda" or "mps", with so many bytes of memory, in a process that has no other; largest,
-    refused_copy: as of Device."""
+    """So many devices of this kind, "cuda" or "mps", with so many bytes of memory each, in a process that has no other;
+    largest, refused_copy: as of Device."""
     if not _installed:
         _setup_privateuseone_for_python_backend("pretended")
         _installed.append(True)
-    ON.kind, ON.memory, ON.counts = kind, memory, Counts()
+    ON.kind, ON.number, ON.memory, ON.counts = kind, number, memory, Counts()
     ON.largest, ON.refused_copy = largest or memory, refused_copy
     replaced = {
         (ThreadPoolExecutor, "submit"): _submit_with_rules,
         (torch.cuda, "is_available"): lambda: kind == "cuda",
         (torch.cuda, "_lazy_init"): lambda: None,  # in hooks of gradients, where names are not changed
         (torch.cuda, "reset_peak_memory_stats"): _start_peak,
-        (torch.cuda, "memory_allocated"): lambda *_: ON.live,
-        (torch.cuda, "memory_reserved"): lambda *_: ON.live,
+        (torch.cuda, "device_count"): lambda: ON.number,
+        (torch.cuda, "current_device"): lambda: 0,
+        (torch.cuda, "memory_allocated"): lambda device=0: ON.live[_index(device)],
+        (torch.cuda, "memory_reserved"): lambda device=0: ON.live[_index(device)],
         (torch.cuda, "max_memory_allocated"): lambda *_: ON.counts.peak,
-        (torch.cuda, "mem_get_info"): lambda *_: (ON.memory - ON.live, ON.memory),
+        (torch.cuda, "mem_get_info"): lambda device=0: (ON.memory - ON.live[_index(device)], ON.memory),
         (torch.cuda, "get_device_name"): lambda *_: "pretended",
         (torch.cuda, "Stream"): Stream,
         (torch.cuda, "Event"): Event,
@@ -392,7 +430,7 @@ def pretended(
         (torch.cuda, "current_stream"): lambda *_: ON.current(),
         (torch.backends.mps, "is_available"): lambda: kind == "mps",
         (torch.mps, "recommended_max_memory"): lambda: ON.memory,
-        (torch.mps, "driver_allocated_memory"): lambda: ON.live,
+        (torch.mps, "driver_allocated_memory"): lambda: ON.live[0],
         (torch.mps, "empty_cache"): lambda: None,
     }
     patches = [mock.patch.object(owner, name, value) for (owner, name), value in replaced.items()]

@@ -20,8 +20,10 @@ from bitwright.calibration.passes.activation_pass import stream_activations
 from bitwright.calibration.passes.importance_pass import stream_importance
 from bitwright.calibration.places import MatrixNames
 from bitwright.calibration.sensitivity.fisher import stream_fisher
+from bitwright.calibration.statistics.smoothing import Products, choose_alpha
 from bitwright.calibration.stream import micro_batches
 from bitwright.calibration.stream.checkpointing import STATE_NAME
+from bitwright.calibration.stream.device import int8_products
 from bitwright.calibration.stream.forward import stream_past
 from bitwright.calibration.stream.streamable import StreamableModel
 from bitwright.calibration.super_weights.spikes import Peaks
@@ -30,6 +32,7 @@ from bitwright.converter.directory.artifact import DirectoryArtifact
 from bitwright.converter.directory.products import SchemeProducts
 from bitwright.converter.source.open import open_checkpoint
 from bitwright.formats.errors import ConvertError
+from bitwright.formats.kernels import int8_matmul
 from tests import tiny_models
 from tests.calibration.stream.streaming import DictSource, stacked_names
 from tests.pretended.device import Counts, pretended
@@ -134,6 +137,29 @@ def observed(
         return seen, _run(of, name, "cpu", runs[-1][1])
 
 
+def on_several(of: str, name: str, numbers: list[int], n_samples: int) -> list[tuple[Counts, Figures]]:
+    """The pass over so many samples, one at once, on each of these numbers of GPUs."""
+    seen = []
+    for number in numbers:
+        with one_sample_at_once("cuda"), pretended("cuda", number=number) as counts:
+            figures = _run(of, name, "cuda", n_samples)
+        seen.append((counts, figures))
+    return seen
+
+
+def continued_on(numbers: list[int], **limits: int) -> Figures:
+    """The peaks of a model that runs on another number of GPUs after every layer."""
+    directory = tiny_models.checkpoint("llama", ALL_TINY_MODELS["llama"])
+    tokens = np.random.default_rng(0).integers(3, tiny_models.VOCAB_SIZE, (8, LENGTH)).astype(np.int32)
+    model = StreamableModel(DictSource.of(directory), directory, device="cuda", dtype="float32", threads=1)
+    with tempfile.TemporaryDirectory() as work, one_sample_at_once("cuda"):
+        for number in numbers:
+            peaks, control = Peaks(), PassControl(Path(work), should_stop=lambda: True)
+            with pretended("cuda", number=number, **limits), suppress(Interrupted):
+                stream_past(peaks, model, tokens, control)
+    return {f"rows {k}": v for k, v in peaks.rows.items()} | {f"columns {k}": v for k, v in peaks.columns.items()}
+
+
 def with_little_memory(of: str, kind: str, n_samples: int = 64, **limits: int) -> tuple[Counts, Figures, Figures]:
     """64 samples at once, where they may; and on a CPU. limits: as of pretended."""
     with mock.patch.dict(micro_batches._TOKENS, {"cpu": LENGTH, kind: 64 * LENGTH}):
@@ -175,8 +201,9 @@ def converted(name: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
         return converter.convert(str(directory), output=output, device=kind, quiet=True, **options)
 
 
-def converted_directory(name: str, kind: str, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """A conversion to a directory, and its quality by the products and caches of its schemes: there, and on a CPU."""
+def converted_directory(name: str, kind: str, options: dict[str, Any], **limits: int) -> list[dict[str, Any]]:
+    """A conversion to a directory, and its quality by the products and caches of its schemes: there, one sample at
+    once, and on a CPU. limits: as of pretended."""
     directory = tiny_models.checkpoint(name, ALL_TINY_MODELS[name])
     tokens = np.random.default_rng(0).integers(3, tiny_models.VOCAB_SIZE, (2, LENGTH)).astype(np.int32)
     corpus, source = Corpus(tokens, "random", "0" * 64), open_checkpoint(str(directory))
@@ -189,10 +216,54 @@ def converted_directory(name: str, kind: str, options: dict[str, Any]) -> list[d
             control = PassControl(Path(place) / device)
             return stream_quality(model, artifact, corpus, control, arithmetic=SchemeProducts(artifact)).to_dict()
 
-        with pretended(kind):
+        with pretended(kind, **limits):
             converter.convert(str(directory), output=output, device=kind, quiet=True, **options)
-            there = quality(kind)
+            with one_sample_at_once(kind):
+                there = quality(kind)
         return [there, quality("cpu")]
+
+
+def smoothed(kind: str) -> list[tuple[float | None, dict[str, float]]]:
+    """Which alpha is chosen there, and on a CPU, for inputs that are rounded by row, and under one scale."""
+    random = np.random.default_rng(0)
+    rows = (random.normal(size=(96, 64)) * np.exp(random.normal(size=64))).astype(np.float32)
+    weights = (random.normal(size=(48, 64)) * np.exp(0.5 * random.normal(size=64))).astype(np.float32)
+    products = [Products(rows, (weights, weights[:7]), np.abs(rows).max(0), np.abs(weights).max(0))]
+    chosen = []
+    for static in (False, True):
+        with pretended(kind):
+            chosen.append(choose_alpha(products, static, kind))
+        chosen.append(choose_alpha(products, static))
+    return chosen
+
+
+def products_of_integers(kind: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Layers of INT8 with scales that are measured and stored, with zero points and without, there and on a CPU: of
+    more columns than are added up in one go, whose sums float32 does not hold."""
+    random, made = np.random.default_rng(0), []
+    rows = (random.standard_t(3, (9, 2500)) * np.exp(random.normal(size=(9, 1)))).astype(np.float32)
+    rows[0], rows[1], rows[2] = 0, np.abs(rows[1]) + 1, 1
+    weights, scales = random.integers(-128, 128, (11, 2500)).astype(np.int8), random.random(11, np.float32)
+    weights[0] = 127
+    for symmetric in (True, False):
+        for stored in (None, 0.031):
+            point = None if symmetric else -37
+            if stored is None:
+                values = int8_matmul.quantize_per_token(rows, symmetric)
+            else:
+                values = int8_matmul.quantize(rows, np.float32(stored), None if point is None else np.array(point))
+            with pretended(kind):
+                there = torch.from_numpy(rows).to(kind)
+                if stored is None:
+                    codes = int8_products.quantize_per_token(there, symmetric)
+                else:
+                    of_all = torch.tensor([stored], device=kind)
+                    points = None if point is None else torch.tensor([point], dtype=torch.int32, device=kind)
+                    codes = int8_products.quantize(there, of_all, points)
+                matrix = int8_products.Int8Matrix.on(torch.device(kind), weights, scales)
+                outputs = int8_products.int8_linear(codes, matrix).cpu().numpy()
+            made.append((outputs, int8_matmul.int8_linear(values, weights, scales)))
+    return made
 
 
 def rules() -> dict[str, str]:

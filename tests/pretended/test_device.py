@@ -6,6 +6,7 @@ import torch
 from click.testing import CliRunner
 
 from bitwright import converter
+from bitwright.calibration.stream.build import others_alike
 from bitwright.calibration.stream.rounded_inputs import round_e4m3
 from bitwright.formats.errors import ConvertError
 from scripts.bench import gpu
@@ -75,10 +76,13 @@ def test_what_judges_computes_the_same_there(of, pretend):
 
 # 64 samples of 16 tokens make tensors of 96 columns, 393216 bytes; the largest weight has 102400. What is summed by
 # groups takes no more samples at once than a group has: 32 of 512, but for those that are held out.
-@pytest.mark.parametrize(("kind", "of", "n_samples"), [("mps", "peaks", 64), ("cuda", "importance", 512)])
-def test_where_memory_is_full_micro_batches_are_halved(kind, of, n_samples, pretend):
-    counts, there, here = pretend("with_little_memory", of, kind, n_samples, largest=120_000)
-    assert counts.refused > 0
+@pytest.mark.parametrize(
+    ("kind", "number", "of", "n_samples"),
+    [("mps", 1, "peaks", 64), ("cuda", 1, "peaks", 64), ("cuda", 2, "importance", 512)],
+)
+def test_where_memory_is_full_micro_batches_are_halved(kind, number, of, n_samples, pretend):
+    counts, there, here = pretend("with_little_memory", of, kind, n_samples, number=number, largest=120_000)
+    assert counts.refused > 0 and min(counts.made[i] for i in range(number)) > 0
     assert_alike(there, here)
 
 
@@ -107,6 +111,38 @@ def test_a_gpu_continues_many_texts_together(pretend):
     assert [pretend("generation_batches", kind) for kind in ("cpu", "mps", "cuda")] == [[4] * 5, [16, 4], [20]]
 
 
+@pytest.mark.parametrize(
+    ("of", "name"),
+    [("importance", "qwen3_moe"), ("activations", "llama"), ("gradients", "llama"), ("peaks", "qwen3_5")],
+)
+def test_several_gpus_share_the_samples_and_give_the_same(of, name, pretend):
+    (alone, expected), *shared = pretend("on_several", of, name, [1, 2, 3], 5)
+    assert alone.made.keys() == {0}
+    for (counts, figures), number in zip(shared, (2, 3), strict=True):
+        layer_work = [counts.made[i] for i in range(number)]
+        assert min(layer_work) > 0.1 * sum(layer_work)
+        assert figures.keys() == expected.keys()
+        for key, there in figures.items():
+            np.testing.assert_array_equal(there, expected[key], strict=True)
+
+
+def test_a_pass_goes_on_with_another_number_of_gpus(pretend):
+    ((_, expected),) = pretend("on_several", "peaks", "llama", [1], 8)
+    continued = pretend("continued_on", [2, 1, 3])
+    assert continued.keys() == expected.keys()
+    for key, there in continued.items():
+        np.testing.assert_array_equal(there, expected[key], strict=True)
+
+
+def test_gpus_of_another_kind_are_left_out(monkeypatch):
+    kinds = ["a", "b", "a", "a"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(kinds))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", kinds.__getitem__)
+    assert others_alike(torch.device("cuda")) == [torch.device("cuda", 0), torch.device("cuda", 3)]
+    assert others_alike(torch.device("cpu")) == others_alike(torch.device("mps")) == []
+
+
 SHORT = {"samples": 128, "sequence_length": 16, "calibration": "embedded", "effort": "fast", "threads": 1}
 BY_RULES = {"analysis": False, "error_feedback": "off"}
 
@@ -126,13 +162,34 @@ def test_a_whole_job_is_measured_in_float32(name, kind, options, pretend):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "profile"),
-    [("gemma3", "mps", "fp8-kv"), ("qwen3_5", "mps", "nvfp4-vllm"), ("llama", "cuda", "smoothquant-w8a8")],
+    ("name", "kind", "number", "profile"),
+    [("gemma3", "mps", 1, "fp8-kv"), ("qwen3_5", "mps", 1, "nvfp4-vllm"), ("llama", "cuda", 2, "smoothquant-w8a8")],
 )
-def test_a_whole_job_to_a_directory_is_computed_by_its_schemes(name, kind, profile, pretend):
-    there, here = pretend("converted_directory", name, kind, SHORT | BY_RULES | {"profile": profile, "judge": "off"})
+def test_a_whole_job_to_a_directory_is_computed_by_its_schemes(name, kind, number, profile, pretend):
+    options = SHORT | BY_RULES | {"profile": profile, "judge": "off"}
+    there, here = pretend("converted_directory", name, kind, options, number=number)
     assert (there["device"], here["device"]) == (kind, "cpu") and there["not_finite"] == 0
     assert there["mean_kld"] == pytest.approx(here["mean_kld"], rel=0.05, abs=1e-7)
+
+
+@pytest.mark.parametrize("kind", GPUS)
+def test_products_of_integers_are_the_cpus_to_the_last_bit(kind, pretend):
+    for there, here in pretend("products_of_integers", kind):
+        assert there.dtype == here.dtype == np.float32
+        np.testing.assert_array_equal(there.view(np.int32), here.view(np.int32))
+
+
+def test_factors_are_chosen_on_the_gpu_as_on_the_cpu(pretend):
+    chosen = pretend("smoothed", "cuda")
+    for (there, errors), (here, expected) in zip(chosen[::2], chosen[1::2], strict=True):
+        assert there == here and 0 < min(errors.values()) < errors["off"]
+        assert errors == pytest.approx(expected, rel=1e-5)
+
+
+def test_layers_are_tuned_on_the_gpu(pretend):
+    options = SHORT | {"profile": "mlp-low-precision", "analysis": False, "judge": "off", "tune": 4}
+    tuning = pretend("converted", "llama-256", "cuda", options)["tuning"]
+    assert 0 < tuning["kept"] <= tuning["layers"] == 4 and 0 < tuning["ratio"] < 1
 
 
 def test_e4m3_by_float32_arithmetic_is_torchs_own():

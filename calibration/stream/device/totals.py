@@ -34,6 +34,9 @@ class Pair:
         self.add(other.high)
         self.low += other.low
 
+    def move_to(self, device: torch.device) -> None:
+        self.high, self.low = self.high.to(device), self.low.to(device)
+
 
 class Totals(Generic[Key]):
     """Sums by name. host: of what has been settled or was never elsewhere; dtype: of these."""
@@ -63,6 +66,11 @@ class Totals(Generic[Key]):
                 self._pairs[key].merge(pair)
             else:
                 self._pairs[key] = pair
+
+    def move_to(self, device: torch.device) -> None:
+        """What is on another GPU goes to this one."""
+        for pair in self._pairs.values():
+            pair.move_to(device)
 
     def settle(self) -> dict[Key, np.ndarray]:
         """Bring over what is on a GPU; returns that."""
@@ -116,6 +124,10 @@ class Maxima(Generic[Key]):
             self._raise_host(key, values)
         for key, there in other._there.items():
             self._there[key] = torch.maximum(self._there[key], there) if key in self._there else there
+
+    def move_to(self, device: torch.device) -> None:
+        """As that of Totals."""
+        self._there = {key: there.to(device) for key, there in self._there.items()}
 
     def settle(self) -> dict[Key, np.ndarray]:
         keys = list(self._there)

@@ -17,6 +17,7 @@ from bitwright.converter.commands.parameters import PATH, job_option, part_optio
 )
 @click.option("--model", metavar="MODEL", help="Where the model is on this machine. [default: as planned]")
 @job_option("imatrix", help="Where the importance matrix is on this machine. [default: as planned]")
+@job_option("statistics", help="Where the statistics are on this machine. [default: as planned]")
 @scratch_option
 @job_option("threads")
 @quiet_option

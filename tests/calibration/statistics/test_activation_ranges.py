@@ -17,10 +17,11 @@ def seen(values: np.ndarray, n_matrices: int = 1) -> MatrixInputs:
         part = observer.fresh(0)
         part.observe("m", 0, n_matrices, torch.from_numpy(batch), None)
         observer.merge(part)
-    sums = observer.inputs["m"]
-    unseen = sums.counts == 0
-    sums.minima[unseen] = sums.maxima[unseen] = 0
-    return MatrixInputs(**vars(sums))
+    observer.to_arrays()  # the layer is done
+    inputs = {field: of["m"] for field, of in observer.inputs.items()}
+    unseen = inputs["counts"] == 0
+    inputs["minima"][unseen] = inputs["maxima"][unseen] = inputs["ranges"][unseen] = 0
+    return MatrixInputs(**inputs)
 
 
 def heavy(seed=0) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Streamed gradients equal autograd on the whole model; interrupted, resumed, on other threads: the same bytes."""
 
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -100,12 +101,14 @@ def test_two_layers_at_most_are_in_memory(tiny, tmp_path, monkeypatch):
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
     most, read = [], LayerwiseModel.read
 
-    def watched(stream: LayerwiseModel, module: torch.nn.Module) -> Weights:
-        weights = read(stream, module)
+    def watched(
+        stream: LayerwiseModel, module: torch.nn.Module, copies: Sequence[LayerwiseModel] = ()
+    ) -> list[Weights]:
+        (weights,) = read(stream, module, copies)
         if module in stream.layers:
             alive.update(weights.values())
             most.append(len(alive) / len(weights))
-        return weights
+        return [weights]
 
     monkeypatch.setattr(LayerwiseModel, "read", watched)
     corpus = random_corpus("gemma3", SAMPLES)

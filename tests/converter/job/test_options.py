@@ -15,6 +15,7 @@ from bitwright.converter.job.build import build_job
 from bitwright.converter.job.job import Job
 from bitwright.converter.job.options import choices_of, flag, option, option_of
 from bitwright.converter.job.recipe import reproducing_arguments
+from bitwright.converter.job.spelling import STATISTICS_RECORD
 from bitwright.converter.preparation import fingerprint, prepare
 from bitwright.converter.source.checkpoint import Checkpoint
 from bitwright.converter.source.open import open_checkpoint
@@ -34,6 +35,8 @@ def plain(tiny, tmp_path, monkeypatch) -> Job:
     monkeypatch.chdir(tmp_path)
     for name in ("imatrix", "sensitivity"):
         Path(name).write_text(name)
+    Path("statistics").mkdir()
+    Path("statistics", STATISTICS_RECORD).write_text("{}")
     return Job(str(tiny("llama")), load_profile("balanced-4bit"), calibration="embedded")
 
 

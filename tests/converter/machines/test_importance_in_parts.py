@@ -13,8 +13,8 @@ from bitwright.calibration.stream.micro_batches import N_GROUPS, Excerpt, is_hel
 from bitwright.calibration.stream.observer import GroupedSums, add_sums
 from bitwright.converter.boundary.interrupts import STOPPED
 from bitwright.converter.job.cache import arrays_identity
-from bitwright.converter.machines import importance
-from bitwright.converter.machines.group_sums import load_part
+from bitwright.converter.machines.measuring import importance
+from bitwright.converter.machines.measuring.group_sums import load_part
 from bitwright.formats.files.disk import observed
 from tests.converter.commands import convert, done, refused
 

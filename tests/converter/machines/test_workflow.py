@@ -13,20 +13,22 @@ import yaml
 from bitwright.converter.job.cache import DIRECTORY_VARIABLE, OFF
 from tests.converter.commands import convert, done, refused
 from tests.converter.machines import killed_once
+from tests.converter.machines.test_encode_in_parts import digests
 
 ROOT = Path(__file__).parents[3]
 SNAKEMAKE = Path(os.environ.get("SNAKEMAKE", ROOT / ".venv-snakemake/bin/snakemake")).absolute()
 TEXT = "--calibration embedded --samples 128 --sequence-length 8"
 PLAN = "--judge off --effort fast --no-analysis --set mlp_*=IQ4_NL"
+SMOOTHED = f"--judge off --effort fast {TEXT}"
 
 
 @pytest.fixture(scope="module")
 def one_machine(tiny, tmp_path_factory) -> Path:
-    """The artifact that one machine makes with the importance that one machine computes."""
+    """The artifact that one machine makes, with error feedback, of the importance that one machine computes."""
     directory = tmp_path_factory.mktemp("one")
     done("imatrix", tiny("llama"), *TEXT.split(), "-q", "--output", directory / "importance.gguf")
     options = [*PLAN.split(), "-p", "mlp-low-precision", "--imatrix", directory / "importance.gguf"]
-    done(*options, "--output", directory / "m.gguf", "-q", tiny("llama"))
+    done(*options, *TEXT.split(), "--error-feedback=quick", "--output", directory / "m.gguf", "-q", tiny("llama"))
     return directory / "m.gguf"
 
 
@@ -45,8 +47,18 @@ def test_snakemake_makes_the_bytes_of_one_machine_though_a_part_is_killed(one_ma
                 "model": str(tiny("llama")),
                 "profile": "mlp-low-precision",
                 "options": PLAN,
+                "statistics": "--moments",
                 "output": str(tmp_path / "made" / "m.gguf"),
-            }
+            },
+            "smoothed": {
+                "model": str(tiny("llama")),
+                "profile": "smoothquant-w8a8",
+                "options": SMOOTHED,
+                "measure": "none",
+                "statistics": "--activations",
+                "encode_parts": 1,
+                "output": str(tmp_path / "made" / "smoothed"),
+            },
         },
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
@@ -66,7 +78,10 @@ def test_snakemake_makes_the_bytes_of_one_machine_though_a_part_is_killed(one_ma
     assert "Error in rule encode" in said.stderr and "Trying to restart job" in said.stderr
     assert int(marker.read_text()) == killed_once.AFTER_TENSORS  # of the part that was killed, and continued
     assert (tmp_path / "made" / "m.gguf").read_bytes() == one_machine.read_bytes()
+    done(*SMOOTHED.split(), "-p", "smoothquant-w8a8", "--output", tmp_path / "whole" / "smoothed", "-q", tiny("llama"))
+    assert digests(tmp_path / "made" / "smoothed") == digests(tmp_path / "whole" / "smoothed")
     report = json.loads((tmp_path / "work" / "small" / "report.json").read_text())
+    assert report["feedback"]["kept"] > 0
     assert report["artifact"]["files"][0]["path"] == str(tmp_path / "made" / "m.gguf")
     assert "Nothing to be done" in snakemake().stderr
 
@@ -86,6 +101,7 @@ def test_the_script_for_slurm_submits_commands_that_make_the_same(one_machine, t
     )
     sbatch.chmod(0o755)
     environment = os.environ | {"PATH": f"{sbatch.parent}:{os.environ['PATH']}", "PARTS": "2", "CALIBRATION": TEXT}
+    environment["STATISTICS"] = "--moments"
     output = tmp_path / "made" / "m.gguf"
     script = ["bash", tmp_path / "w" / "array.sh", tiny("llama"), output, *PLAN.split(), "-p", "mlp-low-precision"]
     subprocess.run(script, env=environment, check=True, capture_output=True, cwd=tmp_path)
