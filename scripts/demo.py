@@ -28,7 +28,7 @@ def generate(artifact: Path) -> str:
 @click.argument("directory", default="demo", type=click.Path(path_type=Path))
 def main(directory: Path) -> None:
     model = build(directory / "SmolLM2-135M-Instruct", off_grid=True)
-    arguments = ["--samples", "128", "--sequence-length", "256", "--judge", "fast"]
+    arguments = ["--samples", "128", "--sequence-length", "192", "--judge", "fast"]
     arguments += ["--output", str(directory), str(model)]
     click.echo("about three minutes on two cores")
     click.echo(f"$ bitwright {' '.join(arguments)}")

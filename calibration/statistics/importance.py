@@ -63,7 +63,11 @@ class ImportanceMatrix:
     def divided(self, factors: Mapping[str, np.ndarray]) -> "ImportanceMatrix":
         """The importance of the same model smoothed. factors: tensor -> [n_matrices, n_columns], what its inputs are
         divided by; absent for 1."""
-        return replace(self, sums={n: s / np.square(factors[n]) if n in factors else s for n, s in self.sums.items()})
+        divided = [
+            {name: values / np.square(factors[name]) if name in factors else values for name, values in kind.items()}
+            for kind in (self.sums, self.costs)
+        ]
+        return replace(self, sums=divided[0], costs=divided[1])
 
     def columns(self, name: str) -> np.ndarray:
         """The importance of every column: float32 [n_matrices, n_columns]; KeyError for an unknown tensor.

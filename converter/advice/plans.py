@@ -15,6 +15,8 @@ from bitwright.calibration.control import never
 from bitwright.converter.architectures.refusal import NotInLlamaCpp
 from bitwright.converter.artifact.run import Run
 from bitwright.converter.directory.layout import directory_layouts
+from bitwright.converter.gguf.folding.equalise import foldable_groups
+from bitwright.converter.gguf.folding.record import blank
 from bitwright.converter.gguf.layout import counted_bytes, gguf_layouts, with_feedback
 from bitwright.converter.job.build import build_job
 from bitwright.converter.job.progress import Progress
@@ -107,6 +109,7 @@ class Source:
 
     def _gguf(self, run: Run) -> PricedPlan:
         job, evidence, by_rules = run.job, given_evidence(run), False
+        record = self._record if job.folding else ""
         if job.profile.needs_sensitivity and evidence is None:
             if not job.profile.has_rules_instead:
                 raise ConvertError(
@@ -125,9 +128,9 @@ class Source:
             job.effort,
             evidence,
             () if importance is None else importance.names,
-            lambda candidate: counted_bytes(run, candidate, importance) + self.vocabulary_bytes,
+            lambda candidate: counted_bytes(run, candidate, importance, record) + self.vocabulary_bytes,
         )
-        plan = with_feedback(job, plan)
+        plan = replace(with_feedback(job, plan), folding=record if plan.uses_importance else "")
         if importance is None and plan.uses_importance:
             importance = planned_importance(run)
         file_bytes = sum(layout.n_bytes for layout in gguf_layouts(run, plan, importance)) + self.vocabulary_bytes
@@ -160,6 +163,11 @@ class Source:
         cache = job.profile.activations.kv_cache
         kv = None if cache == NO_CACHE_SCHEME else cache
         return PricedPlan(job.profile.name, "vLLM", plan, plan.n_bytes, file_bytes, rows, _formats(plan), kv, False)
+
+    @cached_property
+    def _record(self) -> str:
+        """As long as a GGUF's of the factors that its channels are folded with."""
+        return blank(foldable_groups(self.checkpoint, self.model_map))
 
     @cached_property
     def plain_rows(self) -> tuple[Row, ...]:

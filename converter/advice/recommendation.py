@@ -95,7 +95,8 @@ class LeftOut:
 class Machine:
     """The device as it is counted with. gpus: how many of it share the model. memory: bytes for a model and its cache,
     of all together; bandwidth, rates: of one. assumed: memory that the registry
-    states for the largest of several sizes. measured: by --hardware this. sources: figure -> where it was read."""
+    states for the largest of several sizes. measured: by --hardware this. sources: figure -> where it was read.
+    instructions: sets of them that a measured CPU has."""
 
     name: str
     family: str
@@ -108,6 +109,7 @@ class Machine:
     ridge: float | None
     measured: bool
     sources: Mapping[str, str]
+    instructions: tuple[str, ...]
 
 
 @dataclass(frozen=True)

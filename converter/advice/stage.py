@@ -13,7 +13,7 @@ from bitwright.converter.advice.recommendation import Candidate, LeftOut, Machin
 from bitwright.converter.advice.request import DEFAULT_CONTEXT, THIS, Request
 from bitwright.converter.advice.shape import ModelShape, model_shape
 from bitwright.converter.advice.this_machine import this_machine
-from bitwright.converter.job.job import usable_cores
+from bitwright.converter.boundary.machine import usable_cores
 from bitwright.formats.errors import ConvertError
 from bitwright.profiles.advice.attention import choose_kernel
 from bitwright.profiles.advice.cache import LLAMA_CPP_CELLS, VLLM_CELLS, Cache, CacheFormat, Cells, cache_format
@@ -343,6 +343,7 @@ class _Advisor:
             device.ridge(),
             self.request.hardware == THIS,
             dict(device.sources),
+            device.instructions,
         )
 
     def _notes(self, order: Sequence[Candidate]) -> Iterator[str]:

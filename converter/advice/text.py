@@ -103,7 +103,8 @@ def machine_text(machine: Machine) -> str:
     ridge = f", {machine.ridge:.0f} operations a byte to its ridge" if machine.ridge else ""
     name = machine.name if machine.gpus == 1 else f"{machine.gpus} x {machine.name}"
     origin += "" if machine.gpus == 1 else " each"
-    return f"{name} ({memory:.1f} GiB usable, {bandwidth:.4g} GB/s {origin}{ridge})"
+    instructions = f", {' '.join(machine.instructions)}" if machine.instructions else ""
+    return f"{name} ({memory:.1f} GiB usable, {bandwidth:.4g} GB/s {origin}{ridge}{instructions})"
 
 
 def speed_text(speed: Speed | None) -> str:

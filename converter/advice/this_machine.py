@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bitwright.converter.boundary.machine import cpu_name, nvidia_gpu
+from bitwright.converter.boundary.machine import cpu_name, instruction_sets, nvidia_gpu
 from bitwright.formats.errors import ConvertError
 from bitwright.profiles.advice.hardware import Architecture, Device, find_device
 
@@ -36,6 +36,7 @@ def this_machine(threads: int) -> Device:
         measured_bandwidth(threads),
         {},
         {"memory": found, "bandwidth": found},
+        instructions=instruction_sets(),
     )
 
 

@@ -15,7 +15,15 @@ from bitwright.profiles.vocabulary import TensorSpec
 
 def known_architecture(config: Mapping[str, Any]) -> Architecture | None:
     """The architecture of this configuration, by its `model_type`; None where there is none."""
-    return next((found for found in architectures() if found.describes(config)), None)
+    model_type = config.get("model_type")
+    named = architectures_named(model_type) if isinstance(model_type, str) else ()
+    return next((found for found in named if found.describes(config)), None)
+
+
+@cache
+def architectures_named(model_type: str) -> tuple[Architecture, ...]:
+    """Those that may have this type: to parse every file takes longer than the rest of many a command."""
+    return read_all(mentions=f'"{model_type}"')
 
 
 @cache

@@ -23,11 +23,12 @@ _AS_THEY_ARE = (
 )
 
 
-def read_all() -> tuple[Architecture, ...]:
-    """All architectures, by the names of their files."""
+def read_all(mentions: str = "") -> tuple[Architecture, ...]:
+    """All architectures, by the names of their files; of those alone whose text mentions this."""
     folder = files("bitwright.converter").joinpath("architectures")
-    found = [entry for entry in folder.iterdir() if entry.name.endswith(".toml")]
-    return tuple(parse(entry.name.removesuffix(".toml"), entry.read_text("utf-8")) for entry in sorted(found, key=str))
+    found = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".toml")), key=str)
+    texts = {entry.name.removesuffix(".toml"): entry.read_text("utf-8") for entry in found}
+    return tuple(parse(name, text) for name, text in texts.items() if mentions in text)
 
 
 def parse(name: str, text: str) -> Architecture:

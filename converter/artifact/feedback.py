@@ -5,7 +5,7 @@ second moments decides: feedback is kept where that falls, and a matrix without 
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import numpy as np
 from bitwright.calibration.statistics.second_moments import EXPERT_BYTES, SecondMoments, open_moments
 from bitwright.converter.artifact.run import Run
 from bitwright.converter.artifact.writer import JOURNAL
-from bitwright.converter.model.rescaled import rescale_moments
+from bitwright.converter.model.rescaled import input_factors, rescale_moments
+from bitwright.converter.smoothing.view import Folding
 from bitwright.formats.block_format import BlockFormat
 from bitwright.formats.choices import Effort, FeedbackLevel
 from bitwright.formats.feedback.choose import feed_back
@@ -26,7 +27,7 @@ from bitwright.formats.kernels.products import add_products
 from bitwright.formats.pins import Pin
 from bitwright.formats.registry import get_format
 from bitwright.profiles.planning.plan import Plan, PlannedTensor
-from bitwright.profiles.vocabulary import ModelMap, Role
+from bitwright.profiles.vocabulary import ModelMap, Role, TensorSpec
 
 # Widths of loops over held-out rows.
 _ROWS_AT_A_TIME = 4
@@ -73,12 +74,26 @@ class Candidates:
 
 
 class Feedback:
-    """The second moments in a directory, put to use. Not for two threads at once, but for `candidates`."""
+    """The second moments in a directory, put to use. Not for two threads at once, but for `candidates`.
 
-    def __init__(self, directory: Path, level: FeedbackLevel, effort: Effort):
-        self.directory, self.level, self.effort = directory, level, effort
+    foldings: what has been folded into the checkpoint that is encoded, and not into the one that the moments are of.
+    """
+
+    def __init__(
+        self, directory: Path, level: FeedbackLevel, effort: Effort, foldings: Mapping[str, Folding] | None = None
+    ):
+        self.directory, self.level, self.effort, self.foldings = directory, level, effort, foldings or {}
         self._moments: SecondMoments | None = None
         self._latest: tuple[tuple[str, int, bytes], Inputs] | None = None
+
+    def factors(self, spec: TensorSpec, matrix: int) -> np.ndarray | None:
+        """By what the inputs of a matrix are multiplied, float64 [n_columns]; None for nothing."""
+        factors = input_factors(spec, matrix)
+        source = spec.sources[matrix * len(spec.sources) // spec.n_matrices] if spec.sources else ""
+        folding = self.foldings.get(source)
+        if folding is None or folding.columns is None:
+            return factors
+        return (1.0 if factors is None else factors) / folding.columns.astype(np.float64)
 
     def inputs(
         self, tensor: str, matrix: int, unit: int, run: RunInParallel, factors: np.ndarray | None = None

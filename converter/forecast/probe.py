@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bitwright.converter.boundary.machine import nvidia_gpu
-from bitwright.converter.job.job import Job, usable_cores
+from bitwright.converter.boundary.machine import nvidia_gpu, usable_cores
+from bitwright.converter.job.job import Job
 from bitwright.formats.choices import Effort
 from bitwright.formats.registry import FORMATS
 from bitwright.formats.schemes.registry import SCHEMES

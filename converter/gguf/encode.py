@@ -16,13 +16,15 @@ import numpy as np
 from bitwright.calibration.statistics.importance import ImportanceMatrix
 from bitwright.converter.artifact.feedback import Candidates, Feedback, Inputs, Outcome, wants_feedback
 from bitwright.converter.gguf.source_codes import stored_rows, stored_scales
-from bitwright.converter.model.rescaled import input_factors, rescale_importance
+from bitwright.converter.model.rescaled import rescale_importance
 from bitwright.converter.model.stored_rows import CHUNK_WEIGHTS, read_rows, row_spans
 from bitwright.converter.source.checkpoint import Checkpoint
+from bitwright.formats.choices import Effort
 from bitwright.formats.errors import ConvertError
 from bitwright.formats.feedback.moment_factor import unit_of
 from bitwright.formats.pins import Pin, encode_pinned
 from bitwright.formats.registry import get_format
+from bitwright.profiles.planning.assign import scale_of
 from bitwright.profiles.planning.plan import Plan, PlannedTensor
 
 
@@ -56,6 +58,20 @@ class _Chunk:
 def _chunks(planned: PlannedTensor) -> Iterator[_Chunk]:
     for _, start, stop in row_spans(planned.tensor, CHUNK_WEIGHTS):
         yield _Chunk(planned, start, stop)
+
+
+def encoding_errors(
+    planned: PlannedTensor, rows: np.ndarray, importance: np.ndarray, effort: Effort = "fast"
+) -> np.ndarray:
+    """What the planned format leaves of some rows of a tensor, or of some of their blocks: float64 like rows, decoded
+    minus encoded. rows: float32 [n_rows, n_columns]; importance: [n_columns]. A second-level scale is that of these
+    rows."""
+    block_format, scale = get_format(planned.format), 1.0
+    if block_format.tensor_scale is not None and scale_of(planned.tensor, planned.format) is not None:
+        scale = block_format.tensor_scale(float(np.abs(rows).max()))
+    encoded = block_format.encode(rows / np.float32(scale), importance.astype(np.float32), effort)
+    errors: np.ndarray = block_format.decode(encoded).astype(np.float64) * scale - rows
+    return errors
 
 
 class Encoder:
@@ -151,7 +167,7 @@ class Encoder:
         self, planned: PlannedTensor, matrix: int, chunks: list[_Chunk], scales: list[float], feedback: Feedback
     ) -> Iterator[np.ndarray]:
         """The chunks of a matrix with feedback, or without where that is better."""
-        unit, factors = unit_of(get_format(planned.format)), input_factors(planned.tensor, matrix)
+        unit, factors = unit_of(get_format(planned.format)), feedback.factors(planned.tensor, matrix)
         inputs = feedback.inputs(planned.tensor.name, matrix, unit, self._pool.map, factors)
         if isinstance(inputs, Outcome):
             self.outcomes[planned.tensor.name].append(inputs)

@@ -11,6 +11,7 @@ from bitwright.calibration.statistics.importance import ImportanceMatrix
 from bitwright.converter.artifact.feedback import wants_feedback
 from bitwright.converter.artifact.naming import file_type
 from bitwright.converter.artifact.run import Run
+from bitwright.converter.gguf.folding.record import KEY as FOLDING_KEY
 from bitwright.converter.job.job import Job
 from bitwright.converter.job.recipe import PROTECTION_RESERVE, importance_name, recipe
 from bitwright.converter.source.checkpoint import Checkpoint
@@ -45,6 +46,8 @@ def artifact_metadata(
             metadata[f"quantize.imatrix.{key}"] = GGUFValue(n, GGUFValueType.INT32)
     for key, value in recipe(job, checkpoint, plan, importance).items():
         metadata[f"bitwright.{key}"] = GGUFValue(value, _kind(value))
+    if plan.folding:
+        metadata[FOLDING_KEY] = string(plan.folding)
     return metadata
 
 
@@ -70,11 +73,11 @@ def gguf_layouts(run: Run, plan: Plan, importance: ImportanceMatrix | None) -> l
     return artifact_layout(run.output.name, metadata, plan, run.job.shard_bytes)
 
 
-def counted_bytes(run: Run, plan: Plan, importance: ImportanceMatrix | None) -> int:
-    """What a budget counts a plan with: its files, as error feedback is recorded in them, and room for the record of
-    super weights."""
+def counted_bytes(run: Run, plan: Plan, importance: ImportanceMatrix | None, folding: str) -> int:
+    """What a budget counts a plan with: its files, as error feedback and folded factors are recorded in them, and room
+    for the record of super weights. folding: a record as long as it will be."""
     reserve = 0 if run.job.protection.super_weights == "off" else PROTECTION_RESERVE
-    fed = replace(plan, error_feedback=run.job.feedback)
+    fed = replace(plan, error_feedback=run.job.feedback, folding=folding)
     return sum(layout.n_bytes for layout in gguf_layouts(run, fed, importance)) + reserve
 
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from bitwright.calibration.statistics.super_weights import SuperWeight, SuperWei
 from bitwright.converter.artifact.run import Run
 from bitwright.converter.gguf.encode import Encoder
 from bitwright.converter.gguf.rescale_search import choose_factors
+from bitwright.converter.job.cache import arrays_identity, text_identity
 from bitwright.converter.job.kept import kept
 from bitwright.converter.measure.running import load_tokenizer, runnable, streamable
 from bitwright.converter.measure.super_weights import RESULT as SEARCH
@@ -80,6 +81,12 @@ class Decision:
     factors: tuple[tuple[int, int, float], ...] = ()
     trials: tuple[Trial, ...] = ()
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Decision":
+        """From what asdict makes of one, by way of JSON. Raises ValueError, KeyError or TypeError where it is none."""
+        factors = tuple((int(m), int(n), float(f)) for m, n, f in data["factors"])
+        return cls(**{**data, "factors": factors, "trials": tuple(Trial(**trial) for trial in data["trials"])})
+
 
 def save_decisions(path: Path, decisions: Sequence[Decision]) -> None:
     with whole_file(path, "record of protection") as file:
@@ -89,16 +96,7 @@ def save_decisions(path: Path, decisions: Sequence[Decision]) -> None:
 def load_decisions(path: Path) -> list[Decision]:
     """What save_decisions wrote. Raises ConvertError for a damaged file."""
     try:
-        return [
-            Decision(
-                **{
-                    **data,
-                    "factors": tuple((int(m), int(n), float(f)) for m, n, f in data["factors"]),
-                    "trials": tuple(Trial(**trial) for trial in data["trials"]),
-                }
-            )
-            for data in json.loads(path.read_bytes())
-        ]
+        return [Decision.from_dict(data) for data in json.loads(path.read_bytes())]
     except (ValueError, KeyError, TypeError) as error:
         raise ConvertError(
             f"the record of protection is damaged ({error})", str(path), "start again with --fresh"
@@ -131,7 +129,7 @@ def protect(run: Run, plan: Plan, importance: ImportanceMatrix | None) -> Protec
         running, running_map = runnable(run.checkpoint, run.model_map, run.work_dir)
         text = measuring_text(job, load_tokenizer(running.location))
         baseline = Baseline(streamable(run, running), text, run.control("protection"), keep=True)
-        return Trials(baseline, running, running_map)
+        return Trials(baseline, running, running_map, text_identity(text))
 
     def decide() -> list[Decision]:
         return Protector(run, plan, importance).decide(report.weights, trials)
@@ -211,12 +209,13 @@ def _rescaled_specs(model_map: ModelMap, name: str, factors: dict[tuple[int, int
 
 
 class Trials(NamedTuple):
-    """What ways of protection are measured with: the source's predictions, and the checkpoint and map that are run, see
-    converter.measure.running.runnable."""
+    """What ways of protection are measured with: the source's predictions, the checkpoint and map that are run, see
+    converter.measure.running.runnable, and what tells the text."""
 
     baseline: Baseline
     checkpoint: Checkpoint
     model_map: ModelMap
+    text: dict[str, Any]
 
 
 class Protector:
@@ -225,6 +224,7 @@ class Protector:
     def __init__(self, run: Run, plan: Plan, importance: ImportanceMatrix | None):
         self.checkpoint, self.model_map, self.plan = run.checkpoint, run.model_map, plan
         self.importance, self.protection, self.threads = importance, run.job.protection, run.job.n_threads
+        self.cache = run.cache
         self._planned = {planned.tensor.name: planned for planned in plan.tensors}
 
     def decide(self, weights: Sequence[SuperWeight], trials: Callable[[], Trials]) -> list[Decision]:
@@ -271,7 +271,25 @@ class Protector:
         return Decision(name, action, f"{which}: {verb} {chosen.name}", chosen.name)
 
     def _measured(self, name: str, weights: list[SuperWeight], special: set[str], trials: Trials) -> Decision:
-        """The best of all ways for a tensor by measurement, or none."""
+        """The best of all ways for a tensor by measurement, or none. Of a budget's plan it is kept for other plans that
+        give the tensor the same format: nothing else of a plan is looked at there."""
+        if self.plan.spent is None:
+            return self._compared(name, weights, special, trials)
+        columns = self._importance(name)
+        cached = self.cache.entry(
+            "protection",
+            tensor=name,
+            format=self._planned[name].format,
+            effort=str(self.plan.effort),
+            weights=[(weight.matrix, weight.row, weight.column) for weight in weights],
+            tolerance=self.protection.tolerance,
+            importance=None if columns is None else arrays_identity({"columns": columns}),
+            text=trials.text,
+        )
+        return Decision.from_dict(cached.json_result(lambda: asdict(self._compared(name, weights, special, trials))))
+
+    def _compared(self, name: str, weights: list[SuperWeight], special: set[str], trials: Trials) -> Decision:
+        """The same, measured now."""
         none = Decision(name, None, f"{_which(weights)}: nothing lowers the divergence of this tensor beyond doubt")
         actions: list[Action] = [*_FREE]
         if self.plan.spent is None:  # a budget has weighed the tensor's format against all others

@@ -6,15 +6,15 @@ really encoding these blocks, of the rows that hold super weights and of a sampl
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from bitwright.converter.gguf.encode import encoding_errors
 from bitwright.converter.model.stored_rows import read_rows
 from bitwright.converter.source.checkpoint import Checkpoint
 from bitwright.formats.choices import Effort
 from bitwright.formats.registry import get_format
-from bitwright.profiles.planning.assign import scale_of
 from bitwright.profiles.planning.plan import PlannedTensor
 
 STEPS_PER_OCTAVE = 8
@@ -63,11 +63,8 @@ class _Blocks:
         rows: list[int],
         importance: np.ndarray | None,
     ):
-        tensor, self.block_format = planned.tensor, get_format(planned.format)
-        self.tensor_scale: Callable[[float], float] = lambda _: 1.0
-        if self.block_format.tensor_scale is not None and scale_of(tensor, planned.format) is not None:
-            self.tensor_scale = self.block_format.tensor_scale
-        size = self.block_format.block_size
+        tensor, self.planned = planned.tensor, planned
+        size = get_format(planned.format).block_size
         span = slice(column // size * size, column // size * size + size)
         n_rows = tensor.n_rows // tensor.n_matrices
         others = np.setdiff1d(np.arange(0, n_rows, max(1, n_rows // _SAMPLED_ROWS)), rows)
@@ -98,9 +95,7 @@ class _Blocks:
         scaled, importance = self.weights.copy(), self.importance.astype(np.float64)
         scaled[:, self.place] /= np.float32(factor)
         importance[self.place] *= factor**2
-        scale = self.tensor_scale(float(np.abs(scaled).max()))
-        encoded = self.block_format.encode(scaled / np.float32(scale), importance.astype(np.float32), effort)
-        errors = self.block_format.decode(encoded).astype(np.float64) * scale - scaled
+        errors = encoding_errors(self.planned, scaled, importance, effort)
         special = np.abs(errors[: self.n_special, self.place]) > tolerance * np.abs(
             scaled[: self.n_special, self.place]
         )

@@ -17,6 +17,7 @@ from bitwright.converter.artifact.feedback import wants_feedback
 from bitwright.converter.artifact.run import EarlierArtifact, Run
 from bitwright.converter.gguf.encode import Encoder
 from bitwright.converter.job.identity import job_fingerprint
+from bitwright.converter.smoothing.view import foldings_of
 from bitwright.formats.errors import ConvertError
 from bitwright.formats.files.gguf import EncodedTensor, read_gguf
 from bitwright.formats.files.journal import read_lines
@@ -84,7 +85,7 @@ class ReusingEncoder:
     def _key(self, planned: PlannedTensor) -> str:
         """Of what decides the bytes of a tensor; a second-level scale, which is cheap, goes with its matrix."""
         plan, encoder, name = self.encoder.plan, self.encoder, planned.tensor.name
-        importance = encoder.importance.get(name)
+        importance, foldings = encoder.importance.get(name), foldings_of(encoder.checkpoint)
         fed = encoder.feedback is not None and wants_feedback(planned)
         matrix = encoder.planned(f"{name.removesuffix('.scale')}.weight") if planned.tensor.origin == "scale" else None
         return _digest(
@@ -96,6 +97,7 @@ class ReusingEncoder:
                 "pins": [asdict(pin) for pin in planned.pins],
                 "effort": plan.effort,
                 "feedback": plan.error_feedback if fed else None,
+                "folding": [foldings[name].identity() for name in planned.tensor.sources if name in foldings],
                 "importance": None if importance is None else hashlib.sha256(importance.tobytes()).hexdigest(),
             }
         )

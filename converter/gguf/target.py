@@ -18,6 +18,7 @@ from bitwright.converter.artifact.tensor_errors import TensorError
 from bitwright.converter.artifact.writer import JOURNAL, ArtifactWriter, PlanEncoder, written_sha256
 from bitwright.converter.gguf.coverage import gguf_coverage
 from bitwright.converter.gguf.encode import Encoder
+from bitwright.converter.gguf.folding.equalise import Equalised, blank_record, equalise, equalised_before
 from bitwright.converter.gguf.layout import counted_bytes, gguf_layouts, uniform_sizes, with_feedback
 from bitwright.converter.gguf.protect import (
     Protected,
@@ -62,7 +63,7 @@ class GgufTarget:
         return Located(output, model_map.notes)
 
     def plan(self, run: Run, evidence: Evidence | None, importance: ImportanceMatrix | None) -> Planned[Plan]:
-        job = run.job
+        job, record = run.job, blank_record(run.job, run.checkpoint, run.model_map)
         plan = assign(
             job.profile,
             run.model_map,
@@ -70,12 +71,12 @@ class GgufTarget:
             job.effort,
             evidence,
             importance.names if importance is not None else (),
-            lambda candidate: counted_bytes(run, candidate, importance),
+            lambda candidate: counted_bytes(run, candidate, importance, record),
         )
         refuse_protection(job.protection, plan)
         refuse_starved(plan, importance)
         takes = any(map(wants_feedback, plan.tensors))
-        plan = with_feedback(job, plan)
+        plan = replace(with_feedback(job, plan), folding=record if plan.uses_importance else "")
         return Planned(
             plan,
             (
@@ -101,14 +102,22 @@ class GgufTarget:
         return streamed_importance(run, moments_dir(run, plan))
 
     def adapt(self, prepared: Prepared[Plan]) -> Adapted[Plan, Protected]:
-        """Super weights are looked for and protected."""
+        """Super weights are looked for and protected, and the channels of all other matrices folded."""
         protected = protect(prepared.run, prepared.plan, prepared.importance)
         decisions = tuple(asdict(decision) for decision in protected.decisions)
-        return Adapted(_with(prepared, protected), decisions, protected, {})
+        adapted = _with(prepared, protected)
+        if not adapted.plan.folding or adapted.importance is None:
+            return Adapted(adapted, decisions, protected, {})
+        equalised = equalise(adapted.run, adapted.plan, adapted.importance, _special(protected))
+        return Adapted(_folded(adapted, equalised), decisions, protected, {}, (equalised.note(),))
 
     def adapted_before(self, prepared: Prepared[Plan]) -> Prepared[Plan] | None:
         protected = protected_before(prepared.run, prepared.plan, prepared.importance)
-        return None if protected is None else _with(prepared, protected)
+        adapted = None if protected is None else _with(prepared, protected)
+        if adapted is None or not adapted.plan.folding or adapted.importance is None:
+            return adapted
+        equalised = equalised_before(adapted.run, adapted.importance)
+        return None if equalised is None else _folded(adapted, equalised)
 
     def encoder(self, adapted: Adapted[Plan, Protected]) -> "ReusingEncoder | SequencedEncoder":
         prepared, run = adapted.prepared, adapted.prepared.run
@@ -163,6 +172,21 @@ def _shards(output: Path) -> list[Path]:
 def _with(prepared: Prepared[Plan], protected: Protected) -> Prepared[Plan]:
     """The job as its super weights are protected."""
     return replace(prepared, run=replace(prepared.run, model_map=protected.model_map), plan=protected.plan)
+
+
+def _special(protected: Protected) -> set[str]:
+    """The tensors that super weights lie in: what is known of these is of the source's own columns."""
+    return set() if protected.report is None else {weight.tensor for weight in protected.report.weights}
+
+
+def _folded(prepared: Prepared[Plan], equalised: Equalised) -> Prepared[Plan]:
+    """The job with its channels folded: the weights that are encoded, and the importance of their inputs."""
+    return replace(
+        prepared,
+        run=replace(prepared.run, checkpoint=equalised.checkpoint),
+        plan=replace(prepared.plan, folding=equalised.record),
+        importance=equalised.importance,
+    )
 
 
 def _check_size(plan: Plan, layouts: Sequence[Layout]) -> None:

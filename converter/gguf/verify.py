@@ -24,6 +24,8 @@ from bitwright.converter.artifact.tensor_errors import (
     measure_errors,
     verification_failed,
 )
+from bitwright.converter.gguf.folding.record import KEY as FOLDING_KEY
+from bitwright.converter.gguf.folding.record import folder_of
 from bitwright.converter.job.recipe import RESCALED_KEY
 from bitwright.converter.model.rescaled import rescale_importance
 from bitwright.converter.model.stored_rows import CHUNK_WEIGHTS, read_rows, restore_part, row_spans, source_shape
@@ -81,14 +83,17 @@ def files_of(file: GgufFile) -> list[Path]:
     return paths
 
 
-def as_stored(model_map: ModelMap, paths: list[Path]) -> ModelMap:
-    """The map with those rows and columns rescaled of which the artifact says so.
+def as_stored(checkpoint: Checkpoint, model_map: ModelMap, paths: list[Path]) -> tuple[Checkpoint, ModelMap]:
+    """The checkpoint folded as the artifact says, and the map with those rows and columns rescaled of which it says so.
 
     Raises ConvertError for a damaged record.
     """
-    record = read_gguf(paths[0]).value(f"bitwright.{RESCALED_KEY}", str)
+    file = read_gguf(paths[0])
+    if (folding := file.value(FOLDING_KEY, str)) is not None:
+        checkpoint = folder_of(checkpoint, model_map, folding, str(paths[0])).view()
+    record = file.value(f"bitwright.{RESCALED_KEY}", str)
     if record is None:
-        return model_map
+        return checkpoint, model_map
     try:
         recorded = json.loads(record)
         tensors = [replace(t, rescaled=_rescaled(t, recorded.get(t.name, []))) for t in model_map.tensors]
@@ -96,7 +101,7 @@ def as_stored(model_map: ModelMap, paths: list[Path]) -> ModelMap:
         raise ConvertError(
             f"the artifact's record of rescaled rows is damaged ({error})", str(paths[0]), "write the artifact again"
         ) from None
-    return replace(model_map, tensors=tuple(tensors))
+    return checkpoint, replace(model_map, tensors=tuple(tensors))
 
 
 def _rescaled(spec: TensorSpec, recorded: list[Any]) -> tuple[Rescaled, ...]:

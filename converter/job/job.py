@@ -3,12 +3,12 @@
 Nothing heavy is imported before a job is made, so that the command line can read the options before a command runs.
 """
 
-import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from bitwright.calibration.choices import DEFAULT_ALPHA, DEFAULT_METHOD, Alpha, Device, Dtype, Judge, RangeMethod
+from bitwright.converter.boundary.machine import usable_cores
 from bitwright.converter.job.defaults import BUDGET_PROFILE, CACHE_BYTES, DEFAULT_PROFILE
 from bitwright.converter.job.options import CALIBRATION, DIRECTORIES, MACHINE, OUTPUT, check_field, option, option_of
 from bitwright.converter.job.spelling import (
@@ -275,6 +275,11 @@ class Job:
         ),
     )
 
+    folding: bool = field(
+        default=True,
+        metadata=option("Scale channels against each other where that leaves codes less error; a GGUF's."),
+    )
+
     pre_tokenizer: str | None = field(
         default=None,
         metadata=option("The pre-tokenizer by llama.cpp's name, where it cannot be recognised.", "NAME", group=OUTPUT),
@@ -492,8 +497,3 @@ def _declared(job: type[Job]) -> dict[str, Any]:
 
     heavy = {"LayerQuantizationConfig": LayerQuantizationConfig, "QuantizationProfile": QuantizationProfile}
     return get_type_hints(job, localns=heavy)
-
-
-def usable_cores() -> int:
-    """The cores that this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

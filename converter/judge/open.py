@@ -8,12 +8,12 @@ from bitwright.calibration.choices import CacheRounding, Device
 from bitwright.calibration.control import ShouldStop, never
 from bitwright.converter.artifact.candidate import Candidate
 from bitwright.converter.artifact.tensor_errors import TensorError
+from bitwright.converter.boundary.machine import usable_cores
 from bitwright.converter.directory.artifact import DirectoryArtifact
 from bitwright.converter.directory.products import directory_candidate
 from bitwright.converter.directory.verify import verify_directory
 from bitwright.converter.gguf.verify import artifact_files, as_stored, gguf_candidate, verify
 from bitwright.converter.job.cache import SourceCache, open_cache
-from bitwright.converter.job.job import usable_cores
 from bitwright.converter.job.progress import Progress
 from bitwright.converter.job.scratch import scratch_directory
 from bitwright.converter.judge.agreement import runtime_agreement
@@ -58,7 +58,8 @@ class _OpenGguf:
         return gguf_candidate(self.files, self.model_map, usable_cores())
 
     def errors(self, checkpoint: Checkpoint, progress: Progress) -> list[TensorError]:
-        return verify(self.files, checkpoint, as_stored(self.model_map, self.files), None, progress, usable_cores())
+        checkpoint, model_map = as_stored(checkpoint, self.model_map, self.files)
+        return verify(self.files, checkpoint, model_map, None, progress, usable_cores())
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bitwright.calibration.fastest_dtype import DTYPES, Choice, fastest_dtype
+from bitwright.calibration.fastest_dtype import DTYPES, Choice, bfloat16_instructions, fastest_dtype
 from bitwright.converter.artifact.run import Run
 
 _FIELD = "calibration_dtype"
@@ -39,7 +39,10 @@ def _choice(run: Run, before: object) -> Choice:
         return Choice("float32", "")
     if not _attends_in_float32(run.checkpoint.location):
         return Choice("float32", "the model's own attention would have its logits in bfloat16")
-    return fastest_dtype()
+    # Near the limit two measurements may decide differently, and what was measured in the one would be of no use to a
+    # conversion in the other.
+    cached = run.cache.entry("calibration dtype", instructions=bfloat16_instructions())
+    return Choice(**cached.json_result(lambda: fastest_dtype()._asdict()))
 
 
 def _attends_in_float32(location: Path) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 from bitwright.converter.artifact.feedback import Feedback
 from bitwright.converter.artifact.run import Run
 from bitwright.converter.measure.calibrate import MOMENTS
+from bitwright.converter.smoothing.view import foldings_of
 from bitwright.profiles.planning.plan import Plan
 
 
@@ -23,4 +24,6 @@ def moments_dir(run: Run, plan: Plan | None) -> Path | None:
 def open_feedback(run: Run, plan: Plan) -> Feedback | None:
     """What the tensors of a plan with error feedback are encoded with."""
     level = plan.error_feedback
-    return None if level is None else Feedback(run.work_dir / MOMENTS, level, run.job.effort)
+    return (
+        None if level is None else Feedback(run.work_dir / MOMENTS, level, run.job.effort, foldings_of(run.checkpoint))
+    )

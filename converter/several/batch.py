@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.converter.boundary.interrupts import STOPPED
-from bitwright.converter.job.job import usable_cores
+from bitwright.converter.boundary.machine import usable_cores
 from bitwright.formats.errors import ConvertError, TryAgain
 from bitwright.formats.files.disk import make_directory
 from bitwright.formats.files.regular_file import read_whole

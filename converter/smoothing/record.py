@@ -25,7 +25,7 @@ _FOLDED = tuple(field.name for field in fields(Folding))
 
 @dataclass(frozen=True, eq=False)
 class Smoothing:
-    """alpha: as asked for. groups, factors, foldings: as of smoothing.search.Smoother."""
+    """alpha: as asked for. groups: as of smoothing.search; factors, foldings: as of smoothing.folder."""
 
     model: str
     revision: str | None

@@ -15,10 +15,9 @@ from bitwright.calibration.statistics.smoothing import (
     output_error,
     smoothing_factors,
 )
+from bitwright.converter.smoothing.folder import Folder
 from bitwright.converter.smoothing.groups import Link, SmoothingGroup
-from bitwright.converter.smoothing.view import Folding, SmoothedCheckpoint
 from bitwright.converter.source.checkpoint import Checkpoint
-from bitwright.formats.blocks.plain import BF16
 
 # Rows of a matrix on which the error of outputs is measured, where it has more; and matrices of a group, where there
 # are more experts: those that most tokens reach.
@@ -50,10 +49,9 @@ class SmoothedGroup:
 
 
 class Smoother:
-    """Smooths the groups one after the other; foldings: what becomes of the tensors so far, by name. factors: GGUF
-    tensor -> float32 [n_matrices, n_columns], what its inputs are divided by. static: GGUF tensors whose inputs
-    get a stored scale in INT8: `auto` looks for what suits these. device: what measures, see
-    calibration.statistics.smoothing.output_error."""
+    """Smooths the groups one after the other, into `folder`. static: GGUF tensors whose inputs get a stored scale in
+    INT8: `auto` looks for what suits these. device: what measures, as of calibration.statistics.smoothing.output_error.
+    """
 
     def __init__(
         self,
@@ -64,9 +62,7 @@ class Smoother:
         device: str = "cpu",
     ):
         self.checkpoint, self.statistics, self.rows, self.static = checkpoint, statistics, rows, static
-        self.device = device
-        self.foldings: dict[str, Folding] = {}
-        self.factors: dict[str, np.ndarray] = {}
+        self.device, self.folder = device, Folder(checkpoint)
 
     def smooth(
         self,
@@ -96,7 +92,9 @@ class Smoother:
             before, after = (output_error(products, a, device=self.device) for a in (None, alpha))
         factors = [np.ones_like(link.inputs) for link in links]
         if alpha is not None:
-            factors = [self.fold(link.link, smoothing_factors(link.inputs, link.columns, alpha)) for link in links]
+            factors = [
+                self.folder.fold(link.link, smoothing_factors(link.inputs, link.columns, alpha)) for link in links
+            ]
         inputs = np.concatenate([link.inputs for link in links])
         chosen = np.concatenate(factors)
         return SmoothedGroup(
@@ -118,33 +116,6 @@ class Smoother:
     def _most_used(self, links: list["_Measured"]) -> list["_Measured"]:
         return sorted(links, key=lambda link: -link.rows_seen)[:_MEASURED_EXPERTS]
 
-    def fold(self, link: Link, factors: np.ndarray) -> np.ndarray:
-        """Folds them into producer and consumers, and returns those that the stored dtype made of them.
-
-        factors: float32 [n_channels], what the producer's channels are divided by.
-        """
-        tensor = self.checkpoint.tensors[link.producer]
-        if len(tensor.shape) == 1:
-            values, factors = fold_norm(self.checkpoint.read(link.producer), factors, link.plus_one, tensor.dtype)
-            self.foldings[link.producer] = Folding(values=values)
-        else:
-            rows = np.ones(tensor.n_rows, np.float32)
-            rows[slice(*link.rows)] = 1 / factors
-            before = self.foldings.get(link.producer, Folding())
-            self.foldings[link.producer] = Folding(rows=rows, columns=before.columns)
-        if link.bias is not None:
-            bias = self.checkpoint.read(link.bias)
-            bias[slice(*link.rows)] /= factors
-            self.foldings[link.bias] = Folding(values=bias)
-        spread = link.spread(factors)
-        for consumer in link.consumers:
-            before = self.foldings.get(consumer.tensor, Folding())
-            self.foldings[consumer.tensor] = Folding(rows=before.rows, columns=spread)
-            name, matrix = consumer.statistics
-            shape = self.statistics.of(name).squares.shape
-            self.factors.setdefault(name, np.ones(shape, np.float32))[matrix] = spread
-        return factors
-
 
 class _Measured:
     """A link with what the factors are computed from. inputs, columns: float32 [n_channels], the largest magnitudes of
@@ -155,7 +126,7 @@ class _Measured:
         n_channels = link.rows[1] - link.rows[0]
         self.inputs, self.columns = np.zeros(n_channels, np.float32), np.zeros(n_channels, np.float32)
         self.rows_seen = 0
-        self._view = SmoothedCheckpoint.of(smoother.checkpoint, smoother.foldings)
+        self._view = smoother.folder.view()
         for consumer in link.consumers:
             name, matrix = consumer.statistics
             seen = smoother.statistics.of(name)
@@ -200,27 +171,3 @@ def outlier_ratio(peaks: np.ndarray) -> float:
     """The largest channel's absmax over the median one's, of those that are not always zero."""
     live = peaks[peaks > 0]
     return float(live.max() / np.median(live)) if len(live) else 0.0
-
-
-def fold_norm(values: np.ndarray, factors: np.ndarray, plus_one: bool, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """A norm's weights divided by the factors and rounded to the dtype that they are stored in, and the factors that
-    this makes of them, which the consumers are multiplied with: so that rounding the norm loses nothing.
-
-    values, factors: float32 [n]; plus_one: the norm multiplies with 1 + values.
-    """
-    offset = 1.0 if plus_one else 0.0
-    whole = values.astype(np.float64) + offset
-    stored = _rounded(whole / factors - offset, dtype)
-    divided = stored.astype(np.float64) + offset
-    # A norm of zero has no input to smooth; one that would round to zero cannot be smoothed so far.
-    keep = (whole == 0) | (divided == 0) | ~np.isfinite(divided)
-    stored, divided = np.where(keep, values, stored), np.where(keep, whole, divided)
-    effective = np.divide(whole, divided, out=np.ones_like(whole), where=whole != 0)
-    return stored.astype(np.float32), effective.astype(np.float32)
-
-
-def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
-    rows = values.astype(np.float32)
-    if dtype == "BF16":
-        return BF16.decode(BF16.encode(rows))
-    return rows.astype(np.float16).astype(np.float32) if dtype == "F16" else rows

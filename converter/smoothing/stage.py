@@ -80,9 +80,9 @@ def streamed_smoothing(run: Run, config: SmoothQuantConfig, static: Collection[s
         smoother = Smoother(running, before, input_rows(run.work_dir), static, str(device))
         with memory_explained(device):
             decided = smoother.smooth(groups, config, progress, run.should_stop)
-        return Smoothing(
-            checkpoint.model_id, checkpoint.revision, config.alpha, tuple(decided), smoother.factors, smoother.foldings
-        )
+        factors = smoother.folder.all_factors({spec.name: spec.n_matrices for spec in running_map.tensors})
+        foldings = smoother.folder.foldings
+        return Smoothing(checkpoint.model_id, checkpoint.revision, config.alpha, tuple(decided), factors, foldings)
 
     def decide_on_sound_rows() -> Smoothing:
         try:

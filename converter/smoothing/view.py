@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from hashlib import sha256
 
 import numpy as np
 
@@ -24,6 +25,15 @@ class Folding:
         if self.rows is not None:
             stored = stored * self.rows[rows, None]
         return stored if self.columns is None else stored * self.columns
+
+    def identity(self) -> str:
+        """A hash of what becomes of the tensor."""
+        digest = sha256()
+        for f in fields(self):
+            values = getattr(self, f.name)
+            if values is not None:
+                digest.update(f.name.encode() + np.ascontiguousarray(values, "<f4").tobytes())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -49,3 +59,8 @@ class SmoothedCheckpoint(Checkpoint):
     def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
         stored, folding = super().read_rows(name, rows), self.foldings.get(name)
         return stored if folding is None else folding.apply(stored, rows)
+
+
+def foldings_of(checkpoint: Checkpoint) -> Mapping[str, Folding]:
+    """What becomes of a checkpoint's tensors; nothing of one that reads as it is stored."""
+    return checkpoint.foldings if isinstance(checkpoint, SmoothedCheckpoint) else {}

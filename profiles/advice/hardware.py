@@ -47,7 +47,8 @@ class Device:
     """memory, usable: bytes that are built in, and that a process can have, where that was read. bandwidth: bytes a
     second. rates: number format -> operations a second; fp16 accumulates in float32, fp16_acc16 in float16, as
     llama.cpp does, which GeForce cards do at twice the rate. several_sizes: it is sold with less memory, too, or that
-    is whatever is built in. sources: figure -> where it was read, and when."""
+    is whatever is built in. sources: figure -> where it was read, and when. instructions: sets of them that a measured
+    CPU has."""
 
     name: str
     family: str
@@ -60,6 +61,7 @@ class Device:
     usable: int | None = None
     several_sizes: bool = False
     aliases: tuple[str, ...] = ()
+    instructions: tuple[str, ...] = ()
 
     @property
     def backend(self) -> Backend:

@@ -87,7 +87,8 @@ class Spent:
 @dataclass(frozen=True)
 class Plan:
     """What will be written, in the order of the file. evidence: identity of the measurements that decided.
-    error_feedback: how long codes that take it are chosen together, see formats/feedback/choose.py; None for not."""
+    error_feedback: how long codes that take it are chosen together, see formats/feedback/choose.py; None for not.
+    folding: the factors that channels are folded with, see converter/gguf/folding/record.py; "" for none."""
 
     profile: str
     effort: Effort
@@ -95,6 +96,7 @@ class Plan:
     spent: Spent | None = None
     evidence: Mapping[str, str | int] = field(default_factory=dict)
     error_feedback: FeedbackLevel | None = None
+    folding: str = ""
 
     @property
     def n_bytes(self) -> int:

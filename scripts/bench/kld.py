@@ -47,6 +47,7 @@ CACHE = Path(".cache/bench-kld")
 CALIBRATION_TEXTS = {"eng/history.txt": 300_000, "coding/python/python.txt": 60_000}
 EVALUATION_TEXT = {"eng/philosophy.txt": 60_000}
 CALIBRATION_SAMPLES = 128
+SEQUENCE_LENGTH = 512
 N_CTX = 512
 FIRST_SCORED = N_CTX // 2
 # Rows of logits in float64 at a time: 12 MiB each for the vocabulary of 49152.
@@ -97,11 +98,12 @@ def packaged_text(parts: dict[str, int]) -> str:
     return "".join((data / name).read_bytes()[:n_bytes].decode(errors="ignore") for name, n_bytes in parts.items())
 
 
-def default_importance(model: Path, sensitivity: bool = False) -> Path:
-    """The importance matrix of the model over the calibration texts, and its sensitivity table if that is asked for:
-    beside it, with the suffix .sensitivity.safetensors; computed once for a model's files."""
-    files = open_checkpoint(str(model), metadata_only=True).files()
-    path = CACHE / f"importance-{hashlib.sha256(repr(files).encode()).hexdigest()[:12]}.gguf"
+def default_importance(model: Path, sensitivity: bool = False, length: int = SEQUENCE_LENGTH) -> Path:
+    """The importance matrix of the model over the calibration texts, in samples of so many tokens, and its sensitivity
+    table if that is asked for: beside it, with the suffix .sensitivity.safetensors; computed once for a model's
+    files."""
+    identity = (open_checkpoint(str(model), metadata_only=True).files(), length)
+    path = CACHE / f"importance-{hashlib.sha256(repr(identity).encode()).hexdigest()[:12]}.gguf"
     if not path.exists() or (sensitivity and not path.with_suffix(".sensitivity.safetensors").exists()):
         with tempfile.TemporaryDirectory(dir=CACHE) as directory:
             write_importance(
@@ -113,6 +115,7 @@ def default_importance(model: Path, sensitivity: bool = False) -> Path:
                 work_dir=Path(directory) / "work",
                 calibration=str(write_text(Path(directory) / "calibration.txt", CALIBRATION_TEXTS)),
                 samples=CALIBRATION_SAMPLES,
+                sequence_length=length,
             )
     return path
 

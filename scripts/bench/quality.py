@@ -6,9 +6,10 @@ recipe       llama.cpp's mix of types, as llama-quantize writes it
 allocation   types chosen by measured sensitivity under the recipe's size, with the codes of ggml's C encoder
 codes        the same types with our codes
 weighed      the same with columns weighed by what an error in them costs, as where a conversion measures sensitivity
-quick        with error feedback, as a conversion has it by default
+quick        with error feedback
 best         with the longer feedback
-sequential   with feedback under the artifact's own inputs
+folding      quick, and channels scaled against each other, as a conversion has it by default
+sequential   the same under the artifact's own inputs
 tuned        the same, and the scales of every layer tuned (64 steps)
 refined      instead, with two rounds of refinement
 protected    instead, with what protects super weights as far as it is measured to help
@@ -41,6 +42,7 @@ from scripts.bench.kld import (
     CALIBRATION_SAMPLES,
     CALIBRATION_TEXTS,
     EVALUATION_TEXT,
+    SEQUENCE_LENGTH,
     Score,
     Source,
     default_importance,
@@ -53,16 +55,22 @@ from scripts.bench.kld import (
 from scripts.peers.mixes import FILE_TYPES, Mixes
 from scripts.smollm2 import build
 
-STEPS = (*("recipe", "allocation", "codes", "weighed", "quick", "best", "sequential", "tuned", "refined", "protected"),)
+STEPS = (
+    *("recipe", "allocation", "codes", "weighed", "quick", "best", "folding", "sequential", "tuned", "refined"),
+    "protected",
+)
 # Options of the conversions that are one step each.
 CONVERSIONS: dict[str, dict[str, Any]] = {
-    "quick": {"error_feedback": "quick"},
-    "best": {"error_feedback": "best"},
+    "quick": {"error_feedback": "quick", "folding": False},
+    "best": {"error_feedback": "best", "folding": False},
+    "folding": {"error_feedback": "quick"},
     "sequential": {"error_feedback": "quick", "sequential": True},
     "tuned": {"error_feedback": "quick", "tune": 64},
-    "refined": {"refine": 2, "error_feedback": "off"},
-    "protected": {"protect_super_weights": "auto", "error_feedback": "off"},
+    "refined": {"refine": 2, "error_feedback": "off", "folding": False},
+    "protected": {"protect_super_weights": "auto", "error_feedback": "off", "folding": False},
 }
+CACHE_SIZE = 64 << 30
+"""Bytes; the second moments of a model of 1.5 billion weights take 5 GB, which all its conversions share."""
 DEFAULT_TYPES = "IQ1_S,IQ2_XXS,IQ2_M,IQ3_XXS,Q3_K_M,Q4_K_M"
 
 
@@ -90,9 +98,9 @@ def profile_of(formats: dict[str, str], name: str) -> QuantizationProfile:
 class Bench:
     """One model with its importance, its sensitivity, and its own predictions of the text."""
 
-    def __init__(self, model: Path, chunks: int, directory: Path):
-        self.model, self.directory = model, directory
-        self.imatrix = default_importance(model, sensitivity=True)
+    def __init__(self, model: Path, chunks: int, length: int, directory: Path):
+        self.model, self.length, self.directory = model, length, directory
+        self.imatrix = default_importance(model, sensitivity=True, length=length)
         self.sensitivity = self.imatrix.with_suffix(".sensitivity.safetensors")
         self.importance = load_imatrix(self.imatrix)
         self.costs = load_sensitivity(self.sensitivity).factors.columns
@@ -164,6 +172,8 @@ class Bench:
             target_size=limit,
             calibration=str(write_text(self.directory / "calibration.txt", CALIBRATION_TEXTS)),
             samples=CALIBRATION_SAMPLES,
+            sequence_length=self.length,
+            cache_size=CACHE_SIZE,
             judge="off",
             quiet=True,
             **{"protect_super_weights": "off", **changed},
@@ -190,12 +200,18 @@ def table(results: list[Result]) -> Iterator[str]:
 @click.option("--steps", default=",".join(STEPS), show_default=True)
 @click.option("--chunks", default=16, show_default=True, type=click.IntRange(1), help="Chunks of 512 tokens.")
 @click.option(
+    "--sequence-length",
+    default=SEQUENCE_LENGTH,
+    show_default=True,
+    help="Tokens in each of the samples of calibration.",
+)
+@click.option(
     "--json",
     "json_path",
     type=click.Path(path_type=Path),
     help="Results; what is there is not measured again.  [default: in the cache, by the model's name]",
 )
-def main(model: Path | None, types: str, steps: str, chunks: int, json_path: Path | None) -> None:
+def main(model: Path | None, types: str, steps: str, chunks: int, sequence_length: int, json_path: Path | None) -> None:
     CACHE.mkdir(parents=True, exist_ok=True)
     model = model or build(Path(".cache/smollm2-wide"), wide=True)
     json_path = json_path or CACHE / f"quality-{model.name}.jsonl"
@@ -206,7 +222,7 @@ def main(model: Path | None, types: str, steps: str, chunks: int, json_path: Pat
             wanted = set(steps.split(",")) - {r.step for r in results if r.file_type == file_type}
             if not wanted:
                 continue
-            bench = bench or Bench(model, chunks, Path(directory))
+            bench = bench or Bench(model, chunks, sequence_length, Path(directory))
             for result in bench.steps(file_type, wanted):
                 results.append(result)
                 append_line(json_path, asdict(result))

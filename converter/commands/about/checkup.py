@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bitwright import formats
+from bitwright.converter.boundary.machine import instruction_sets, usable_cores
 from bitwright.converter.job.identity import tool_identity
-from bitwright.converter.job.job import usable_cores
 from bitwright.profiles.sizes import size_text
 
 _PACKAGES = ("numba", "numpy", "gguf", "torch", "transformers", "huggingface_hub", "datasets")
@@ -20,8 +20,6 @@ _RUNTIMES = {
     "lm-evaluation-harness": "lm-eval",
 }
 FORMATS_FOLDER = Path(str(formats.__file__)).parent
-# Instructions that the encoders' speed hangs on.
-_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512vnni", "avx512bf16", "amx-int8", "neon", "dotprod", "sve")
 
 
 def checkup() -> dict[str, dict[str, Any]]:
@@ -51,12 +49,11 @@ def _processor() -> dict[str, Any]:
     import psutil
     from llvmlite import binding
 
-    host = binding.get_host_cpu_features()
     memory = psutil.virtual_memory()
     return {
         "name": binding.get_host_cpu_name(),
         "usable cores": usable_cores(),
-        "instructions": [name for name in _FEATURES if host.get(name)],
+        "instructions": list(instruction_sets()),
         "memory": f"{size_text(memory.total)}, {size_text(memory.available)} of it free",
     }
 

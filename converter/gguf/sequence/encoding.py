@@ -102,7 +102,12 @@ def encode_in_sequence(prepared: Prepared[Plan]) -> Path:
         names=observed_names(running_map),
         moments_dir=run.work_dir / _MOMENTS,
         encoded=_Layers(prepared, running, running_map),
-        settings={"plan": plan.digest(), "feedback": plan.error_feedback, "effort": run.job.effort},
+        settings={
+            "plan": plan.digest(),
+            "folding": plan.folding,
+            "feedback": plan.error_feedback,
+            "effort": run.job.effort,
+        },
         tuning=Tuning(run.job.tune, run.job.seed) if run.job.tune else None,
     )
     _keep_whole(directory, stream.layers_done)

@@ -63,8 +63,8 @@ def lacking(monkeypatch: pytest.MonkeyPatch):
 
     def say(after: tuple[TensorRule, ...] = llama.after, **without: str) -> None:
         changed = replace(llama, without=without, feeds={}, after=after)
-        monkeypatch.setattr(data_files, "architectures", lambda: (changed,))
-        monkeypatch.setattr("bitwright.converter.architectures.capabilities.architectures", data_files.architectures)
+        monkeypatch.setattr(data_files, "architectures_named", lambda _: (changed,))
+        monkeypatch.setattr("bitwright.converter.architectures.capabilities.architectures", lambda: (changed,))
 
     return say
 

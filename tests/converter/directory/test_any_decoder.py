@@ -24,7 +24,7 @@ from tests.converter.artifact.f32_file import write_f32
 from tests.converter.commands import refused
 from tests.tiny_models import TINY_MODELS, VOCAB_SIZE, TinyModel, build_model
 
-ARCHITECTURES = data_files.architectures
+ARCHITECTURES = data_files.architectures_named
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "head_dim": 16}
 # One with a plain MLP, one with gates on attention and dense layers before experts, and one whose routers and shared
 # experts are stored under other names than transformers' modules have.
@@ -41,7 +41,7 @@ OPTIONS = {"samples": 128, "sequence_length": 16, "calibration": "embedded", "ju
 
 @pytest.fixture(autouse=True)
 def _no_data_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_files, "architectures", tuple)
+    monkeypatch.setattr(data_files, "architectures_named", lambda _: ())
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_transformers_loads_them_and_computes_nearly_the_same(name, profile, mos
 def test_modules_are_what_a_data_file_says(name, tiny, monkeypatch):
     without = plan_of(tiny(name), "W4A16_G32")
     with monkeypatch.context() as patch:
-        patch.setattr(data_files, "architectures", ARCHITECTURES)
+        patch.setattr(data_files, "architectures_named", ARCHITECTURES)
         known = plan_of(tiny(name), "W4A16_G32")
     described = {row.tensor.name: (row.format, row.tensor.layer) for row in known.tensors}
     assert {row.tensor.name: (row.format, row.tensor.layer) for row in without.tensors} == described
@@ -168,7 +168,7 @@ def test_a_matrix_that_is_not_stored_is_missed(built, tmp_path):
 
 def test_a_directory_of_a_gguf_is_refused_by_that_name(tiny, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_files, "architectures", ARCHITECTURES)
+        patch.setattr(data_files, "architectures_named", ARCHITECTURES)
         write_f32(tiny("llama"), tmp_path / "source.gguf")
     said = refused(tmp_path / "source.gguf", "--profile", "fp8", "--judge", "off", "--output", tmp_path / "out")
     assert "a safetensors directory is made from a Hugging Face checkpoint, and this is a GGUF" in said

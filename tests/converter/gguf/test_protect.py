@@ -232,3 +232,26 @@ def test_a_size_holds_with_what_is_recorded_of_pins(planted, tmp_path):
     assert 690_000 < (tmp_path / "m.gguf").stat().st_size == report["artifact"]["bytes"] <= 700_000
     refused = CliRunner().invoke(main, [str(o) for o in ("plan", "--protect-super-weights", "raise", *options)])
     assert refused.exit_code == 1 and "than the budget has given them" in refused.stderr
+
+
+def test_of_a_tensor_in_one_format_is_decided_once(planted, tmp_path):
+    """Another plan of the same model looks nothing up anew where it gives the tensor the same format."""
+    model, text, importance = planted
+    options = ["--imatrix", importance, "--sensitivity", some_sensitivity(model, tmp_path / "s.safetensors")]
+    options += ["--calibration", text, "--effort", "fast", "--judge", "off", "--cache", tmp_path / "cache", "--json"]
+
+    def run_at(size: str) -> tuple[str, str, dict]:
+        arguments = [*options, "--target-size", size, "--output", tmp_path / f"{size}.gguf", model]
+        done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert done.exit_code == 0, done.stderr
+        report = json.loads(done.stdout)
+        (decision,) = report["protection"]
+        assert {trial["what"] for trial in decision["trials"]} >= {"none", "pin"}
+        return tensor_row(report, DOWN)["format"], done.stderr, decision
+
+    first, others = run_at("700K"), [run_at(size) for size in ("690K", "600K")]
+    assert "protection: from the cache" not in first[1]
+    for format_name, said, decision in others:
+        assert ("protection: from the cache" in said) == (format_name == first[0])
+        assert format_name != first[0] or decision == first[2]
+    assert {format_name == first[0] for format_name, _, _ in others} == {True, False}

@@ -32,7 +32,8 @@ def cpu(monkeypatch):
 
     def pretend(instructions: str | None, gain: float | None = None) -> list[float | None]:
         measured: list[float | None] = []
-        monkeypatch.setattr(fastest_dtype, "bfloat16_instructions", lambda: instructions)
+        for module in (fastest_dtype, dtype):
+            monkeypatch.setattr(module, "bfloat16_instructions", lambda: instructions)
         monkeypatch.setattr(fastest_dtype, "measured_gain", lambda: measured.append(gain) or gain)
         return measured
 
@@ -105,6 +106,16 @@ def test_report_and_recipe_state_it(tiny, tmp_path, cpu, cache_dir):
     asked = ["--calibration-dtype", "bfloat16", "--output", tmp_path / "c.gguf", tiny("llama")]
     assert "importance: from the cache" in run(*options, *asked)
     assert (tmp_path / "c.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes()
+
+
+def test_conversions_of_one_source_decide_alike(tiny, tmp_path, cpu, cache_dir):
+    """What the first has measured of it serves the second, whatever another measurement would say."""
+    cpu("avx512bf16", 1.3)
+    first = imatrix(tiny("llama"), tmp_path / "first.gguf")
+    measured = cpu("avx512bf16", 1.1)
+    said, again, stated = imatrix(tiny("llama"), tmp_path / "second.gguf")
+    assert (again, stated) == first[1:] and stated == "bfloat16" and measured == []
+    assert "importance: from the cache" in said
 
 
 def test_the_measurement_is_a_real_one():

@@ -39,7 +39,7 @@ class Observed:
         groups = smoother.smooth(
             smoothing_groups(self.checkpoint, self.model_map), SmoothQuantConfig(alpha), silent, never
         )
-        return SmoothedCheckpoint.of(self.checkpoint, smoother.foldings), smoother, groups
+        return smoother.folder.view(), smoother, groups
 
 
 def observe(directory: Path, work_dir: Path, corpus: Corpus) -> Observed:

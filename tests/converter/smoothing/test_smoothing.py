@@ -6,9 +6,9 @@ import pytest
 from bitwright.calibration.control import never, silent
 from bitwright.calibration.statistics.activations import ActivationStatistics
 from bitwright.calibration.statistics.smoothing import SmoothQuantConfig
+from bitwright.converter.smoothing.folder import Folder, fold_norm
 from bitwright.converter.smoothing.groups import smoothing_groups, unsmoothed
-from bitwright.converter.smoothing.search import Smoother, fold_norm
-from bitwright.converter.smoothing.view import SmoothedCheckpoint
+from bitwright.converter.smoothing.search import Smoother
 from bitwright.formats.errors import ConvertError
 from tests.calibration.stream.streaming import DictSource, random_corpus
 from tests.converter.smoothing.smoothing_models import logits, observe, observe_again
@@ -26,17 +26,17 @@ def assert_same_function(seen, view, directory, work_dir) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_any_factors_fold_exactly(name, tiny, tmp_path):
     seen = observe(tiny(name), tmp_path, random_corpus(name, 1))
-    smoother = Smoother(seen.checkpoint, seen.activations, seen.rows)
+    folder = Folder(seen.checkpoint)
     groups, rng = smoothing_groups(seen.checkpoint, seen.model_map), np.random.default_rng(5)
     for group in groups:
         for link in group.links:
-            smoother.fold(link, np.exp2(rng.uniform(-4, 4, link.rows[1] - link.rows[0])).astype(np.float32))
+            folder.fold(link, np.exp2(rng.uniform(-4, 4, link.rows[1] - link.rows[0])).astype(np.float32))
     assert not unsmoothed(groups, seen.model_map)
     matrices = {t.name for t in seen.model_map.tensors if t.quantizable and t.layer is not None}
-    assert matrices <= set(smoother.factors)
-    view = SmoothedCheckpoint.of(seen.checkpoint, smoother.foldings)
+    assert matrices <= set(folder.factors)
+    view = folder.view()
     assert_same_function(seen, view, tiny(name), tmp_path)
-    for stored, folding in smoother.foldings.items():
+    for stored, folding in folder.foldings.items():
         whole = view.read(stored)
         assert not np.array_equal(whole, seen.checkpoint.read(stored))
         if folding.values is None:
@@ -68,15 +68,16 @@ def test_inputs_are_divided_by_the_factors(name, tiny, tmp_path):
     seen = observe(tiny(name), tmp_path, random_corpus(name, 2))
     view, smoother, _ = seen.smooth(0.7)
     again = observe_again(view, seen.model_map, seen.corpus, tmp_path / "again")
+    divided = smoother.folder.all_factors({spec.name: spec.n_matrices for spec in seen.model_map.tensors})
     assert set(again.inputs) == set(seen.activations.inputs)
     for tensor, inputs in seen.activations.inputs.items():
-        factors = smoother.factors.get(tensor, 1.0)
+        factors = divided.get(tensor, 1.0)
         found = again.inputs[tensor]
         np.testing.assert_array_equal(found.counts, inputs.counts)
         largest = (inputs.absmax() / factors).max()
         np.testing.assert_allclose(found.absmax(), inputs.absmax() / factors, rtol=1e-3, atol=1e-4 * largest)
         np.testing.assert_allclose(found.squares, inputs.squares / np.square(factors), rtol=1e-2, atol=1e-6)
-    derived = seen.activations.divided(smoother.factors, again)
+    derived = seen.activations.divided(divided, again)
     np.testing.assert_allclose(
         derived.importance().columns("blk.1.attn_output.weight"),
         again.importance().columns("blk.1.attn_output.weight"),
