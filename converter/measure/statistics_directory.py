@@ -84,6 +84,11 @@ def given_activations(job: Job) -> Statistics | None:
     return given if given is not None and given.has_activations else None
 
 
+def gives_importance(job: Job) -> bool:
+    """Whether the job names the importance: in a file, or of a directory with the activations that tell it."""
+    return job.imatrix is not None or (job.profile.target != "gguf" and given_activations(job) is not None)
+
+
 def given_trials(job: Job) -> list[dict[str, Any]]:
     """What the job names of the trials of the search for super weights."""
     given = given_statistics(job)
