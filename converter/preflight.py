@@ -19,6 +19,7 @@ from bitwright.converter.artifact.run import Run
 from bitwright.converter.job.job import SAMPLES_RANGE
 from bitwright.converter.measure.evidence import ANALYSIS_SAMPLES, ANALYSIS_SEQUENCE_LENGTH
 from bitwright.converter.measure.obstacles import Need, check_runs
+from bitwright.converter.measure.statistics_directory import gives_importance
 from bitwright.converter.model.stored_rows import read_rows
 from bitwright.converter.source.checkpoint import Checkpoint
 from bitwright.formats.blocks.ternary import lossless_rows
@@ -173,7 +174,7 @@ def _disk(run: Run, files: Files, widths: list[list[int]], runs: bool) -> tuple[
     budget = job.profile.budget
     expected = files.n_bytes or (budget.size if budget is not None else None) or 0
     width = int(run.checkpoint.config.get("hidden_size", 0))
-    calibrates = job.imatrix is None or bool(widths)
+    calibrates = not gives_importance(job) or bool(widths)
     states = work_bytes(job.samples, job.sequence_length, width) if calibrates else 0
     if job.profile.needs_sensitivity and job.sensitivity is None:
         states += gradient_work_bytes(ANALYSIS_SAMPLES, ANALYSIS_SEQUENCE_LENGTH, width, model_map.n_layers)

@@ -23,7 +23,7 @@ from bitwright.converter.measure.calibrate import check_importance, planned_impo
 from bitwright.converter.measure.evidence import analysis_is_needed, available_evidence, given_evidence
 from bitwright.converter.measure.obstacles import Need, obstacle_to_analysis
 from bitwright.converter.measure.published import with_published
-from bitwright.converter.measure.statistics_directory import given_activations, given_statistics
+from bitwright.converter.measure.statistics_directory import given_statistics, gives_importance
 from bitwright.converter.preflight import check_samples
 from bitwright.converter.source.open import open_checkpoint
 from bitwright.profiles.evidence import Evidence
@@ -219,14 +219,9 @@ def needs_of(job: Job, prepared: Prepared[Any] | None) -> list[Need]:
     """What the model is run for. prepared: as of fingerprint."""
     analysed = prepared is None
     needs = {
-        Need.IMPORTANCE: not _gives_importance(job) and (prepared is None or prepared.importance is not None),
+        Need.IMPORTANCE: not gives_importance(job) and (prepared is None or prepared.importance is not None),
         Need.SENSITIVITY: analysed and job.sensitivity is None,
         Need.TEXT: prepared is not None and prepared.reads_text_later,
         Need.QUALITY: job.judge != "off",
     }
     return [need for need, needed in needs.items() if needed]
-
-
-def _gives_importance(job: Job) -> bool:
-    """Whether a file has it; a directory's is that of its activations, too."""
-    return job.imatrix is not None or (job.profile.target != "gguf" and given_activations(job) is not None)

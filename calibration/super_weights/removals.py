@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from math import inf, sqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -74,6 +74,9 @@ class Effect:
 Enough = Callable[[Effect], bool]
 """Whether an effect has been measured on enough of the text."""
 
+Line = Mapping[str, Any]
+"""What a removal does on a part of the text, as plain JSON data."""
+
 # From states after the last layer, [n, width], to logits [n, vocabulary].
 Head = Callable[[torch.Tensor], torch.Tensor]
 
@@ -83,11 +86,13 @@ class Removals:
 
     It is measured on parts of 1, 1, 2, 4 ... samples; as of Baseline, the second half of each sample is scored.
     removals.jsonl: JSON lines {"removed", "part", fields of Part}. What was measured of a model of another identity, or
-    on another corpus, is not taken.
+    on another corpus, is not taken. known: such lines of others, as `lines` has them.
     Raises ConvertError as Baseline does.
     """
 
-    def __init__(self, streamable: StreamableModel, corpus: Corpus, control: PassControl):
+    def __init__(
+        self, streamable: StreamableModel, corpus: Corpus, control: PassControl, known: Iterable[Line] = ()
+    ) -> None:
         check_scorable(corpus)
         make_directory(control.work_dir)
         self._model, self._corpus, self._control = streamable, corpus, control.within("removals")
@@ -101,9 +106,15 @@ class Removals:
         self._sources: dict[int, LayerStream] = {}
         self._source_losses: dict[int, tuple[float, int]] = {}
         self._known: dict[tuple[str, int], Part] = {}
-        for entry in read_lines(self._journal, partial(say, control.progress)):
+        for line in (*known, *read_lines(self._journal, partial(say, control.progress))):
+            entry = dict(line)
             key = entry.pop("removed"), entry.pop("part")
             self._known[key] = Part(**entry)
+
+    @property
+    def lines(self) -> list[Line]:
+        """Everything that has been measured, as lines of the journal."""
+        return [_line(name, part, known) for (name, part), known in sorted(self._known.items())]
 
     def stream_effects(self, wanted: Sequence[tuple[Removal, Enough]], stage: str) -> list[Effect]:
         """The effects of these removals, each measured on parts of the text until that is enough, or on all of it.
@@ -176,9 +187,13 @@ class Removals:
             of_source, loss, divergence = scores
             sums = (float(values.sum()) for values in (of_source, loss, divergence, np.square(divergence)))
             known = Part(len(divergence), *sums)
-            append_line(self._journal, {"removed": name, "part": part, **known._asdict()})
+            append_line(self._journal, _line(name, part, known))
             self._known[name, part] = known
         remove_tree(control.work_dir)
+
+
+def _line(name: str, part: int, known: Part) -> dict[str, Any]:
+    return {"removed": name, "part": part, **known._asdict()}
 
 
 def _scores(source: LayerStream, stream: RemovalStream, n_copies: int) -> list[np.ndarray]:

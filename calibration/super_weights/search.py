@@ -20,7 +20,7 @@ from bitwright.calibration.stream.forward import stream_past
 from bitwright.calibration.stream.streamable import StreamableModel
 from bitwright.calibration.stream.weights import ParameterReader, WeightSource
 from bitwright.calibration.super_weights.removal_stream import Removal, WithoutWeights
-from bitwright.calibration.super_weights.removals import Effect, Enough, Removals
+from bitwright.calibration.super_weights.removals import Effect, Enough, Line, Removals
 from bitwright.calibration.super_weights.spikes import (
     LEAST_DIVERGENCE,
     LEAST_EXPECTED,
@@ -52,20 +52,21 @@ def stream_super_weights(
     corpus: Corpus,
     control: PassControl,
     factors: FisherFactors | None = None,
+    known: Iterable[Line] = (),
 ) -> SuperWeightReport:
     """Run the model over the prompts to look for candidates, and over the corpus to measure what they are worth.
 
-    projections: every down projection. prompts: int [n, length]. factors: for the second criterion, where known. The
-    work directory keeps the journal of removals beside the checkpoints.
+    projections: every down projection. prompts: int [n, length]. factors: for the second criterion, where known. known:
+    what `stream_trials` has measured of the same. The work directory keeps the journal of removals beside the
+    checkpoints.
     Raises Interrupted when the control, asked after every layer, says so.
     """
     search = _Search(streamable, projections, control)
     candidates, largest, looks = search.look_until_no_spike(prompts)
     if factors is not None:
         candidates = search.with_expected_costs(candidates, factors)
-    candidates.sort(key=lambda c: (-c.strength, c.place))
-    to_try = [candidate for candidate in candidates[:MOST_CANDIDATES] if candidate.may_cost]
-    removals = Removals(streamable, corpus, control)
+    to_try = _to_try(candidates)
+    removals = Removals(streamable, corpus, control, known)
     tried = _tried(to_try, removals)
     sets = _joint_sets(tried, removals)
     together = {place for s in sets if s.confirmed for place in s.members}
@@ -90,6 +91,28 @@ def stream_super_weights(
         model=streamable.name,
         revision=streamable.revision,
     )
+
+
+def stream_trials(
+    streamable: StreamableModel,
+    projections: Sequence[DownProjection],
+    prompts: np.ndarray,
+    corpus: Corpus,
+    control: PassControl,
+    share: slice,
+) -> list[Line]:
+    """What `stream_super_weights` measures of some of its candidates by spikes, each for itself. share: of the
+    candidates, the strongest first. All else is as it is there; the looks are this call's own."""
+    candidates, _, _ = _Search(streamable, projections, control).look_until_no_spike(prompts)
+    removals = Removals(streamable, corpus, control)
+    _tried(_to_try(candidates)[share], removals)
+    return removals.lines
+
+
+def _to_try(candidates: list[Candidate]) -> list[Candidate]:
+    """Puts the strongest first; returns those that are tried."""
+    candidates.sort(key=lambda c: (-c.strength, c.place))
+    return [candidate for candidate in candidates[:MOST_CANDIDATES] if candidate.may_cost]
 
 
 class _Search:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from bitwright.calibration.control import ShouldStop
     from bitwright.converter.job.progress import Progress
 
-# What a part measures beside the importance, by the name of its option.
-_OF_PARTS = ("activations", "moments")
+# What a part measures beside the importance, and one machine, too, by the name of its option.
+_TAKEN_BY_PARTS = ("sensitivity", "activations", "super_weights")
 
 
 @click.command(cls=GroupedCommand, short_help="Compute the importance matrix, and what else is measured.")
@@ -37,7 +37,12 @@ _OF_PARTS = ("activations", "moments")
     help="The file to write, .gguf or .dat; with --activations .safetensors. [default: MODEL.imatrix.gguf]",
 )
 @options_of("imatrix")
-@option("--super-weights", group=CALIBRATION, is_flag=True, help="Also find super weights, and store them in the file.")
+@option(
+    "--super-weights",
+    group=CALIBRATION,
+    is_flag=True,
+    help="Also find super weights, and store them in the file; with --part try a share of the candidates.",
+)
 @option(
     "--sensitivity",
     group=CALIBRATION,
@@ -97,7 +102,11 @@ def _written(
     if merge:
         from bitwright.converter.machines.measuring.importance import merge_parts
 
-        if output is None or part is not None or any(options[name] for name in ("super_weights", *_OF_PARTS)):
+        if (
+            output is None
+            or part is not None
+            or any(options[name] for name in ("super_weights", "activations", "moments"))
+        ):
             raise ConvertError(
                 "parts are merged into an importance matrix, and what else they have measured is written beside it",
                 "--merge",
@@ -126,14 +135,12 @@ def _written(
     from bitwright.converter.machines.measuring.importance import Measured, write_part
     from bitwright.converter.machines.part import part_of
 
-    if options.pop("super_weights") or options.pop("fresh"):
+    if options.pop("fresh"):
         raise ConvertError(
-            "a part has sums over its samples, and nothing to start over",
-            "--super-weights or --fresh with --part",
-            "look for super weights on one machine; remove a part's file to compute it again",
+            "a part has nothing to start over", "--fresh with --part", "remove a part's file to compute it again"
         )
     options.pop("work_dir")
-    measured = Measured(options.pop("sensitivity"), moments, options.pop("activations"))
+    measured = Measured(moments=moments, **{name: options.pop(name) for name in _TAKEN_BY_PARTS})
     return [
         write_part(
             part_of(part),

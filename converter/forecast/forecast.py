@@ -13,6 +13,7 @@ from bitwright.converter.forecast.rates import Rates
 from bitwright.converter.forecast.work import Work, download_bytes, encoding_of, kind_of_encoding, work_of
 from bitwright.converter.measure.evidence import ANALYSIS_SAMPLES, ANALYSIS_SEQUENCE_LENGTH
 from bitwright.converter.measure.moments import collects_moments
+from bitwright.converter.measure.statistics_directory import gives_importance
 from bitwright.converter.preflight import demand
 from bitwright.converter.record.forecast import Basis, Forecast, Step
 from bitwright.profiles.planning.plan import Plan
@@ -33,7 +34,7 @@ def foresee(
     """What the job will take. prepared: None where its plan rests on an analysis; ruled: what stands in for it then,
     if anything does. runs: whether the model is run."""
     plan, known = None if prepared is None else prepared.plan, prepared or ruled
-    importance_is_given = run.job.imatrix is not None or (prepared is not None and prepared.importance is None)
+    importance_is_given = gives_importance(run.job) or (prepared is not None and prepared.importance is None)
     works = list(work_of(run, plan, importance_is_given, prepared is None or prepared.reads_text_later))
     if prepared is None and ruled is not None:
         works = [each for work in works for each in (encoding_of(ruled.plan) if work.stage == "encode" else [work])]

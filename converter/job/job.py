@@ -12,6 +12,7 @@ from bitwright.converter.boundary.machine import usable_cores
 from bitwright.converter.job.defaults import BUDGET_PROFILE, CACHE_BYTES, DEFAULT_PROFILE
 from bitwright.converter.job.options import CALIBRATION, DIRECTORIES, MACHINE, OUTPUT, check_fields, option, option_of
 from bitwright.converter.job.spelling import (
+    MOMENTS_OF_STATISTICS,
     alpha_of,
     content,
     names_in,
@@ -480,8 +481,8 @@ class Job:
     def feedback(self) -> FeedbackLevel | None:
         """How long codes are chosen together; None for leaving that out. See `feedback_is_asked_for`."""
         if self.error_feedback is None:
-            costs_no_run = self.imatrix is None or self.statistics is not None or self.in_sequence
-            return "quick" if costs_no_run else None
+            given = self.statistics is not None and (self.statistics / MOMENTS_OF_STATISTICS).is_dir()
+            return "quick" if self.imatrix is None or given or self.in_sequence else None
         return None if self.error_feedback == "off" else self.error_feedback
 
     @property

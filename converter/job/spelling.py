@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 STATISTICS_RECORD = "statistics.json"
 """What says of a directory of statistics what is in it, see converter.measure.statistics_directory."""
 
+MOMENTS_OF_STATISTICS = "moments"
+"""The directory in it that has second moments, where these are among them."""
+
 # What a text says, as profiles.sizes.parse_size reads sizes. flag: the option, for errors.
 
 

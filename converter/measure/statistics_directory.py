@@ -4,6 +4,8 @@ of their parts, and a job takes instead of running the model over the whole text
     moments/                  second moments, see calibration/statistics/second_moments.py; where they were asked for
     activations.safetensors   activation statistics, and
     activation-rows/          rows of the same inputs, see InputRows; where they were asked for
+    super-weight-trials.json  lines of the journal of removals, see calibration/super_weights/removals.py; where they
+                              were asked for
     statistics.json           written last: of which model and text they are, and the SHA-256 of every file
 """
 
@@ -16,7 +18,7 @@ from typing import Any
 from bitwright.calibration.statistics.activations import InputRows
 from bitwright.converter.artifact.run import Run
 from bitwright.converter.job.job import Job
-from bitwright.converter.job.spelling import STATISTICS_RECORD
+from bitwright.converter.job.spelling import MOMENTS_OF_STATISTICS, STATISTICS_RECORD
 from bitwright.formats.errors import ConvertError
 from bitwright.formats.files.disk import file_sha256
 from bitwright.formats.files.regular_file import read_json
@@ -42,7 +44,7 @@ class Statistics:
     @property
     def moments(self) -> Path:
         """The directory of the second moments."""
-        return self.directory / "moments"
+        return self.directory / MOMENTS_OF_STATISTICS
 
     @property
     def activations(self) -> Path:
@@ -51,6 +53,10 @@ class Statistics:
     @property
     def rows(self) -> InputRows:
         return InputRows(self.directory / "activation-rows")
+
+    @property
+    def trials(self) -> Path:
+        return self.directory / "super-weight-trials.json"
 
     @property
     def has_moments(self) -> bool:
@@ -76,6 +82,20 @@ def given_activations(job: Job) -> Statistics | None:
     """What the job names, where activations are among it."""
     given = given_statistics(job)
     return given if given is not None and given.has_activations else None
+
+
+def gives_importance(job: Job) -> bool:
+    """Whether the job names the importance: in a file, or of a directory with the activations that tell it."""
+    return job.imatrix is not None or (job.profile.target != "gguf" and given_activations(job) is not None)
+
+
+def given_trials(job: Job) -> list[dict[str, Any]]:
+    """What the job names of the trials of the search for super weights."""
+    given = given_statistics(job)
+    if given is None or given.trials.name not in given.files_sha256:
+        return []
+    lines: list[dict[str, Any]] = json.loads(given.trials.read_bytes())
+    return lines
 
 
 def load_statistics(directory: Path) -> Statistics:
@@ -112,9 +132,9 @@ def check_statistics(run: Run) -> None:
             str(given.directory),
             "name those of this model, or leave out --statistics",
         )
-    if run.job.profile.target == "gguf" and not given.has_moments:
+    if run.job.profile.target == "gguf" and not (given.has_moments or given.trials.name in given.files_sha256):
         raise ConvertError(
-            "these statistics have no second moments, which are all that a GGUF takes of them",
+            "these statistics have no second moments and no trials of super weights, and a GGUF takes nothing else",
             str(given.directory),
             "measure the parts with --moments, or leave out --statistics",
         )

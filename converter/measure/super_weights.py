@@ -1,7 +1,9 @@
 """The stage `super weights`: looks for them in a model, and keeps the report."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from bitwright.calibration.sensitivity.fisher import FisherFactors
 from bitwright.calibration.statistics.importance import ImportanceMatrix
@@ -13,6 +15,7 @@ from bitwright.converter.job.job import Job
 from bitwright.converter.job.kept import kept
 from bitwright.converter.measure.evidence import measured_factors
 from bitwright.converter.measure.running import calibration_text, load_tokenizer, runnable, streamable
+from bitwright.converter.measure.statistics_directory import given_trials
 from bitwright.converter.model.module_map import places_of
 from bitwright.converter.model.stored_rows import read_rows
 from bitwright.converter.source.checkpoint import Checkpoint
@@ -20,7 +23,13 @@ from bitwright.formats.errors import ConvertError
 from bitwright.formats.files.whole import whole_file
 from bitwright.profiles.vocabulary import DOWN_ROLES, ModelMap
 
+if TYPE_CHECKING:
+    from bitwright.calibration.stream.streamable import StreamableModel
+    from bitwright.calibration.super_weights.spikes import DownProjection
+
 RESULT = "super_weights.json"
+# The checkpoints of the search.
+_PASS = "super-weights"
 _WHAT = "record of super weights"
 
 # Samples of the calibration text that are looked at beside the fixed prompts, and the text on which removals are
@@ -33,32 +42,17 @@ def streamed_super_weights(run: Run, factors: FisherFactors | None = None) -> Su
     """What the run's model has of super weights, by spikes and, where the Fisher factors are known, by gradients. It
     stays in the work directory and is not looked for again by the same criteria."""
     from bitwright.calibration.super_weights.search import stream_super_weights
-    from bitwright.calibration.super_weights.spikes import PROMPT_LENGTH, DownProjection, prompt_tokens
-
-    job = run.job
 
     def compute() -> SuperWeightReport:
-        running, running_map = runnable(run.checkpoint, run.model_map, run.work_dir)
-        tokenizer = load_tokenizer(running.location)
-        samples = calibration_text(job, tokenizer, run.model_map, _LOOKED_AT, PROMPT_LENGTH + 1)
-        looked_at = prompt_tokens(tokenizer, samples.tokens, samples.tokens.shape[1] - 1)
-        measured_on = measuring_text(job, tokenizer)
-        projections = [
-            DownProjection(source, tensor.layer, tensor.name, place.matrix, place.n_matrices, tensor.layout.transposed)
-            for tensor in running_map.tensors
-            if tensor.role in DOWN_ROLES and tensor.layer is not None
-            for source, places in places_of([tensor]).items()
-            for place in places
-        ]
+        subject = _subject_of(run)
 
         def search() -> SuperWeightReport:
-            model, control = streamable(run, running), run.control("super-weights")
-            return stream_super_weights(model, projections, looked_at, measured_on, control, factors)
+            return stream_super_weights(*subject, run.control(_PASS), factors, given_trials(run.job))
 
         cached = run.cache.entry(
             "super weights",
-            looked_at=arrays_identity({"tokens": looked_at}),
-            text=text_identity(measured_on),
+            looked_at=arrays_identity({"tokens": subject.looked_at}),
+            text=text_identity(subject.measured_on),
             factors=None if factors is None else arrays_identity(factors.rows, factors.columns),
         )
         return cached.result(search, _save_super_weights, load_super_weights)
@@ -75,6 +69,41 @@ def streamed_super_weights(run: Run, factors: FisherFactors | None = None) -> Su
         load_super_weights,
         answers=has_criteria,
     )
+
+
+def streamed_trials(run: Run, share: slice) -> list[dict[str, Any]]:
+    """What a share of the search's trials gives, for `given_trials` of a job whose search is shared. share: of the
+    candidates, the strongest first."""
+    from bitwright.calibration.super_weights.search import stream_trials
+
+    return [dict(line) for line in stream_trials(*_subject_of(run), run.control(_PASS), share)]
+
+
+class _Subject(NamedTuple):
+    """What a search runs. projections: every down projection. looked_at: tokens int [n, length]; measured_on: the text
+    that removals are tried on."""
+
+    model: "StreamableModel"
+    projections: "list[DownProjection]"
+    looked_at: np.ndarray
+    measured_on: Corpus
+
+
+def _subject_of(run: Run) -> _Subject:
+    from bitwright.calibration.super_weights.spikes import PROMPT_LENGTH, DownProjection, prompt_tokens
+
+    running, running_map = runnable(run.checkpoint, run.model_map, run.work_dir)
+    tokenizer = load_tokenizer(running.location)
+    samples = calibration_text(run.job, tokenizer, run.model_map, _LOOKED_AT, PROMPT_LENGTH + 1)
+    projections = [
+        DownProjection(source, tensor.layer, tensor.name, place.matrix, place.n_matrices, tensor.layout.transposed)
+        for tensor in running_map.tensors
+        if tensor.role in DOWN_ROLES and tensor.layer is not None
+        for source, places in places_of([tensor]).items()
+        for place in places
+    ]
+    looked_at = prompt_tokens(tokenizer, samples.tokens, samples.tokens.shape[1] - 1)
+    return _Subject(streamable(run, running), projections, looked_at, measuring_text(run.job, tokenizer))
 
 
 def _save_super_weights(path: Path, report: SuperWeightReport) -> None:

@@ -2,7 +2,7 @@
 
 safetensors   metadata "bitwright.group_sums": JSON with "version", the part, the fingerprint, the options of the job,
               the words of the command, the SHA-256 of the arrays, what its second moments and its activations are of,
-              and what is in the file of data
+              trials of super weights, and what is in the file of data
               "importance/GROUP/KIND/TENSOR"   sums float64, counts int64, by GGUF tensor
               "gradients/GROUP/KIND/PARAMETER" float64, as calibration/sensitivity/gradient_sums.py has them
               "activations/GROUP/KIND/TENSOR", "inputs/KIND/TENSOR"   as ActivationSums has them in
@@ -37,6 +37,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "command": (list,),
     "moments": (dict,),
     "observed": (list,),
+    "trials": (list,),
     "data": (dict,),
     "sha256": (str,),
 }
@@ -52,6 +53,7 @@ class GroupSumsOfPart:
     moments: what the partial moments in its data are of, as plain JSON data: "shared", see InputMoments, and "fed": for
     every GGUF tensor the "columns" of the inputs that it is about, null for all, and its "matrices", [matrix,
     parameter, matrix of it]; empty without any. observed: GGUF tensors of which activations tell the importance.
+    trials: of super weights, as lines of the journal of removals.
     """
 
     part: Part
@@ -65,6 +67,7 @@ class GroupSumsOfPart:
     inputs: Mapping[str, Mapping[str, np.ndarray]]
     moments: dict[str, Any]
     observed: list[str]
+    trials: list[dict[str, Any]]
     data: Bundle
 
 
@@ -79,7 +82,7 @@ def save_part(path: Path, part: GroupSumsOfPart) -> None:
     }
     for kind, of_kind in part.inputs.items():
         arrays |= {f"{_INPUTS}/{kind}/{name}": np.ascontiguousarray(array) for name, array in of_kind.items()}
-    plain = ("fingerprint", "options", "identity", "command", "moments", "observed")
+    plain = ("fingerprint", "options", "identity", "command", "moments", "observed", "trials")
     header = {
         "part": [part.part.index, part.part.count],
         "sha256": arrays_identity(arrays),

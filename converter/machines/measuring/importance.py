@@ -41,6 +41,7 @@ from bitwright.converter.measure.calibrate import observed_names
 from bitwright.converter.measure.evidence import ANALYSIS_SAMPLES, ANALYSIS_SEQUENCE_LENGTH, matrices_of
 from bitwright.converter.measure.running import calibration_text, load_tokenizer, runnable, streamable
 from bitwright.converter.measure.sensitivity import CANDIDATE_FORMATS, Trials, build_sensitivity
+from bitwright.converter.measure.super_weights import streamed_trials
 from bitwright.converter.model.model_map import describe
 from bitwright.converter.preflight import check_samples
 from bitwright.converter.source.open import open_by_content
@@ -56,14 +57,22 @@ if TYPE_CHECKING:
 class Measured:
     """What a part measures beside the importance. sensitivity: gradients, of their own samples. moments: second moments
     of the inputs, in the same pass. activations: statistics of the inputs, in a pass of their own, which tells the
-    importance, too."""
+    importance, too. super_weights: a share of the trials of the search for them."""
 
     sensitivity: bool = False
     moments: bool = False
     activations: bool = False
+    super_weights: bool = False
+
+    @property
+    def has_statistics(self) -> bool:
+        """Of which a directory is merged."""
+        return self.moments or self.activations or self.super_weights
 
     def to_dict(self) -> dict[str, bool]:
-        return {"gradients": self.sensitivity, "moments": self.moments, "activations": self.activations}
+        """For a fingerprint."""
+        others = {"moments": self.moments, "activations": self.activations, "trials": self.super_weights}
+        return {"gradients": self.sensitivity, **others}
 
 
 def write_part(
@@ -107,7 +116,7 @@ def write_part(
         | machine_identity(job.device)
         | {"dtype": _dtype(job), **measured.to_dict()}
     )
-    if measured.moments or measured.activations:
+    if measured.has_statistics:
         data_of(output)  # that it has the name of a part's file
     if _made_before(output, part, fingerprint):
         progress.say(f"{output}: already done")
@@ -118,7 +127,7 @@ def write_part(
         fingerprint |= {"text": text_identity(made.text)}
         identity = {"model": run.checkpoint.model_id, "revision": run.checkpoint.revision, **made.text.identity}
         remove(output)
-        data = write_bundle(data_of(output), made.files) if made.files else Bundle(output, {})
+        data = write_bundle(data_of(output), made.files) if measured.has_statistics else Bundle(output, {})
         said = (part, fingerprint, plain_options(options), identity, list(words))
         save_part(output, GroupSumsOfPart(*said, **made.sums, data=data))
     return output
@@ -168,6 +177,7 @@ def _streamed(run: Run, part: Part, measured: Measured) -> _Streamed:
         few = calibration_text(job, tokenizer, run.model_map, ANALYSIS_SAMPLES, ANALYSIS_SEQUENCE_LENGTH)
         excerpt = Excerpt.of_groups(groups, len(few.tokens))
         sums["gradients"] = stream_gradient_groups(model, few, run.control("analysis"), excerpt, seed=job.seed)
+    sums["trials"] = streamed_trials(run, slice(part.index - 1, None, part.count)) if measured.super_weights else []
     if lost := sorted(str(path) for path in files.values() if not path.is_file()):
         raise ConvertError(
             "sums that the part has measured are gone", lost[0], f"remove {run.work_dir}, and run the command again"
@@ -223,7 +233,8 @@ def merge_parts(
             "compute them with --sensitivity",
         )
     importance, activations = _merged(parts)
-    directory = statistics_path(output) if first.moments or activations is not None else None
+    has_statistics = any(first.fingerprint[what] for what in ("moments", "activations", "trials"))
+    directory = statistics_path(output) if has_statistics else None
     if directory is not None:
         check_places(paths, [directory])
         check_statistics_place(directory, fresh)

@@ -1,6 +1,7 @@
 """The large statistics of all parts of a text brought together: in a directory, as one machine leaves them in its work
 directory. One matrix at a time is in memory, and of this one three sums at most."""
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from bitwright.converter.machines.unlike import command_of
 from bitwright.converter.measure.statistics_directory import Statistics, save_record
 from bitwright.formats.errors import ConvertError
 from bitwright.formats.files.disk import make_directory, remove_tree, rename
+from bitwright.formats.files.whole import whole_file
 from bitwright.formats.names import hidden_path
 
 MOMENTS, ROWS = "moments/", "rows/"
@@ -66,9 +68,15 @@ def write_statistics(
             raise Interrupted(f"stopped after {n_done} of {len(names)} matrices")
     if known.moments:
         _index_moments(made.moments, [part.moments for part in parts])
+    make_directory(draft)
     if activations is not None:
-        make_directory(draft)
         save_activations(made.activations, activations)
+    if known.fingerprint["trials"]:
+        lines = sorted(
+            (line for part in parts for line in part.trials), key=lambda line: (line["removed"], line["part"])
+        )
+        with whole_file(made.trials, "trials of super weights") as file:
+            file.write(json.dumps(lines, indent=1).encode())
     save_record(draft, str(known.identity["model"]), known.fingerprint["files"], known.fingerprint["text"])
     remove_tree(directory)
     rename(draft, directory)

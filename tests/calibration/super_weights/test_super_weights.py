@@ -11,6 +11,8 @@ from bitwright.calibration.control import Interrupted
 from bitwright.calibration.sensitivity.fisher import stream_fisher
 from bitwright.calibration.statistics.super_weights import SuperWeightReport
 from bitwright.calibration.super_weights import spikes
+from bitwright.calibration.super_weights.removals import Removals
+from bitwright.calibration.super_weights.search import stream_super_weights, stream_trials
 from bitwright.calibration.super_weights.spikes import PROMPTS, prompt_tokens
 from bitwright.converter.measure.running import load_tokenizer
 from bitwright.formats.errors import ConvertError
@@ -55,6 +57,28 @@ def test_a_super_weight_of_experts_stored_stacked_is_the_same(tiny, tmp_path):
     stacked.reads = dict.fromkeys(stacked.tensors, 0)
     reports = [search(tiny("qwen3_moe"), s, tmp_path / str(i)) for i, s in enumerate((one_by_one, stacked))]
     assert reports[0] == reports[1] and len(reports[0].weights) == 1
+
+
+def test_trials_that_others_have_made_are_not_made_again(tiny, tmp_path, monkeypatch):
+    source = DictSource.of(tiny("llama"))
+    plant(source, 1, {(23, 71): -8.0, (40, 71): 6.0, (11, 90): 7.0})
+    whole = search(tiny("llama"), source, tmp_path / "whole")
+    assert len(whole.weights) + len(whole.rejected) >= 3 and whole.joint_sets
+
+    def subject(work_dir):
+        model, control = on_cpu(source, tiny("llama"), work_dir, name="tiny")
+        return model, projections(source), texts(1, 4).tokens, texts(2, 4), control
+
+    lines = [line for i in range(2) for line in stream_trials(*subject(tmp_path / f"{i}"), slice(i, None, 2))]
+    measured, measure = [], Removals._measure
+
+    def noted(self, removals, part, stage):
+        measured.extend(removals)
+        measure(self, removals, part, stage)
+
+    monkeypatch.setattr(Removals, "_measure", noted)
+    assert stream_super_weights(*subject(tmp_path / "again"), known=lines) == whole
+    assert measured and all(len(removal.weights) > 1 for removal in measured)
 
 
 @pytest.mark.parametrize("name", [*DENSE, "qwen3_moe"])

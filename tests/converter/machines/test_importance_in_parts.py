@@ -114,7 +114,7 @@ def test_parts_that_are_missing_damaged_or_foreign_are_named_with_their_commands
     [
         (["--part", "1/17", *TEXT], "cannot be cut into 17 parts"),
         (["--part", "1/2", "--samples", "128"], "choose different ones"),
-        (["--part", "1/2", *TEXT, "--super-weights"], "nothing to start over"),
+        (["--part", "1/2", *TEXT, "--fresh"], "nothing to start over"),
         (["--scratch", "x", *TEXT], "--scratch is where a part is worked on"),
         (["--merge"], "name it with --output"),
         (["another"], "one model at a time"),

@@ -12,10 +12,13 @@ import pytest
 
 from bitwright.calibration.statistics.group_folding import fold
 from bitwright.calibration.stream.micro_batches import N_GROUPS, groups_of_part
+from bitwright.calibration.super_weights.removal_stream import Removal
+from bitwright.calibration.super_weights.removals import Removals
 from bitwright.converter.boundary.interrupts import STOPPED
 from bitwright.converter.machines.measuring.group_sums import load_part
 from bitwright.formats.files.disk import observed
 from tests.converter.commands import convert, done, refused
+from tests.converter.gguf import planted_model
 from tests.converter.machines.test_encode_in_parts import digests, encode
 
 TEXT = ["--calibration", "embedded", "--samples", "130", "--sequence-length", "16"]
@@ -93,7 +96,7 @@ def test_any_number_of_parts_has_one_identity(merged):
     assert len(records) == 1
 
 
-@pytest.mark.parametrize(("output", "options"), [("m.gguf", FED), ("m", SMOOTHED)])
+@pytest.mark.parametrize(("output", "options"), [("m.gguf", FED), ("m", [*SMOOTHED, "--error-feedback=quick"])])
 def test_an_artifact_that_rests_on_them_is_that_of_one_machine(output, options, merged, tiny, tmp_path):
     whole, statistics = tmp_path / "whole" / output, merged("llama", 3)
     done(*options, *MAKING, "--output", whole, tiny("llama"))
@@ -111,7 +114,37 @@ def test_an_artifact_that_rests_on_them_is_that_of_one_machine(output, options, 
     assert said.exit_code == 0, said.stderr
     assert digests(made) == digests(whole) and len(digests(made)) >= 1
     report = json.loads(said.stdout)
-    assert report["feedback"]["kept"] > 0 if output == "m.gguf" else report["smoothing"]["groups"]
+    assert report["feedback"]["kept"] > 0 and (output == "m.gguf" or report["smoothing"]["groups"])
+
+
+def test_super_weights_whose_trials_are_shared_are_those_of_one_machine(tiny, tmp_path, monkeypatch):
+    model = planted_model.build(tiny("llama-256"), tmp_path / "model", 2, {(100, 300): 9.0, (30, 200): 7.0})
+    text = ["--calibration", planted_model.text(model, tmp_path / "text.txt"), "--samples", "128"]
+    more = [*text, "--sequence-length", "32", "--no-chat", *HERE]
+    making = [*FED, "--set", "mlp_down=Q2_K", "--protect-super-weights", "pin", "--no-error-feedback"]
+    making += ["--judge", "off", "--effort", "fast"]
+
+    def found(name: str, *given: object) -> dict[str, object]:
+        done("plan", *making, *given, *more, "--save", tmp_path / name / "plan.json", model)
+        return json.loads((tmp_path / name / "plan.json.bitwright-work" / "super_weights.json").read_text())
+
+    parts = [tmp_path / f"{i}.safetensors" for i in (1, 2)]
+    for i, part in enumerate(parts, start=1):
+        done("imatrix", model, *more, "--super-weights", "--part", f"{i}/2", "--output", part)
+        assert load_part(part).trials
+    done("imatrix", "--merge", *parts, "--output", tmp_path / "i.gguf", "-q")
+    whole = found("whole")
+    assert whole["weights"]
+    measured: list[Removal] = []
+    measure = Removals._measure
+
+    def noted(self: Removals, removals: list[Removal], part: int, stage: str) -> None:
+        measured.extend(removals)
+        measure(self, removals, part, stage)
+
+    monkeypatch.setattr(Removals, "_measure", noted)
+    assert found("given", "--statistics", tmp_path / "i.statistics", "--cache", "off") == whole
+    assert all(len(removal.weights) > 1 for removal in measured)
 
 
 @pytest.mark.parametrize("n", range(1, N_GROUPS + 1))
@@ -209,7 +242,7 @@ def test_statistics_of_another_model_or_of_no_use_are_refused(merged, tiny, tmp_
     record = json.loads((copied / "statistics.json").read_text())
     without = {name: sha for name, sha in record["files_sha256"].items() if not name.startswith("moments/")}
     (copied / "statistics.json").write_text(json.dumps(record | {"files_sha256": without}))
-    assert "these statistics have no second moments" in plan(tiny("llama"), copied, *FED)
+    assert "these statistics have no second moments and no trials" in plan(tiny("llama"), copied, *FED)
     (copied / "statistics.json").write_text(json.dumps(record | {"version": 0}))
     assert "damaged, or of another release" in plan(tiny("llama"), copied, *FED)
 
