@@ -38,7 +38,7 @@ _KEPT = frozenset(
         *("activations", "activations.safetensors", "smoothing.safetensors", "activation-rows"),
         *("activations-smoothed.safetensors", "calibration-smoothed"),
         *("analysis", "sensitivity.jsonl", "sensitivity.safetensors", "refinement", "corrections.json"),
-        *("protection", "protection.json", "encoded.jsonl", REPLACEABLE),
+        *("protection", "protection.json", "folding.json", "encoded.jsonl", REPLACEABLE),
         *("quality", "quality.json", "agreement", "agreement.json", "candidate-logits.npy", "runtime-logits.npy"),
         *("guard", "coherence.json", "generated.json", "tasks.json"),
         *("sequential", "sequential-pass", "sequential-moments"),
@@ -92,7 +92,7 @@ class WorkDirectory:
     moments/       second moments of the inputs, gone when the tensors are encoded
     super-weights/ checkpoints of the search for super weights
     job.log        what was said, and the whole of an error
-    imatrix.gguf, super_weights.json, protection.json, encoded.jsonl, report.json
+    imatrix.gguf, super_weights.json, protection.json, folding.json, encoded.jsonl, report.json
                    the stages' results; a stage whose result is there does not run again
     """
 

@@ -79,8 +79,9 @@ class Study:
         smoother = Smoother(self.checkpoint, self.activations, self.rows)
         groups = smoothing_groups(self.checkpoint, self.model_map)
         decided = smoother.smooth(groups, SmoothQuantConfig(parse_alpha(alpha)), silent, never)
-        view = SmoothedCheckpoint.of(self.checkpoint, smoother.foldings)
-        return view, self.activations.divided(smoother.factors, self._observe(view, None)), decided
+        view = smoother.folder.view()
+        factors = smoother.folder.all_factors({spec.name: spec.n_matrices for spec in self.model_map.tensors})
+        return view, self.activations.divided(factors, self._observe(view, None)), decided
 
     def _observe(self, source, rows: InputRows | None) -> ActivationStatistics:
         with tempfile.TemporaryDirectory(dir=self.directory) as work_dir:

@@ -11,6 +11,7 @@ an exponent of the inputs alone.) The share of a group is the one that leaves a 
 error in the planned formats; a group that gains too little stays as it is.
 """
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -111,8 +112,11 @@ def _decided(run: Run, plan: Plan, importance: ImportanceMatrix, apart: Collecti
         list(groups)
         for _, groups in groupby(foldable_groups(run.checkpoint, run.model_map), key=lambda group: group.layer)
     ]
-    rows = {source: row for row in plan.tensors for source in row.tensor.sources}
-    chooser = _Chooser(run.checkpoint, run.model_map, rows, importance, frozenset(apart))
+    rows: dict[str, list[PlannedTensor]] = defaultdict(list)
+    for row in plan.tensors:
+        for source in dict.fromkeys(row.tensor.sources):
+            rows[source].append(row)
+    chooser = _Chooser(run.checkpoint, rows, importance, frozenset(apart))
     texts = []
     with ThreadPoolExecutor(run.job.n_threads) as pool:
         for n_done, text in enumerate(pool.map(chooser.layer, layers), start=1):
@@ -126,11 +130,10 @@ def _decided(run: Run, plan: Plan, importance: ImportanceMatrix, apart: Collecti
 
 @dataclass(frozen=True)
 class _Chooser:
-    """rows: checkpoint tensor -> the row of the plan that it is in."""
+    """rows: checkpoint tensor -> the rows of the plan that it is in."""
 
     checkpoint: Checkpoint
-    model_map: ModelMap
-    rows: Mapping[str, PlannedTensor]
+    rows: Mapping[str, Sequence[PlannedTensor]]
     importance: ImportanceMatrix
     apart: frozenset[str]
 
@@ -163,20 +166,23 @@ class _Chooser:
 
     def _may_be_folded(self, group: SmoothingGroup) -> bool:
         """Not what is kept in 16 bits, which a factor would round once more; nor where no matrix is encoded."""
-        members = {c.tensor: c.quantized for link in group.links for c in link.consumers}
-        members |= {name: False for link in group.links for name in (link.producer, link.bias) if name is not None}
-        rows = {name: self.rows.get(name) for name in members}
-        for row in rows.values():
-            if row is None or row.tensor.name in self.apart or row.pins or row.tensor.rescaled:
-                return False
-            if row.tensor.layout.transposed or row.tensor.layout.columns is not None:
-                return False
-            if row.format != "F32" and get_format(row.format).block_size == 1:
-                return False
-        encoded = [row for name, row in rows.items() if members[name] and row is not None]
-        return any(row.format != "F32" for row in encoded) and all(
-            row.tensor.name in self.importance.names for row in encoded
+        consumers = [consumer for link in group.links for consumer in link.consumers]
+        members = {consumer.tensor for consumer in consumers}
+        members |= {name for link in group.links for name in (link.producer, link.bias) if name is not None}
+        encoded = [self.row(consumer) for consumer in consumers if consumer.quantized]
+        return (
+            all(len(self.rows[name]) == 1 and self._can_change(self.rows[name][0]) for name in members)
+            and any(row.format != "F32" for row in encoded)
+            and all(row.tensor.name in self.importance.names for row in encoded)
         )
+
+    def _can_change(self, row: PlannedTensor) -> bool:
+        layout, is_block = row.tensor.layout, get_format(row.format).block_size > 1
+        kept = row.tensor.name in self.apart or row.pins or row.tensor.rescaled
+        return not kept and not layout.transposed and layout.columns is None and (is_block or row.format == "F32")
+
+    def row(self, consumer: Consumer) -> PlannedTensor:
+        return self.rows[consumer.tensor][0]
 
 
 class _Link:
@@ -198,7 +204,7 @@ class _Link:
         self.sizes = np.sqrt(self._of_channels(squares) / max(1, n_rows))
         self.measured = [self._sample(view, consumer) for consumer in consumers[:_MEASURED]]
         self.n_seen = max(int(chooser.importance.counts[name][m]) for name, m in (c.statistics for c in consumers))
-        self.losses = [chooser.rows[c.tensor].predicted_loss for c in consumers[:_MEASURED]]
+        self.losses = [chooser.row(consumer).predicted_loss for consumer in consumers[:_MEASURED]]
 
     def exponents(self, share: float) -> np.ndarray:
         """int64 [n_channels]; those of a channel without inputs or weights are 0."""
@@ -230,7 +236,7 @@ class _Link:
     def _sample(self, view: Checkpoint, consumer: Consumer) -> tuple[PlannedTensor, int, np.ndarray]:
         n_rows = view.tensors[consumer.tensor].n_rows
         chosen = np.unique(np.linspace(0, n_rows - 1, min(n_rows, _SAMPLED_ROWS)).astype(np.int64))
-        return self.chooser.rows[consumer.tensor], consumer.statistics[1], view.read_rows(consumer.tensor, chosen)
+        return self.chooser.row(consumer), consumer.statistics[1], view.read_rows(consumer.tensor, chosen)
 
 
 def _relative(columns: np.ndarray) -> np.ndarray:

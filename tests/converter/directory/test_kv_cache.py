@@ -161,7 +161,7 @@ def test_scales_are_those_of_the_smoothed_model(tiny, tmp_path, name):
     seen = observe(tiny(name), tmp_path, random_corpus(name, 2))
     view, smoother, _ = seen.smooth(SmoothQuantConfig().alpha)
     again = observe_again(view, seen.model_map, seen.corpus, tmp_path / "again")
-    derived, changed = smoothed_caches(seen.activations.caches, seen.model_map, smoother.foldings), 0
+    derived, changed = smoothed_caches(seen.activations.caches, seen.model_map, smoother.folder.foldings), 0
     for layer, cached in again.caches.items():
         np.testing.assert_allclose(derived[layer].keys, cached.keys, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(derived[layer].values, cached.values, rtol=1e-3, atol=1e-4)
