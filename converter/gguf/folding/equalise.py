@@ -47,13 +47,13 @@ _MEASURED = 8
 
 
 def foldable_groups(checkpoint: Checkpoint, model_map: ModelMap) -> list[SmoothingGroup]:
-    """What could be folded of a model; nothing of a source that is quantized, whose weights lie on a grid that factors
-    would move them from."""
+    """What could be folded of a model; nothing of a GGUF, whose tensors have other names than a data file, nor of a
+    source that is quantized, whose weights lie on a grid that factors would move them from."""
     architecture = known_architecture(checkpoint.config)
-    quantized = checkpoint.metadata is not None or any(
+    apart = checkpoint.metadata is not None or any(
         isinstance(tensor, DecodedTensor) for tensor in checkpoint.tensors.values()
     )
-    if quantized or architecture is None or not architecture.feeds:
+    if apart or architecture is None or not architecture.feeds:
         return []
     return smoothing_groups(checkpoint, model_map)
 
