@@ -143,7 +143,8 @@ class CachedResult:
         """A cache that cannot be written to ends no job."""
         if self.cache is not None:
             try:
-                self.cache.store(self._kind, self.key, source)
+                if not self.cache.store(self._kind, self.key, source):
+                    self.progress.say(f"{self.what}: too large for the cache, {self.cache.directory}: see --cache-size")
             except (ConvertError, OSError) as error:
                 why = error.what if isinstance(error, ConvertError) else error.strerror
                 self.progress.say(f"{self.what}: not kept in the cache, {self.cache.directory}: {why}")

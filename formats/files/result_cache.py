@@ -68,15 +68,15 @@ class ResultCache:
             return False
         return True
 
-    def store(self, kind: str, key: Key, source: Path) -> None:
-        """Keep the file, or the files of the directory, under the key. What is too large for the cache is left out.
-        Raises ConvertError where the cache cannot be written."""
+    def store(self, kind: str, key: Key, source: Path) -> bool:
+        """Keep the file, or the files of the directory, under the key. False for what is too large for the cache, which
+        is left out. Raises ConvertError where the cache cannot be written."""
         paths = sorted(p for p in source.iterdir() if p.is_file()) if source.is_dir() else [source]
         n_bytes = sum(path.stat().st_size for path in paths)
         make_directory(self.directory)
         room = min(self.most_bytes, shutil.disk_usage(self.directory).free)
         if n_bytes > _LARGEST_SHARE * room:
-            return
+            return False
         draft = self.directory / f"draft-{uuid.uuid4().hex}"  # of this process alone
         try:
             with whole_file(draft, "cache entry") as file:
@@ -91,6 +91,7 @@ class ResultCache:
         finally:
             remove(draft)
         self._shrink(self._path(kind, key))
+        return True
 
     def entries(self) -> list[Entry]:
         """All entries whose beginning can be read, the one that was used last first."""

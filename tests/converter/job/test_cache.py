@@ -112,6 +112,12 @@ def test_a_damaged_entry_is_measured_again(tiny, tmp_path, cache_dir, passes):
     assert third == first and "importance: from the cache" in said
 
 
+def test_what_is_too_large_for_the_cache_is_told(tiny, tmp_path, cache_dir):
+    _, said = convert(tiny("llama"), tmp_path / "first", *PLAIN, "--cache-size", "1KiB")
+    assert f"importance: too large for the cache, {cache_dir}: see --cache-size" in said
+    assert "from the cache" not in convert(tiny("llama"), tmp_path / "second", *PLAIN)[1]
+
+
 def test_a_cache_that_cannot_be_written_ends_no_job(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     options = (

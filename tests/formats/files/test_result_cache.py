@@ -114,10 +114,10 @@ def test_what_was_used_longest_ago_goes_first(tmp_path, result):
 
 def test_what_would_take_too_much_is_left_out(tmp_path, result):
     cache = ResultCache(tmp_path / "cache", 12_000)
-    cache.store("kind", KEY, result)
+    assert cache.store("kind", KEY, result)
     assert len(cache.entries()) == 1
     result.write_bytes(bytes(3100))
-    cache.store("kind", KEY | {"large": True}, result)
+    assert not cache.store("kind", KEY | {"large": True}, result)
     assert len(cache.entries()) == 1
 
 
