@@ -4,7 +4,7 @@ source -> describe -> plan -> preflight -> calibrate -> adapt -> encode -> write
        -> verify -> quality -> agreement -> guard -> report
 
 What the stages do to a GGUF and to a safetensors directory is behind the seam of artifact/target.py: `adapt` protects
-the super weights of a GGUF, and moves outliers of a directory's activations into its weights.
+the super weights of a GGUF and folds its channels, and moves outliers of a directory's activations into its weights.
 
 Where the profile decides by measured sensitivity, the order is calibrate -> analyse -> plan.
 """
