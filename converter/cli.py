@@ -4,7 +4,6 @@ Each command is a module of its name in commands/, or in commands/about/ where i
 is imported before a command runs, so that --help answers at once.
 """
 
-import gc
 import shlex
 import sys
 from pathlib import Path
@@ -52,9 +51,6 @@ class DefaultGroup(click.Group):
     default = "convert-model"
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        # A vocabulary is hundreds of thousands of objects that stay; looking for circles among them after every 700
-        # new ones takes a sixth of a short command.
-        gc.set_threshold(100_000, 20, 100)
         keep_streams_usable()
         try:
             with clear_errors():

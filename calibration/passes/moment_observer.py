@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from bitwright.calibration.statistics.group_folding import fold
+from bitwright.calibration.statistics.quarter_sums import add_quarters
 from bitwright.calibration.statistics.second_moments import (
     EXPERT_BYTES,
     held_out_share,
@@ -31,7 +31,7 @@ class InputMoments(SquaredInputs):
     width: of the hidden states; experts whose inputs are as wide share one sum. n_tokens: of the text.
     shared: "PARAMETER#MATRIX" -> the name of its moments. The output head, whose products are not computed in this
     pass, has none. Sums are float32, of products of one micro-batch each, added up in their order to those of groups,
-    and these as `fold` does, on the device that computes them until the layer is done. Of samples that are held out
+    and these by quarters, on the device that computes them until the layer is done. Of samples that are held out
     rows are kept instead. excerpt: of the text; apart: it is not all of it, and what is written is partial, see
     statistics/second_moments.py.
     """
@@ -101,7 +101,7 @@ class InputMoments(SquaredInputs):
             self._rows.setdefault(group, []).extend(rows)
         group_of_text = self.grouped.group_of(other.first)
         if group_of_text != self._latest_group:
-            self._fold(group_of_text)
+            self._add_quarters(group_of_text)
             self._latest_group = group_of_text
         for group, product in other._products.items():
             sums = self._sums.setdefault(group, {})
@@ -110,16 +110,16 @@ class InputMoments(SquaredInputs):
             else:
                 sums[group_of_text] = product
 
-    def _fold(self, stop: int | None = None) -> None:
+    def _add_quarters(self, stop: int | None = None) -> None:
         """stop: the first group of the text that is not done; None where all of the excerpt's are."""
         groups = self.grouped.all_groups
         for sums in self._sums.values():
-            fold(sums, groups.start, groups.stop if stop is None else stop)
+            add_quarters(sums, groups.start, groups.stop if stop is None else stop)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """At the end of a layer, whose moments go to the disk before the checkpoint says that it is done."""
         with torch.inference_mode():  # the sums were made in it
-            self._fold()
+            self._add_quarters()
         for group, sums in self._sums.items():
             matrices = {first: matrix.cpu().numpy() for first, matrix in sums.items()}
             rows = torch.cat(self._rows.get(group, [next(iter(sums.values()))[:0]])).cpu().numpy()

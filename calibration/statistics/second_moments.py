@@ -14,7 +14,7 @@ A layer's moments leave the memory with the layer, into a directory:
     NAME.npz     upper: float32 [n (n + 1) / 2], the rows of the upper triangle; held_out: float32 [n_rows, n]
     index.json   written last, sealed: for each GGUF tensor and matrix the NAME of its moments, or null
 
-Those of a part of the text, which are still to be added to those of the others, see group_folding.py:
+Those of a part of the text, which are still to be added to those of the others, see quarter_sums.py:
 
     NAME.npz     upper GROUP: as above, of the groups from that one on; held_out: all rows
 """

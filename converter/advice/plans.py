@@ -17,7 +17,7 @@ from bitwright.converter.artifact.run import Run
 from bitwright.converter.directory.layout import directory_layouts
 from bitwright.converter.gguf.folding.equalise import foldable_groups
 from bitwright.converter.gguf.folding.record import blank
-from bitwright.converter.gguf.layout import counted_bytes, gguf_layouts, with_feedback
+from bitwright.converter.gguf.layout import as_encoded, counted_bytes, gguf_layouts
 from bitwright.converter.job.build import build_job
 from bitwright.converter.job.progress import Progress
 from bitwright.converter.measure.calibrate import planned_importance
@@ -130,7 +130,7 @@ class Source:
             () if importance is None else importance.names,
             lambda candidate: counted_bytes(run, candidate, importance, record) + self.vocabulary_bytes,
         )
-        plan = replace(with_feedback(job, plan), folding=record if plan.uses_importance else "")
+        plan = as_encoded(job, plan, record)
         if importance is None and plan.uses_importance:
             importance = planned_importance(run)
         file_bytes = sum(layout.n_bytes for layout in gguf_layouts(run, plan, importance)) + self.vocabulary_bytes

@@ -87,13 +87,16 @@ class Feedback:
         self._latest: tuple[tuple[str, int, bytes], Inputs] | None = None
 
     def factors(self, spec: TensorSpec, matrix: int) -> np.ndarray | None:
-        """By what the inputs of a matrix are multiplied, float64 [n_columns]; None for nothing."""
-        factors = input_factors(spec, matrix)
+        """By what the inputs of a tensor's matrix are multiplied, float64 [n_columns]; None for nothing."""
+        rescaled = input_factors(spec, matrix)
         source = spec.sources[matrix * len(spec.sources) // spec.n_matrices] if spec.sources else ""
+        folded = self.folded(source)
+        return rescaled if folded is None else folded if rescaled is None else folded * rescaled
+
+    def folded(self, source: str) -> np.ndarray | None:
+        """By what folding multiplies the inputs of a checkpoint's matrix, as of `factors`."""
         folding = self.foldings.get(source)
-        if folding is None or folding.columns is None:
-            return factors
-        return (1.0 if factors is None else factors) / folding.columns.astype(np.float64)
+        return None if folding is None or folding.columns is None else 1 / folding.columns.astype(np.float64)
 
     def inputs(
         self, tensor: str, matrix: int, unit: int, run: RunInParallel, factors: np.ndarray | None = None

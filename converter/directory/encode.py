@@ -43,8 +43,7 @@ class ModuleEncoder:
     """Encodes the rows of a plan of modules.
 
     checkpoint: the weights as they are to be encoded. names: the checkpoint's tensor -> its places in a GGUF, by which
-    importance goes. feedback: what matrices whose scheme takes it are encoded with; smoothing: GGUF tensor -> float32
-    [n_matrices, n_columns], by which its inputs, as feedback knows them, are divided; outcomes: what feedback did for
+    importance goes. feedback: what matrices whose scheme takes it are encoded with; outcomes: what feedback did for
     each matrix.
     """
 
@@ -57,11 +56,10 @@ class ModuleEncoder:
         scales: StoredScales,
         threads: int,
         feedback: Feedback | None = None,
-        smoothing: Mapping[str, np.ndarray] | None = None,
     ):
         self.checkpoint, self.plan, self.threads = checkpoint, plan, threads
         self.importance, self.names, self.scales = importance, names, scales
-        self.feedback, self.smoothing = feedback, smoothing or {}
+        self.feedback = feedback
         self.outcomes: dict[str, Outcome] = {}
         self._global_scales: dict[tuple[str, ...], float] = {}
 
@@ -141,9 +139,8 @@ class ModuleEncoder:
     ) -> Tensors:
         """The matrix with feedback, or without where that is better."""
         tensor, matrix = self.names[name][0].tensor, self.names[name][0].matrix
-        factors = 1 / self.smoothing[tensor][matrix].astype(np.float64) if tensor in self.smoothing else None
         with ThreadPoolExecutor(self.threads) as pool:
-            inputs = feedback.inputs(tensor, matrix, 1, pool.map, factors)
+            inputs = feedback.inputs(tensor, matrix, 1, pool.map, feedback.folded(name))
         if isinstance(inputs, Outcome):
             self.outcomes[name] = replace(inputs, tensor=name, matrix=0)
             return plain

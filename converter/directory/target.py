@@ -51,8 +51,6 @@ from bitwright.converter.model.module_map import (
     gguf_names,
     stored_dtypes,
 )
-from bitwright.converter.smoothing.record import load_smoothing
-from bitwright.converter.smoothing.stage import SMOOTHING_FILE
 from bitwright.converter.source.checkpoint import Checkpoint
 from bitwright.formats.errors import ConvertError
 from bitwright.formats.schemes.registry import SCHEMES
@@ -157,8 +155,6 @@ class DirectoryTarget:
 
     def encoder(self, adapted: Adapted[ModulePlan, Findings]) -> ModuleEncoder:
         prepared, run, plan = adapted.prepared, adapted.prepared.run, adapted.prepared.plan
-        feedback = open_feedback(run, plan)
-        smooths = feedback is not None and smoothing_of(run.job) is not None
         return ModuleEncoder(
             run.checkpoint,
             plan,
@@ -166,8 +162,7 @@ class DirectoryTarget:
             gguf_names(run.model_map),
             adapted.findings.scales,
             run.job.n_threads,
-            feedback,
-            load_smoothing(run.work_dir / SMOOTHING_FILE).factors if smooths else None,
+            open_feedback(run, plan),
         )
 
     def write(self, adapted: Adapted[ModulePlan, Findings], encoder: PlanEncoder[PlannedModule]) -> list[Path]:

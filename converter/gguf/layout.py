@@ -81,10 +81,13 @@ def counted_bytes(run: Run, plan: Plan, importance: ImportanceMatrix | None, fol
     return sum(layout.n_bytes for layout in gguf_layouts(run, fed, importance)) + reserve
 
 
-def with_feedback(job: Job, plan: Plan) -> Plan:
-    """The plan with the job's error feedback, where the format of a matrix takes any."""
+def as_encoded(job: Job, plan: Plan, folding: str) -> Plan:
+    """The plan with the job's error feedback, where the format of a matrix takes any, and with room for folded factors,
+    where a matrix is encoded under importance. folding: as of counted_bytes."""
     takes = any(map(wants_feedback, plan.tensors))
-    return replace(plan, error_feedback=job.feedback if takes else None)
+    return replace(
+        plan, error_feedback=job.feedback if takes else None, folding=folding if plan.uses_importance else ""
+    )
 
 
 def uniform_sizes(model_map: ModelMap) -> list[dict[str, Any]]:

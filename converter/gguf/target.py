@@ -19,7 +19,7 @@ from bitwright.converter.artifact.writer import JOURNAL, ArtifactWriter, PlanEnc
 from bitwright.converter.gguf.coverage import gguf_coverage
 from bitwright.converter.gguf.encode import Encoder
 from bitwright.converter.gguf.folding.equalise import Equalised, blank_record, equalise, equalised_before
-from bitwright.converter.gguf.layout import counted_bytes, gguf_layouts, uniform_sizes, with_feedback
+from bitwright.converter.gguf.layout import as_encoded, counted_bytes, gguf_layouts, uniform_sizes
 from bitwright.converter.gguf.protect import (
     Protected,
     protect,
@@ -77,7 +77,7 @@ class GgufTarget:
         refuse_protection(job.protection, plan)
         refuse_starved(plan, importance)
         takes = any(map(wants_feedback, plan.tensors))
-        plan = replace(with_feedback(job, plan), folding=record if plan.uses_importance else "")
+        plan = as_encoded(job, plan, record)
         return Planned(
             plan,
             (

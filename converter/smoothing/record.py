@@ -38,9 +38,7 @@ class Smoothing:
         """Of what it makes of the model, "" where that is nothing."""
         digest = sha256()
         for name, folding in sorted(self.foldings.items()):
-            for key in ("values", "rows", "columns"):
-                if (values := getattr(folding, key)) is not None:
-                    digest.update(f"{key}/{name}".encode() + np.ascontiguousarray(values, "<f4").tobytes())
+            digest.update(f"{name} {folding.identity()} ".encode())
         return digest.hexdigest() if self.foldings else ""
 
 

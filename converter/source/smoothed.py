@@ -26,6 +26,11 @@ class Folding:
             stored = stored * self.rows[rows, None]
         return stored if self.columns is None else stored * self.columns
 
+    def transposed(self, first_row: int, n_rows: int, start: int, stop: int) -> "Folding":
+        """What becomes of these columns of some rows of a matrix, each column as a row."""
+        rows = None if self.rows is None else self.rows[first_row : first_row + n_rows]
+        return Folding(rows=None if self.columns is None else self.columns[start:stop], columns=rows)
+
     def identity(self) -> str:
         """A hash of what becomes of the tensor."""
         digest = sha256()
@@ -55,6 +60,13 @@ class SmoothedCheckpoint(Checkpoint):
         stored = super().read(name, start, stop)
         folding = self.foldings.get(name)
         return stored if folding is None else folding.apply(stored, slice(start, stop))
+
+    def read_columns(self, name: str, start: int, stop: int, matrix: int = 0) -> np.ndarray:
+        stored, folding = super().read_columns(name, start, stop, matrix), self.foldings.get(name)
+        if folding is None:
+            return stored
+        n_rows = stored.shape[1]
+        return folding.transposed(matrix * n_rows, n_rows, start, stop).apply(stored, slice(None))
 
     def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
         stored, folding = super().read_rows(name, rows), self.foldings.get(name)

@@ -11,12 +11,12 @@ an exponent of the inputs alone.) The share of a group is the one that leaves a 
 error in the planned formats; a group that gains too little stays as it is.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 
@@ -50,10 +50,9 @@ def foldable_groups(checkpoint: Checkpoint, model_map: ModelMap) -> list[Smoothi
     """What could be folded of a model; nothing of a GGUF, whose tensors have other names than a data file, nor of a
     source that is quantized, whose weights lie on a grid that factors would move them from."""
     architecture = known_architecture(checkpoint.config)
-    apart = checkpoint.metadata is not None or any(
-        isinstance(tensor, DecodedTensor) for tensor in checkpoint.tensors.values()
-    )
-    if apart or architecture is None or not architecture.feeds:
+    if checkpoint.metadata is not None or architecture is None or not architecture.feeds:
+        return []
+    if any(isinstance(tensor, DecodedTensor) for tensor in checkpoint.tensors.values()):
         return []
     return smoothing_groups(checkpoint, model_map)
 
@@ -68,13 +67,16 @@ class Equalised:
     """The run's checkpoint and importance folded as the record says."""
 
     record: str
-    checkpoint: Checkpoint
-    importance: ImportanceMatrix
     folder: Folder
+    importance: ImportanceMatrix
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.folder.view()
 
     def note(self) -> str:
         """How many matrices are multiplied, for people."""
-        n = len({name for name, folding in self.folder.foldings.items() if folding.columns is not None})
+        n = sum(folding.columns is not None for folding in self.folder.foldings.values())
         return f"the columns of {n} matrices are scaled against each other, which the tensors before them make up for"
 
 
@@ -94,17 +96,14 @@ def equalise(run: Run, plan: Plan, importance: ImportanceMatrix, apart: Collecti
 
 def equalised_before(run: Run, importance: ImportanceMatrix) -> Equalised | None:
     """What `equalise` has decided in the job's work directory; None where that is lost."""
-    path: Path = run.work_dir / RESULT
-    if not is_sound(path):
-        return None
-    decided = kept_json(path, "record of folded factors", run.progress, dict)
-    return _folded(run, decided["record"], importance)
+    path = run.work_dir / RESULT
+    return _folded(run, json.loads(path.read_bytes())["record"], importance) if is_sound(path) else None
 
 
 def _folded(run: Run, text: str, importance: ImportanceMatrix) -> Equalised:
     folder = record.folder_of(run.checkpoint, run.model_map, text, str(run.work_dir / RESULT))
     factors = folder.all_factors({spec.name: spec.n_matrices for spec in run.model_map.tensors})
-    return Equalised(text, folder.view(), importance.divided(factors), folder)
+    return Equalised(text, folder, importance.divided(factors))
 
 
 def _decided(run: Run, plan: Plan, importance: ImportanceMatrix, apart: Collection[str]) -> str:

@@ -83,7 +83,7 @@ def write_statistics(
 
 
 def _merge_moments(directory: Path, name: str, parts: Sequence[GroupSumsOfPart]) -> None:
-    from bitwright.calibration.statistics.group_folding import fold
+    from bitwright.calibration.statistics.quarter_sums import add_quarters
     from bitwright.calibration.statistics.second_moments import read_partial, thinned, write_packed
     from bitwright.calibration.stream.micro_batches import groups_of_part
 
@@ -94,7 +94,7 @@ def _merge_moments(directory: Path, name: str, parts: Sequence[GroupSumsOfPart])
             of_part, held_out = _read(part, name, read_partial)
             sums |= of_part
             rows.append(held_out)
-        fold(sums, 0, groups_of_part(part.part.index, part.part.count).stop)
+        add_quarters(sums, 0, groups_of_part(part.part.index, part.part.count).stop)
     if sums:  # held-out tokens alone may have reached an expert
         (upper,) = sums.values()
         write_packed(directory, _stem(name), upper, thinned(np.concatenate(rows)))

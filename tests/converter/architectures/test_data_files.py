@@ -4,7 +4,7 @@ from math import inf
 
 import pytest
 
-from bitwright.converter.architectures.architecture import architectures
+from bitwright.converter.architectures.architecture import architectures, architectures_named
 from bitwright.converter.architectures.data_file import parse
 from bitwright.converter.architectures.description import Architecture
 from bitwright.converter.architectures.expression import Expression, Unknown
@@ -133,3 +133,10 @@ def test_every_file_is_consistent(architecture: Architecture) -> None:
     others = [other for other in architectures() if other is not architecture]
     claims = [other for other in others if set(architecture.model_types) & set(other.model_types)]
     assert all(one.condition is not None for one in [architecture, *claims]) or not claims
+
+
+def test_a_type_is_found_without_reading_every_file() -> None:
+    for architecture in architectures():
+        for model_type in architecture.model_types:
+            found = architectures_named(model_type)
+            assert architecture.name in [of.name for of in found] and len(found) < 10, model_type

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitwright.calibration.statistics.group_folding import fold
+from bitwright.calibration.statistics.quarter_sums import add_quarters
 from bitwright.calibration.stream.micro_batches import N_GROUPS, groups_of_part
 from bitwright.calibration.super_weights.removal_stream import Removal
 from bitwright.calibration.super_weights.removals import Removals
@@ -148,7 +148,7 @@ def test_super_weights_whose_trials_are_shared_are_those_of_one_machine(tiny, tm
 
 
 @pytest.mark.parametrize("n", range(1, N_GROUPS + 1))
-def test_groups_that_are_folded_in_parts_are_what_they_are_at_once(n):
+def test_groups_that_are_added_up_in_parts_are_what_they_are_at_once(n):
     """Bit for bit, also where a group has nothing; and few sums are ever there."""
     random = np.random.default_rng(n)
     groups = {i: random.standard_normal(500).astype(np.float32) ** 9 for i in range(N_GROUPS) if i not in (4, 9, 15)}
@@ -161,7 +161,7 @@ def test_groups_that_are_folded_in_parts_are_what_they_are_at_once(n):
             if group in groups:
                 sums[group] = groups[group].copy()
             most = max(most, len(sums))
-            fold(sums, of.start, group + 1)
+            add_quarters(sums, of.start, group + 1)
         return sums
 
     (whole,) = summed(range(N_GROUPS)).values()
@@ -171,7 +171,7 @@ def test_groups_that_are_folded_in_parts_are_what_they_are_at_once(n):
     if n in (1, 4):
         assert all(len(part) == 1 for part in parts)
     together = {first: sums for part in parts for first, sums in part.items()}
-    fold(together, 0, N_GROUPS)
+    add_quarters(together, 0, N_GROUPS)
     ((first, total),) = together.items()
     assert first == 0 and total.tobytes() == whole.tobytes()
     in_a_row = np.zeros(500, np.float32)

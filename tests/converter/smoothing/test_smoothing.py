@@ -42,6 +42,7 @@ def test_any_factors_fold_exactly(name, tiny, tmp_path):
         if folding.values is None:
             np.testing.assert_array_equal(view.read(stored, 1, 3), whole[1:3])
             np.testing.assert_array_equal(view.read_rows(stored, np.array([3, 0])), whole[[3, 0]])
+            np.testing.assert_allclose(view.read_columns(stored, 1, 3), whole[:, 1:3].T, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "qwen3_moe", "gemma3", "phi3"])

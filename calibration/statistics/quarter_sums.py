@@ -12,7 +12,7 @@ _QUARTER = 4
 """Groups of which each quarter is made."""
 
 
-def fold(sums: MutableMapping[int, Any], first: int, stop: int) -> None:
+def add_quarters(sums: MutableMapping[int, Any], first: int, stop: int) -> None:
     """Add up in place what can be, where all sums of the groups from `first` to `stop` are there: of these at most
     three are left where the first is group 0, and one where they are all.
 
