@@ -17,11 +17,13 @@ from bitwright.calibration.passes.layer_tuning import TunableBlocks, TunedBlocks
 from bitwright.calibration.passes.sequential_pass import SequentialStream, Tuning
 from bitwright.calibration.stream.weights import WeightSource
 from bitwright.converter.artifact.feedback import Feedback
+from bitwright.converter.artifact.run import Run
 from bitwright.converter.artifact.target import Prepared
 from bitwright.converter.gguf.encode import Encoder
 from bitwright.converter.gguf.sequence.outcome import OutcomeOfTuning
 from bitwright.converter.gguf.sequence.tunable_tensor import TunableTensor, is_tunable
 from bitwright.converter.measure.calibrate import observed_names
+from bitwright.converter.measure.evidence import measured_factors
 from bitwright.converter.measure.running import calibration_text, load_tokenizer, runnable, streamable
 from bitwright.converter.model.stored_rows import restore
 from bitwright.converter.source.checkpoint import Checkpoint
@@ -29,10 +31,12 @@ from bitwright.formats.errors import ConvertError
 from bitwright.formats.files.disk import make_directory, remove, remove_tree
 from bitwright.formats.files.seals import is_sound, write_sealed
 from bitwright.profiles.planning.plan import Plan, PlannedTensor
-from bitwright.profiles.vocabulary import ModelMap
+from bitwright.profiles.vocabulary import ModelMap, Role
 
 # In the work directory: the encoded layers, the checkpoints of the pass, and the moments of one layer.
 _LAYERS, _PASS, _MOMENTS = "sequential", "sequential-pass", "sequential-moments"
+# What is added to the hidden states last in a layer: an error of its outputs is one of the layer's output.
+_ADDED_LAST = (Role.MLP_DOWN, Role.EXPERT_DOWN)
 # What the journal will keep of a layer's tensors, in the layer's file: the name of no tensor.
 _REMARKS = "remarks of the encoder"
 
@@ -108,12 +112,26 @@ def encode_in_sequence(prepared: Prepared[Plan]) -> Path:
             "feedback": plan.error_feedback,
             "effort": run.job.effort,
         },
-        tuning=Tuning(run.job.tune, run.job.seed) if run.job.tune else None,
+        tuning=_tuning(run) if run.job.tune else None,
     )
     _keep_whole(directory, stream.layers_done)
     stream.run("encode layers")
     stream.discard_hidden_states()
     return directory
+
+
+def _tuning(run: Run) -> Tuning:
+    """As the job asks for it; what a layer's output costs is taken from the Fisher factors where they are known."""
+    factors = measured_factors(run.job, run.work_dir)
+    by_tensor = {} if factors is None else factors.rows
+    costs: dict[int, np.ndarray] = {}
+    for tensor in run.model_map.tensors:
+        if tensor.role not in _ADDED_LAST or tensor.layer is None or tensor.name not in by_tensor:
+            continue
+        rows = by_tensor[tensor.name].mean(0)
+        if rows.any():
+            costs[tensor.layer] = (rows / rows.mean()).astype(np.float32)
+    return Tuning(run.job.tune, run.job.seed, costs)
 
 
 def _keep_whole(directory: Path, n_layers: int) -> None:
@@ -142,7 +160,7 @@ class _Layer:
     data: dict[str, np.ndarray]
     rows: dict[str, np.ndarray]
     remarks: dict[str, dict[str, object]]
-    tunable: list[TunableTensor]
+    tunable: dict[str, TunableTensor]
     tuned: dict[str, np.ndarray]
 
 
@@ -171,23 +189,24 @@ class _Layers:
             rows = {name: encoder.decode(name, [encoded]) for name, encoded in data.items()}
             remarks = {name: encoder.remarks(name) for name in data}
             scales = {name: encoder.scales(self._planned[name]) for name in data}
-        tunable = [
-            TunableTensor(spec, self._planned[spec.name], data[spec.name], scales[spec.name])
+        tunable = {
+            spec.name: TunableTensor.of_gguf(spec, self._planned[spec.name], data[spec.name], scales[spec.name])
             for spec in specs
             if is_tunable(spec, self._planned[spec.name])
-        ]
+        }
         self._layer = _Layer(data, rows, remarks, tunable, {})
         return self._weights(rows)
 
     def tunable(self) -> list[TunableBlocks]:
-        return [blocks for tensor in self.layer.tunable for blocks in tensor.blocks()]
+        return [blocks for tensor in self.layer.tunable.values() for blocks in tensor.tunable()]
 
     def tuned(self, result: Mapping[int, TunedBlocks]) -> WeightSource:
         layer, rows, first = self.layer, dict(self.layer.rows), 0
-        for tensor in layer.tunable:
-            indices = range(first, first := first + len(tensor.spec.sources))
+        for name, tensor in layer.tunable.items():
+            indices = range(first, first := first + len(tensor.sources))
             if all(i in result for i in indices):
-                layer.tuned[tensor.spec.name], rows[tensor.spec.name] = tensor.tuned([result[i] for i in indices])
+                data, rows[name] = tensor.tuned([result[i] for i in indices])
+                layer.tuned[name] = data.reshape(-1)
         return self._weights(rows)
 
     def finish(self, errors: tuple[float, float] | None) -> None:

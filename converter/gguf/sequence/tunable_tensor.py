@@ -1,100 +1,163 @@
 """An encoded tensor taken apart into what its tuning moves, and put together again.
 
-Blocks of every format but those whose scales are powers of two store a float16 `d`, and some a `dmin`; a weight is
-linear in both, whatever its codes and sub-scales are.
+The scale `d` of a block, where it is a float, and `dmin`; the scales and minima of its sub-blocks; and of formats with
+levels, the levels. Points of a codebook stay.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from bitwright.calibration.passes.layer_tuning import TunableBlocks, TunedBlocks
-from bitwright.formats.parts import ScalarBlocks, ScalarParts
+from bitwright.formats.parts import PointBlocks, PointParts, ScalarBlocks, ScalarParts
 from bitwright.formats.registry import get_format
 from bitwright.profiles.planning.plan import PlannedTensor
 from bitwright.profiles.vocabulary import TensorSpec
 
+_MOST_LEVELS = 64
+
 
 def is_tunable(spec: TensorSpec, planned: PlannedTensor) -> bool:
-    """Whether the tensor's blocks have scales that can be moved: of a matrix whose rows are stored as they are computed
-    with, in any order, and that has no weight which is to be met."""
-    blocks, layout = get_format(planned.format).blocks, spec.layout
-    movable = blocks is not None and not (isinstance(blocks, ScalarBlocks) and blocks.fixed_unit)
+    """Whether the tensor's blocks can be tuned: of a matrix whose rows are stored as they are computed with, in any
+    order, and that has no weight which is to be met."""
+    layout = spec.layout
     as_computed = layout.columns is None and not layout.transposed and layout.values == "same"
-    return movable and len(spec.shape) > 1 and as_computed and not planned.pins and not spec.rescaled
+    coarse = are_coarse(get_format(planned.format).blocks)
+    return coarse and len(spec.shape) > 1 and as_computed and not planned.pins and not spec.rescaled
 
 
+def are_coarse(blocks: ScalarBlocks | PointBlocks | None) -> bool:
+    """Whether tuning gains: levels of 8 bits lie nearer to one another than the noise of its gradients moves them."""
+    return blocks is not None and not (isinstance(blocks, ScalarBlocks) and len(blocks.levels) > _MOST_LEVELS)
+
+
+@dataclass(frozen=True, eq=False)
 class TunableTensor:
-    """planned: of the tensor; spec: as the model that runs stores it; data: uint8, all rows encoded; scales: of its
-    matrices, the second-level ones, empty for none."""
+    """Rows of blocks.
 
-    def __init__(self, spec: TensorSpec, planned: PlannedTensor, data: np.ndarray, scales: Sequence[float]):
-        self.spec, self.format, self.scales = spec, get_format(planned.format), scales
-        self.data = data.reshape(spec.n_rows, -1)
-        if self.format.blocks is None:
+    sources: the matrices that they are, one after the other, by stored names; rows: int64 [n], which row of its matrix
+    each row is. blocks, decode: of the format. data: uint8 [n_rows, row_bytes]. factor: by which the weights of each
+    matrix are multiplied beside the format, float32 [n_matrices], all that the sources have.
+    """
+
+    sources: Sequence[str]
+    rows: np.ndarray
+    blocks: ScalarBlocks | PointBlocks
+    decode: Callable[[np.ndarray], np.ndarray]
+    data: np.ndarray
+    factors: np.ndarray
+
+    @classmethod
+    def of_gguf(
+        cls, spec: TensorSpec, planned: PlannedTensor, data: np.ndarray, scales: Sequence[float]
+    ) -> "TunableTensor":
+        """planned: of the tensor; spec: as the model that runs stores it; data: uint8, all rows encoded; scales: of its
+        matrices, the second-level ones, empty for none."""
+        format_ = get_format(planned.format)
+        if format_.blocks is None:
             raise ValueError(f"{planned.format} has no blocks")
-        self._parts = self.format.blocks.open(self.data)
-
-    def blocks(self) -> list[TunableBlocks]:
-        """Those of every source of the tensor, in order."""
-        steps, minima = self._steps_and_minima
-        n_rows = self.spec.n_rows // len(self.spec.sources)
-        selection = self.spec.layout.rows
+        n_rows, selection = spec.n_rows // len(spec.sources), spec.layout.rows
         rows = np.arange(n_rows) if selection is None else selection.indices()
-        parts = [slice(i * n_rows, (i + 1) * n_rows) for i in range(len(self.spec.sources))]
+        factors = np.array(scales if len(scales) else [1.0] * spec.n_matrices, np.float32)
+        return cls(spec.sources, rows, format_.blocks, format_.decode, data.reshape(spec.n_rows, -1), factors)
+
+    def tunable(self) -> list[TunableBlocks]:
+        """Those of every source of the tensor, in order."""
+        units, scales, levels = self._in_rows
+        level_table = self.blocks.levels.astype(np.float32) if isinstance(self.blocks, ScalarBlocks) else None
         return [
-            TunableBlocks(source, rows.astype(np.int64), steps[part], None if minima is None else minima[part])
-            for source, part in zip(self.spec.sources, parts, strict=True)
+            TunableBlocks(
+                source,
+                self.rows.astype(np.int64),
+                units[part],
+                self._moves_units,
+                scales[part],
+                *self._tables,
+                levels[part],
+                level_table,
+            )
+            for source, part in zip(self.sources, self._row_parts, strict=True)
         ]
 
     def tuned(self, results: Sequence[TunedBlocks]) -> tuple[np.ndarray, np.ndarray]:
-        """The tensor with its scales multiplied, as results of `blocks` say: encoded, uint8, and decoded, float32
+        """The tensor as results of `tunable` say: encoded, uint8 [n_rows, row_bytes], and decoded, float32
         [n_rows, n_columns]."""
-        steps = np.concatenate([result.steps for result in results]).reshape(-1)
-        minima = None
-        if all(result.minima is not None for result in results):
-            minima = np.concatenate([result.minima for result in results if result.minima is not None]).reshape(-1)
-        data = self._packed(steps, minima)
-        return data.reshape(-1), self._decoded(data)
+        n_blocks = self._n_blocks
+        factors = np.concatenate([result.factors for result in results]).reshape(n_blocks, 2)
+        scales = np.concatenate([result.scales for result in results]).reshape(n_blocks, 2, -1)
+        parts = self._parts
+        if isinstance(parts, ScalarParts) and isinstance(self.blocks, ScalarBlocks):
+            levels = np.concatenate([result.levels for result in results if result.levels is not None])
+            chosen = self.blocks.levels[levels.reshape(n_blocks, -1)]
+            units = _float16(parts.units * factors) if self._moves_units else parts.units
+            packed = self.blocks.pack(ScalarParts(units, scales, chosen))
+        elif isinstance(parts, PointParts) and isinstance(self.blocks, PointBlocks):
+            codes = scales[:, 0].astype(np.uint8)
+            packed = self.blocks.pack(parts._replace(d=_float16(parts.d * factors[:, 0]), scales=codes))
+        else:
+            raise TypeError(f"{type(parts).__name__} are no parts of {type(self.blocks).__name__}")
+        data = packed.reshape(self.data.shape)
+        return data, self._decoded(data)
 
     @cached_property
-    def _steps_and_minima(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """float32 [n_rows, n_blocks, block_size] each."""
-        ones, nothing = np.ones(len(self._units), np.float32), np.zeros(len(self._units), np.float32)
-        shape = (self.spec.n_rows, -1, self.format.block_size)
-        if not self._has_minima:
-            return self._decoded(self.data).reshape(shape), None
-        steps = self._decoded(self._packed(ones, nothing)).reshape(shape)
-        return steps, -self._decoded(self._packed(nothing, ones)).reshape(shape)
+    def _parts(self) -> ScalarParts | PointParts:
+        return self.blocks.open(self.data)
 
     @property
-    def _units(self) -> np.ndarray:
-        return self._parts.units if isinstance(self._parts, ScalarParts) else self._parts.d
+    def _moves_units(self) -> bool:
+        return not (isinstance(self.blocks, ScalarBlocks) and self.blocks.fixed_unit)
 
     @property
-    def _has_minima(self) -> bool:
-        return isinstance(self._parts, ScalarParts) and bool(self._parts.units[:, 1].any())
+    def _n_blocks(self) -> int:
+        return len(self._parts[0])
 
-    def _packed(self, steps: np.ndarray, minima: np.ndarray | None) -> np.ndarray:
-        """The rows encoded with d and dmin of every block multiplied by these, float32 [n_blocks of all rows]."""
-        parts, blocks = self._parts, self.format.blocks
-        if isinstance(parts, ScalarParts):
-            units = parts.units.copy()
-            units[:, 0] *= steps
-            if minima is not None:
-                units[:, 1] *= minima
-            parts = parts._replace(units=_float16(units))
+    @property
+    def _row_parts(self) -> list[slice]:
+        n_rows = len(self.data) // len(self.sources)
+        return [slice(i * n_rows, (i + 1) * n_rows) for i in range(len(self.sources))]
+
+    @property
+    def _tables(self) -> tuple[np.ndarray, np.ndarray]:
+        """The values of sub-blocks' scales and minima."""
+        if isinstance(self.blocks, ScalarBlocks):
+            return self.blocks.scale_table.astype(np.float32), self.blocks.minimum_table.astype(np.float32)
+        layout = self.blocks.layout
+        codes = np.arange(int(layout.top_code) + 1, dtype=np.float32)
+        return layout.unit * (2 * codes + 1), np.zeros(1, np.float32)
+
+    @property
+    def _in_rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Units, scales and levels as of TunableBlocks, of all rows; the factor of each matrix is in the units."""
+        parts, shape = self._parts, (len(self.data), -1)
+        if isinstance(parts, ScalarParts) and isinstance(self.blocks, ScalarBlocks):
+            units, scales = parts.units, parts.scales
+            levels = np.searchsorted(self.blocks.levels, parts.levels).astype(np.int16)
         else:
-            parts = parts._replace(d=_float16(parts.d * steps))
-        packed: np.ndarray = blocks.pack(parts)  # type: ignore[union-attr, arg-type]
-        data: np.ndarray = packed.reshape(self.data.shape)
-        return data
+            units, scales, levels = self._points()
+        of_rows = np.repeat(self.factors, len(self.data) // len(self.factors)).astype(np.float32)
+        units = units.reshape(*shape, 2) * of_rows[:, None, None]
+        return units, scales.reshape(*shape, 2, scales.shape[-1]), levels.reshape(*shape, self.blocks.block_size)
+
+    def _points(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of parts with points: units [n_blocks, 2], scales [n_blocks, 2, n_sub], and coordinates, float32
+        [n_blocks, block_size]."""
+        parts, blocks = self._parts, self.blocks
+        if not isinstance(parts, PointParts) or not isinstance(blocks, PointBlocks):
+            raise TypeError(f"{type(parts).__name__} are no points")
+        units = np.zeros((len(parts.d), 2), np.float32)
+        units[:, 0] = parts.d
+        scales = np.zeros((len(parts.d), 2, parts.scales.shape[1]), np.int16)
+        scales[:, 0] = parts.scales
+        ones = blocks.pack(parts._replace(d=np.ones_like(parts.d)))
+        scaled = self.decode(ones.reshape(self.data.shape)).reshape(*parts.scales.shape, -1)
+        points = scaled / self._tables[0][parts.scales][..., None]
+        return units, scales, points.reshape(len(parts.d), -1)
 
     def _decoded(self, data: np.ndarray) -> np.ndarray:
-        rows = self.format.decode(data)
-        if self.scales:
-            rows.reshape(self.spec.n_matrices, -1)[:] *= np.array(self.scales, np.float32)[:, None]
+        rows = self.decode(data)
+        rows.reshape(len(self.factors), -1)[:] *= self.factors[:, None]
         return rows
 
 
