@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @job_option("threads", help="How many CPU threads are used. [default: all cores]")
 @job_option("device")
 @job_option("cache")
+@job_option("events", group="")
 @click.option("--kv", type=click.Choice(get_args(CacheRounding)), help="Keep keys and values in this format.")
 @part_option
 @click.option("-o", "--output", type=PATH, help="With --part: the file to write. [default: ARTIFACT.parts/I-of-N]")
@@ -72,7 +73,7 @@ def evaluate(
 
     artifact = artifacts[0]
     progress = Progress(quiet)
-    with progress.recorded(None, this_command()):
+    with progress.recorded(options.pop("events"), this_command()):
         if merge:
             from bitwright.converter.machines.evaluation import merge_scores
 

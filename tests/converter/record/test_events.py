@@ -143,3 +143,15 @@ def test_the_compiler_is_heard_once(capsys):
         logging.getLogger("bitwright.formats.compiler").warning("a file is damaged")
     said = capsys.readouterr().err
     assert said.count("compiling kernels") == 1 and "warning: a file is damaged" in said
+
+
+def test_what_judges_an_artifact_tells_its_events(converted, tiny, tmp_path):
+    artifact, model = converted[0] / "m.gguf", tiny("llama-256")
+    few = ["--samples", 1, "--sequence-length", 16]
+    for command, options, part in (("evaluate", few, "compare"), ("verify", [], "verify")):
+        path = tmp_path / f"{command}.jsonl"
+        done = convert(command, artifact, "--against", model, *options, "--events", path, "-q")
+        assert done.exit_code == 0, done.stderr
+        events = events_of(path)
+        assert [events[0]["event"], events[-1]["event"]] == ["begin", "done"]
+        assert part in {event["what"] for event in events if event["event"] == "progress"}
