@@ -7,7 +7,7 @@ a finer format when, besides, its bytes lower the divergence here far more than 
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -295,7 +295,15 @@ class Protector:
         if self.plan.spent is None:  # a budget has weighed the tensor's format against all others
             actions.append("raise")
         options = [none, *(self._option(action, name, weights) for action in actions)]
-        scores = {o.action: self._scores(o, weights, trials) for o in options if o is none or o.action}
+        without = self._candidate(none, weights, trials)
+        scores: dict[Action | None, np.ndarray] = {None: self._scores(none, without, trials)}
+        for option in options[1:]:
+            if option.action is None:
+                continue
+            candidate = self._candidate(option, weights, trials)
+            # A pin that the codes meet anyway changes none of them.
+            same = np.array_equal(candidate.decoded, without.decoded)
+            scores[option.action] = scores[None] if same else self._scores(option, candidate, trials)
         best = none
         for option in options[1:]:
             gained = scores[None] - scores.get(option.action, scores[None])
@@ -324,9 +332,11 @@ class Protector:
         if not others:
             return True
         other = min(others, key=lambda p: (abs((p.tensor.layer or 0) - layer), p.tensor.name))
-        plain = self._scores(Decision(other.tensor.name, None, ""), [], trials)
-        raised = self._scores(replace(option, tensor=other.tensor.name), [], trials)
-        elsewhere = max(0.0, float((plain - raised).mean()))
+        plain, raised = Decision(other.tensor.name, None, ""), replace(option, tensor=other.tensor.name)
+        difference_there = np.subtract(
+            *(self._scores(each, self._candidate(each, [], trials), trials) for each in (plain, raised))
+        )
+        elsewhere = max(0.0, float(difference_there.mean()))
         return float(difference.mean()) >= _TIMES_ELSEWHERE * elsewhere
 
     def _trial(self, option: Decision, scores: np.ndarray, without: np.ndarray) -> Trial:
@@ -336,16 +346,19 @@ class Protector:
         what = "none" if option.action is None else option.action
         return Trial(what, finer.n_bytes - planned.n_bytes, float(scores.mean()), error)
 
-    def _scores(self, option: Decision, weights: Sequence[SuperWeight], trials: Trials) -> np.ndarray:
-        """The divergence at every position with the tensor encoded in this way and all others as they are."""
+    def _candidate(self, option: Decision, weights: Sequence[SuperWeight], trials: Trials) -> "WithEncoded":
+        """The source with the tensor encoded in this way."""
         plan, model_map = apply(option, weights, self.protection.tolerance, self.plan, self.model_map)
-        name = f"{option.tensor} {option.action or 'none'}".replace(".", "-").replace(" ", "-")
+        spec = model_map.tensor(option.tensor)
         with Encoder(self.checkpoint, plan, self.importance, self.threads) as encoder:
-            spec = model_map.tensor(option.tensor)
-            sources = trials.model_map.tensor(option.tensor).sources
-            candidate = WithEncoded(trials.checkpoint, sources, spec, encoder)
-            scores = trials.baseline.stream_scores(candidate, name, first_layer=spec.layer or 0)
-        divergences: np.ndarray = scores[2]
+            decoded = decoded_as_it_acts(encoder, spec)
+        return WithEncoded(trials.checkpoint, trials.model_map.tensor(option.tensor).sources, decoded)
+
+    def _scores(self, option: Decision, candidate: "WithEncoded", trials: Trials) -> np.ndarray:
+        """The divergence at every position with the tensor encoded in this way and all others as they are."""
+        name = f"{option.tensor} {option.action or 'none'}".replace(".", "-").replace(" ", "-")
+        first_layer = self.model_map.tensor(option.tensor).layer or 0
+        divergences: np.ndarray = trials.baseline.stream_scores(candidate, name, first_layer=first_layer)[2]
         return divergences
 
     def _importance(self, name: str) -> np.ndarray | None:
@@ -358,27 +371,31 @@ class Protector:
         return dtype if dtype in ("F16", "BF16") else "F32"
 
 
+@dataclass(frozen=True, eq=False)
 class WithEncoded:
-    """A checkpoint's weights of which one tensor, under these names, is encoded and decoded; a rescaled column is
-    scaled back, as the up projection does it."""
+    """A checkpoint's weights of which one tensor, under these names, is what it was encoded as: float32
+    [n_rows, n_columns], as it acts."""
 
-    def __init__(self, checkpoint: Checkpoint, names: Sequence[str], spec: TensorSpec, encoder: Encoder):
-        self._checkpoint, self._names, self._spec, self._encoder = checkpoint, names, spec, encoder
-        self.tensors = checkpoint.tensors
-        self._decoded: np.ndarray | None = None
+    checkpoint: Checkpoint
+    names: Sequence[str]
+    decoded: np.ndarray
+
+    @property
+    def tensors(self) -> Mapping[str, object]:
+        return self.checkpoint.tensors
 
     def read(self, name: str) -> np.ndarray:
-        if name not in self._names:
-            return self._checkpoint.read(name)
-        if self._decoded is None:
-            self._decoded = self._decode()
-        n, i = len(self._decoded) // len(self._names), self._names.index(name)
-        return self._decoded[i * n : (i + 1) * n]
+        if name not in self.names:
+            return self.checkpoint.read(name)
+        n, i = len(self.decoded) // len(self.names), self.names.index(name)
+        return self.decoded[i * n : (i + 1) * n]
 
-    def _decode(self) -> np.ndarray:
-        rows = self._encoder.decoded(self._spec.name)
-        back = tuple(replace(part, factor=1 / part.factor) for part in self._spec.rescaled)
-        return rescale_rows(replace(self._spec, rescaled=back), rows, 0)
+
+def decoded_as_it_acts(encoder: Encoder, spec: TensorSpec) -> np.ndarray:
+    """The tensor's weights as they are encoded, rescaled columns scaled back, as the up projection does it."""
+    rows = encoder.decoded(spec.name)
+    back = tuple(replace(part, factor=1 / part.factor) for part in spec.rescaled)
+    return rescale_rows(replace(spec, rescaled=back), rows, 0)
 
 
 def _beyond_doubt(difference: np.ndarray, scores: np.ndarray) -> bool:
