@@ -7,6 +7,7 @@ where it would first have gone another way, and answers the fixed prompts itself
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,12 @@ def prompt_tokens(tokenizer: Any, prompts: Sequence[str]) -> tuple[list[list[int
 def chat_texts(tokenizer: Any, prompts: Sequence[str]) -> tuple[list[str] | None, str]:
     """The questions as the chat template renders them, up to where the answer begins; None without a template, or with
     one that wants something else. And what there is to say about that, "" for nothing."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None, ""
+    template = getattr(tokenizer, "chat_template", None)
+    return _rendered(tokenizer, str(template), tuple(prompts)) if template else (None, "")
+
+
+@lru_cache(maxsize=4)
+def _rendered(tokenizer: Any, _template: str, prompts: tuple[str, ...]) -> tuple[list[str] | None, str]:
     try:
         with ChatTemplate(tokenizer) as template:
             questions = [[{"role": "user", "content": prompt}] for prompt in prompts]

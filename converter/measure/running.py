@@ -1,5 +1,6 @@
 """What running a source takes: a directory that transformers can load, its tokenizer, and the calibration text."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from bitwright.converter.source.checkpoint import Checkpoint
 from bitwright.converter.source.hub import first_line
 from bitwright.converter.source.open import open_checkpoint
 from bitwright.formats.errors import ConvertError
-from bitwright.formats.files.disk import remove_tree, rename
+from bitwright.formats.files.disk import file_state, remove_tree, rename
 from bitwright.profiles.vocabulary import ModelMap, Role
 
 # Keys of a scaling that llama.cpp does not read.
@@ -47,10 +48,17 @@ def calibration_text(job: Job, tokenizer: Any, model_map: ModelMap, samples: int
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The checkpoint's tokenizer as transformers runs it; code that comes with a checkpoint is never run.
+    """The checkpoint's tokenizer as transformers runs it; code that comes with a checkpoint is never run. All who ask
+    share one, as long as the directory's files stay as they are.
 
     Raises ConvertError when transformers cannot read it.
     """
+    files = sorted(directory.iterdir()) if directory.is_dir() else []
+    return _tokenizer(directory.absolute(), tuple((path.name, file_state(path)) for path in files))
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(directory: Path, _state: object) -> Any:
     from transformers import AutoTokenizer
 
     try:

@@ -153,12 +153,19 @@ def _measured(
 
 
 def _check_reachable(jobs: Sequence[Job], rungs: Sequence[Rung]) -> None:
-    """Raises ConvertError for a size that no choice of formats meets, before anything is measured for the others."""
+    """Raises ConvertError for a size that no choice of formats meets, before anything is measured for the others: of
+    sizes that are asked for alike, the smallest one tells."""
+    smallest: dict[str, tuple[float, Job, Rung]] = {}
     for job, rung in zip(jobs, rungs, strict=True):
         budget = job.aimed().profile.budget
         if budget is not None and budget.has_goal and not budget.as_rules:
-            with _of_rung(rung):
-                bounds_of(survey(job))
+            alike = repr((replace(budget, size=None, bpw=None, where=""), budget.size is None))
+            asked = (budget.bpw or 0.0) if budget.size is None else budget.size
+            if alike not in smallest or asked < smallest[alike][0]:
+                smallest[alike] = asked, job, rung
+    for _, job, rung in smallest.values():
+        with _of_rung(rung):
+            bounds_of(survey(job))
 
 
 @contextmanager

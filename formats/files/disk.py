@@ -196,6 +196,15 @@ def remove_directory(path: Path) -> None:
         path.rmdir()
 
 
+def file_state(path: Path) -> tuple[int, int] | None:
+    """What is another whenever the file has been written: its time in ns and its size; None for no file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
+
+
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
