@@ -8,7 +8,7 @@ defaults on the same calibration samples.
 The model is taken in bfloat16, llm-compressor's default. With --planted it is one that computes the same, but in whose
 layers one channel of what attention and MLP are given is 128 times as large. With --adapt ours falls back to finer
 schemes where the inputs of a matrix cannot bear its own, as a conversion does; llm-compressor has no such thing. With
---error-feedback ours chooses the codes of a row together; llm-compressor's defaults are without, too.
+--error-feedback ours chooses the codes of a row together, and llm-compressor's are those of its GPTQ.
 
 Every directory is written by `convert`, or by llm-compressor's oneshot, and evaluated by the same code: the weights
 that are decoded from its files, INT8 products by exact integers, FP8 and FP4 inputs rounded as the format says.
@@ -123,7 +123,7 @@ class Bench:
         directory = self.scratch / "theirs"
         shutil.rmtree(directory, ignore_errors=True)
         job = {"model": str(self.model.absolute()), "output": str(directory), "scheme": row.peer, "alpha": row.alpha}
-        job |= {"tokens": tokens.tolist(), "dtype": dtype}
+        job |= {"tokens": tokens.tolist(), "dtype": dtype, "gptq": self.fed}
         script = Path(__file__).parents[1] / "peers" / "llmcompressor_directory.py"
         done = subprocess.run(
             [str(python), str(script)], input=json.dumps(job), text=True, capture_output=True, check=False
@@ -202,7 +202,7 @@ def _copy(source: Path, target: Path, *names: str) -> None:
 @click.option("--peer-dtype", default="auto", show_default=True, help="In which llm-compressor holds the model.")
 @click.option("--planted", is_flag=True, help="Plant an outlier first.")
 @click.option("--adapt", is_flag=True, help="Let ours fall back to finer schemes.")
-@click.option("--error-feedback", "fed", is_flag=True, help="Let ours choose the codes of a row together.")
+@click.option("--error-feedback", "fed", is_flag=True, help="Choose the codes of a row together.")
 def main(
     model: Path,
     calibration_length: int,

@@ -6,8 +6,8 @@ Every artifact is written, decoded and verified, its predictions are held agains
 calibration has not seen, and it is deleted. llama.cpp's mixes, as its llama-quantize writes them with the same
 importance, are measured alike; between their sizes the logarithm of the divergence is interpolated. What the intent of
 a preset costs is its predicted divergence beside that of the best choice of the same bytes (`budget`). What is done is
-kept in a file of JSON lines and not run again. What a profile decides is measured: without error feedback, and
-without what protects super weights, whose search takes longer than all the rest.
+kept in a file of JSON lines and not run again. A GGUF is made as by default, with error feedback and folding, but for
+what protects super weights, whose search takes longer than all the rest.
 """
 
 import json
@@ -37,8 +37,7 @@ from scripts.smollm2 import build
 
 WORK = Path(".cache/check-presets")
 SEQUENCE_LENGTH = 512
-# A directory wants more of its inputs than an importance matrix has.
-DIRECTORY_CALIBRATION = {"samples": 128, "sequence_length": 256}
+CALIBRATION = {"samples": 128, "sequence_length": 256}
 # Bits per weight for the preset that asks for a target.
 BUDGETS = (2.5, 3.5, 4.5)
 
@@ -71,9 +70,9 @@ class Bench:
         shutil.rmtree(directory, ignore_errors=True)
         profile = load_profile(preset)
         output = directory / ("model.gguf" if profile.target == "gguf" else "model")
-        options: dict[str, Any] = {"error_feedback": "off", **DIRECTORY_CALIBRATION}
+        options: dict[str, Any] = {"cache": WORK / "cache", **CALIBRATION}
         if profile.target == "gguf":
-            options = {"error_feedback": "off", "protect_super_weights": "off", **self.options}
+            options |= {"error_feedback": "quick", "protect_super_weights": "off", **self.options}
         report = convert(str(self.model), preset, output, target_bpw=bpw, judge="off", quiet=True, **options)
         plan = json.loads((default_work_dir(output) / "plan.json").read_text())
         measured = self._measured(output, report["plan_sha256"])

@@ -1,8 +1,9 @@
 """Quantizes a checkpoint with llm-compressor as its examples do, in its own environment.
 
 A JSON object on the standard input: model, output (paths), scheme (the name of one of its presets, or W8A8_STATIC),
-alpha (of its SmoothQuant; null for none), tokens (sequences to calibrate on), dtype ("auto" as its examples have it, or
-"float32"). Prints nothing; the directory is complete when it ends with 0.
+alpha (of its SmoothQuant; null for none), gptq (whether its GPTQ chooses the codes), tokens (sequences to calibrate
+on), dtype ("auto" as its examples have it, or "float32"). Prints nothing; the directory is complete when it ends
+with 0.
 """
 
 import json
@@ -11,6 +12,7 @@ import sys
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,12 +32,14 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     recipe: list = [] if job["alpha"] is None else [SmoothQuantModifier(smoothing_strength=job["alpha"])]
+    quantize = GPTQModifier if job["gptq"] else QuantizationModifier
     if job["scheme"] == "W8A8_STATIC":
-        recipe.append(QuantizationModifier(config_groups=STATIC, ignore=["lm_head"]))
+        recipe.append(quantize(config_groups=STATIC, ignore=["lm_head"]))
     else:
-        recipe.append(QuantizationModifier(targets="Linear", scheme=job["scheme"], ignore=["lm_head"]))
+        recipe.append(quantize(targets="Linear", scheme=job["scheme"], ignore=["lm_head"]))
     options = {}
-    if job["scheme"] not in ("FP8_DYNAMIC", "W4A16", "NVFP4A16") or job["alpha"] is not None:
+    looks = job["scheme"] not in ("FP8_DYNAMIC", "W4A16", "NVFP4A16") or job["alpha"] is not None or job["gptq"]
+    if looks:
         rows = [{"input_ids": tokens, "attention_mask": [1] * len(tokens)} for tokens in job["tokens"]]
         options = {
             "dataset": Dataset.from_list(rows),
