@@ -182,7 +182,7 @@ def short_calibration(tmp_path) -> list[str]:
 
 @pytest.mark.parametrize(("name", "by"), [("llama-256", "--no-analysis"), ("qwen2", "--analysis")])
 def test_a_float_gguf_is_a_source_too(tiny, tmp_path, name, by, short_calibration):
-    """Calibrated and measured through transformers' reading of the GGUF, and planned by its rules or by what is measured;
+    """Calibrated and measured through transformers' reading of the GGUF, planned by rules and by what is measured, and
     quantized as the checkpoint itself is, but for folding, which goes by the checkpoint's own names."""
     reports, options = [], [*short_calibration, by, "--no-folding", "--judge", "fast", "--effort", "fast"]
     for model, output in ((float_gguf(tiny(name), tmp_path / "f32.gguf"), "one.gguf"), (tiny(name), "two.gguf")):
