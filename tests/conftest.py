@@ -1,11 +1,13 @@
 """Models for every test: tiny random ones, and SmolLM2 as it is and 768 wide, built once in .cache."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from bitwright.converter.forecast import forecast, probe
 from bitwright.converter.job.cache import DIRECTORY_VARIABLE, OFF
 from scripts import smollm2 as real_model
 from tests import tiny_models
@@ -15,6 +17,16 @@ from tests.tiny_architectures import ALL_TINY_MODELS
 os.environ[DIRECTORY_VARIABLE] = OFF
 
 _CACHE = Path(__file__).parent.parent / ".cache"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _brief_probes() -> Iterator[None]:
+    """Forecasts measure for a moment, and each format once, where a conversion would for a second, each for itself:
+    nothing but a forecast depends on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "_ENOUGH_SECONDS", 0.0)
+        patch.setattr(forecast, "measured_encoding", cache(probe.measured_encoding))
+        yield
 
 
 @pytest.fixture(scope="session")

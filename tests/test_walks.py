@@ -18,6 +18,7 @@ from tests.converter.publishing.publishing import ALICE, TOKEN, here
 WALKS = Path(__file__).parent.parent / "docs" / "walks"
 # What conversions take here beside their own options, to be quick: the way is shown, not figures. No text is fetched.
 QUICK = ["--samples", "128", "--sequence-length", "16", "--calibration", "embedded", "--no-error-feedback"]
+QUICK += ["--effort", "fast"]
 
 
 @pytest.fixture

@@ -358,6 +358,10 @@ def test_interrupt_finishes_the_layer_and_prints_how_to_resume(tiny, tmp_path):
         "128",
         "--sequence-length",
         "64",
+        "--no-analysis",
+        "--no-error-feedback",
+        "--effort",
+        "fast",
     ]
     command += ["--calibration", str(text), "--output", str(tmp_path / "m.gguf"), str(tiny("llama-256"))]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

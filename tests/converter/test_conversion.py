@@ -28,7 +28,7 @@ TEXT = (
 
 @pytest.fixture(scope="module")
 def conversion(smollm2_wide, tmp_path_factory) -> dict:
-    """The report of `bitwright --profile mlp-low-precision` with a short calibration."""
+    """The report of `bitwright --profile mlp-low-precision --judge fast` with a short calibration."""
     directory = tmp_path_factory.mktemp("conversion")
     arguments = [
         "--profile",
@@ -42,8 +42,10 @@ def conversion(smollm2_wide, tmp_path_factory) -> dict:
     ]
     arguments += [
         "--sequence-length",
-        "64",
+        "32",
         "--effort",
+        "fast",
+        "--judge",
         "fast",
         "--output",
         str(directory),
@@ -119,7 +121,7 @@ def test_evaluate_agrees_with_the_report_and_tells_a_better_file(conversion, unq
             "--samples",
             "4",
             "--sequence-length",
-            "64",
+            "32",
             "--json",
         ]
         done = CliRunner().invoke(main, arguments)
@@ -149,7 +151,7 @@ def test_the_computed_importance_can_be_used_again(conversion, smollm2_wide, tmp
     ]
     arguments += [
         "--sequence-length",
-        "64",
+        "32",
         "--effort",
         "fast",
         "--judge",
@@ -178,11 +180,11 @@ def short_calibration(tmp_path) -> list[str]:
     return ["--calibration", str(text), "--samples", "128", "--sequence-length", "16", "--json"]
 
 
-@pytest.mark.parametrize("name", ["llama-256", "qwen2"])
-def test_a_float_gguf_is_a_source_too(tiny, tmp_path, name, short_calibration):
-    """Calibrated and measured through transformers' reading of the GGUF; quantized as the checkpoint itself is, but for
-    folding, which goes by the checkpoint's own names."""
-    reports, options = [], [*short_calibration, "--no-folding"]
+@pytest.mark.parametrize(("name", "by"), [("llama-256", "--no-analysis"), ("qwen2", "--analysis")])
+def test_a_float_gguf_is_a_source_too(tiny, tmp_path, name, by, short_calibration):
+    """Calibrated and measured through transformers' reading of the GGUF, planned by rules and by what is measured, and
+    quantized as the checkpoint itself is, but for folding, which goes by the checkpoint's own names."""
+    reports, options = [], [*short_calibration, by, "--no-folding", "--judge", "fast", "--effort", "fast"]
     for model, output in ((float_gguf(tiny(name), tmp_path / "f32.gguf"), "one.gguf"), (tiny(name), "two.gguf")):
         done = CliRunner().invoke(main, [*options, "--output", str(tmp_path / output), str(model)])
         assert done.exit_code == 0, done.stderr

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -95,8 +96,11 @@ def recorded(root: Path, run: Callable[[], object]) -> list[Point]:
 
 def sample(points: list[Point], choice: Choice) -> list[Point]:
     """Points of a run, of which those with equal disks count once: every one, the first of each kind, or so many,
-    evenly spaced. Of the steps that make and fill a file that has not got its name yet, the last stands for all."""
+    evenly spaced. Of the steps that make and fill a file that has not got its name yet, the last stands for all, and of
+    those of one kind with no other step between them the first, the middle and the last."""
     points = [p for p in points if p.kind[0] not in ("make", "write") or not p.kind[1].endswith(".tmp")]
+    alike = [list(group) for _, group in groupby(points, key=lambda point: point.kind)]
+    points = [group[i] for group in alike for i in sorted({0, len(group) // 2, len(group) - 1})]
     if choice == "kinds":
         points = list({point.kind: point for point in reversed(points)}.values())[::-1]
     elif choice != "every":

@@ -14,7 +14,8 @@ from tests.faults.scenarios import SCENARIOS, check_same, split_again
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_killed_at_every_kind_of_step(name, undisturbed, models, root):
-    """A plain conversion at every step, the others at every kind of step; those that take seconds at some."""
+    """A plain conversion at every step, of many equal ones in a row at three; the others at every kind of step; those
+    that take seconds at some."""
     whole = undisturbed(name)
     for point in sample(whole.points, SCENARIOS[name].points):
         restore(point.state, root)

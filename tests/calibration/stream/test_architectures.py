@@ -35,8 +35,7 @@ STREAMED = sorted(TINY_ARCHITECTURES.keys() - REFUSED.keys() - _OTHER_FORMS)
 
 @pytest.fixture(scope="module", params=STREAMED)
 def built(request, tmp_path_factory) -> tuple[Path, Streamed, torch.nn.Module]:
-    directory = tmp_path_factory.mktemp("tiny") / request.param
-    tiny_models.build_model(TINY_ARCHITECTURES[request.param], request.param, directory)
+    directory = tiny_models.checkpoint(request.param, TINY_ARCHITECTURES[request.param])
     return directory, streamed(directory, tmp_path_factory.mktemp("work")), load_text_model(directory)
 
 
@@ -79,7 +78,7 @@ def _error(gradients: torch.Tensor, reference: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_streamed_is_refused_by_name(name, tmp_path):
-    tiny_models.build_model(TINY_ARCHITECTURES[name], name, tmp_path / name)
+    model = tiny_models.checkpoint(name, TINY_ARCHITECTURES[name])
     with pytest.raises(ConvertError, match=REFUSED[name]) as refused:
-        streamed(tmp_path / name, tmp_path / "work")
+        streamed(model, tmp_path / "work")
     assert "--imatrix" in refused.value.remedy

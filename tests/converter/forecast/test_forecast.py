@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from bitwright.converter.forecast import probe
 from bitwright.converter.forecast.rates import RateKeeper, Rates
 from bitwright.converter.forecast.work import Work, active_weights, work_of
 from bitwright.converter.job.build import build_job
@@ -134,6 +136,16 @@ def test_a_plan_is_the_same_whatever_it_is_forecast(tiny, tmp_path):
     before = prepare(job).to_dict()
     assert {key: value for key, value in outlook(job).to_dict().items() if key != "forecast"} == before
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_measured_is_the_shortest_of_several_tries(monkeypatch):
+    """By a clock that goes on as the work takes."""
+    tries, now = [4.0, 1.0, 2.0, 0.5], [0.0]
+    monkeypatch.setattr(probe, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for enough, shortest, left in ((6.5, 1.0, 1), (0.0, 0.5, 0)):
+        monkeypatch.setattr(probe, "_ENOUGH_SECONDS", enough)
+        assert probe._shortest(lambda: now.append(now.pop() + tries.pop(0))) == shortest
+        assert len(tries) == left
 
 
 def test_steps_count_down():

@@ -9,6 +9,7 @@ from click.testing import CliRunner, Result
 from bitwright.converter.cli import main
 from bitwright.converter.job.work_directory import default_work_dir
 from bitwright.formats.files.seals import is_sound, write_sealed
+from tests.converter.commands import TEXT
 
 
 def convert(*arguments: object) -> Result:
@@ -16,7 +17,7 @@ def convert(*arguments: object) -> Result:
 
 
 def test_split_afterwards_is_split_at_once(tiny, tmp_path):
-    arguments = ["--profile", "uniform-8bit", "--judge", "off", "--set", "mlp_down=NVFP4", tiny("llama-256")]
+    arguments = ["--profile", "uniform-8bit", "--judge", "off", "--set", "mlp_down=NVFP4", *TEXT, tiny("llama-256")]
     whole, at_once = tmp_path / "whole" / "m.gguf", tmp_path / "at-once" / "m.gguf"
     assert convert("--output", whole, *arguments).exit_code == 0
     assert convert("--output", at_once, "--split-size", "500K", *arguments).exit_code == 0

@@ -84,8 +84,8 @@ def test_the_harness_runs_a_task_on_the_artifact(tiny, tmp_path):
         command = [str(HARNESS_PYTHON), "-m", "bitwright.converter", *map(str, [*options, *arguments])]
         return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
 
-    plain = convert("--json")
-    assert plain.returncode == 0, plain.stderr
+    plain = CliRunner().invoke(main, ["--json", *map(str, arguments)])
+    assert plain.exit_code == 0, plain.stderr
     assert json.loads(plain.stdout)["tasks"] is None
     done = convert("--json", "--lm-eval", task)
     assert done.returncode == 0, done.stderr

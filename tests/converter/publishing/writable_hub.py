@@ -26,6 +26,8 @@ import yaml
 
 SIGNATURE = "X-Amz-Signature=5ec4e7516na7u4e"
 LICENSES = ("apache-2.0", "mit", "llama3.2", "other")
+# How often the server looks whether it is to end, which whoever ends it waits for.
+_POLL_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class WritableHub(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: WritableHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or an answer waits 40 ms for the acknowledgement of its headers
 
     def log_message(self, *_: object) -> None:
         pass
@@ -438,7 +441,7 @@ def is_large(path: str, content: bytes, size: int | None = None) -> bool:
 @contextmanager
 def serve(accounts: dict[str, Account], **options: Any) -> Iterator[WritableHub]:
     server = WritableHub(accounts, **options)
-    thread = Thread(target=server.serve_forever, daemon=True)
+    thread = Thread(target=server.serve_forever, args=(_POLL_SECONDS,), daemon=True)
     thread.start()
     try:
         yield server

@@ -10,6 +10,8 @@ from threading import Thread
 
 REPOSITORY = "org/tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+# How often the server looks whether it is to end, which whoever ends it waits for.
+_POLL_SECONDS = 0.01
 
 
 class HubServer(ThreadingHTTPServer):
@@ -31,6 +33,7 @@ class HubServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: HubServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or an answer waits 40 ms for the acknowledgement of its headers
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
@@ -92,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serve(directory: Path) -> Iterator[HubServer]:
     server = HubServer(directory)
-    thread = Thread(target=server.serve_forever, daemon=True)
+    thread = Thread(target=server.serve_forever, args=(_POLL_SECONDS,), daemon=True)
     thread.start()
     try:
         yield server
