@@ -273,7 +273,7 @@ class Job:
 
     sequential: bool = field(
         default=False,
-        metadata=option("Choose a layer's codes by its inputs in the artifact, encoded up to there; a GGUF's."),
+        metadata=option("Choose a layer's codes by its inputs in the artifact, encoded up to there."),
     )
 
     tune: int = field(

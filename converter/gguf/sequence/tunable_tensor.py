@@ -36,7 +36,11 @@ class TunableTensor:
             raise ValueError(f"{planned.format} has no blocks")
         self._parts = self.format.blocks.open(self.data)
 
-    def blocks(self) -> list[TunableBlocks]:
+    @property
+    def sources(self) -> Sequence[str]:
+        return self.spec.sources
+
+    def tunable(self) -> list[TunableBlocks]:
         """Those of every source of the tensor, in order."""
         steps, minima = self._steps_and_minima
         n_rows = self.spec.n_rows // len(self.spec.sources)
@@ -49,7 +53,7 @@ class TunableTensor:
         ]
 
     def tuned(self, results: Sequence[TunedBlocks]) -> tuple[np.ndarray, np.ndarray]:
-        """The tensor with its scales multiplied, as results of `blocks` say: encoded, uint8, and decoded, float32
+        """The tensor with its scales multiplied, as results of `tunable` say: encoded, uint8, and decoded, float32
         [n_rows, n_columns]."""
         steps = np.concatenate([result.steps for result in results]).reshape(-1)
         minima = None
