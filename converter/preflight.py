@@ -127,7 +127,7 @@ def _memory(run: Run, widths: list[list[int]], runs: bool) -> int:
     for tensor in run.model_map.tensors:
         weights[tensor.layer] += tensor.n_weights
     # Tuned, a layer is there in its two parts as well, with the gradients of each thread's sample.
-    copies = 2 if not run.job.tune else 5 + run.job.n_threads
+    copies = 2 if not run.job.tune else 7 + run.job.n_threads
     streamed = copies * max((n for layer, n in weights.items() if layer is not None), default=0)
     resident = 0 if not runs else streamed if run.checkpoint.location.is_dir() else sum(weights.values())
     # Square matrices of a layer's inputs: three sums that are still to be added up, what each thread has just made, and

@@ -9,8 +9,9 @@ tuned, some samples go along as the source's layers leave them: what the source 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
@@ -54,10 +55,17 @@ class EncodedLayers(Protocol):
 
 @dataclass(frozen=True)
 class Tuning:
-    """How layers are tuned: in so many steps, on draws by this seed."""
+    """How layers are tuned: in so many steps, on draws by this seed. costs: layer -> of a squared difference in each
+    channel of its output, float32 [hidden_size] of mean 1, where they are known."""
 
     steps: int
     seed: int = 0
+    costs: Mapping[int, np.ndarray] = field(default_factory=dict)
+
+    def identity(self) -> list[object]:
+        """What decides the result."""
+        hashes = {str(layer): sha256(costs.tobytes()).hexdigest() for layer, costs in sorted(self.costs.items())}
+        return [self.steps, self.seed, hashes]
 
 
 class SequentialStream(LayerStream):
@@ -84,7 +92,7 @@ class SequentialStream(LayerStream):
         self.names, self.moments_dir, self.encoded, self.tuning = names, moments_dir, encoded, tuning
         self.n_artifact = len(tokens)
         self.n_tuned = min(TUNING_SAMPLES, len(tokens)) if tuning is not None else 0
-        settings = {**settings, "tuning": None if tuning is None else [tuning.steps, tuning.seed]}
+        settings = {**settings, "tuning": None if tuning is None else tuning.identity()}
         super().__init__(streamable, np.concatenate([tokens, tokens[: self.n_tuned]]), control, settings=settings)
         self._of_artifact = list(pairwise(Excerpt.whole(self.n_artifact).cuts()))  # held-out ones apart
 
@@ -114,8 +122,9 @@ class SequentialStream(LayerStream):
                 moments.to_arrays()  # writes them
                 fed = fed_matrices(moments.counts, self.names, self.parameters)
                 index_moments(self.moments_dir, moments.shared, fed)
+                source = {} if self.tuning is None else {name: weight.clone() for name, weight in weights.items()}
                 self._set(weights, self.encoded.encode(self._stored(weights)))
-                self.encoded.finish(self._tune(pool, index, weights))
+                self.encoded.finish(self._tune(pool, index, weights, source))
                 self._take(self._of_artifact, pool, forward, weights, NoStatistic())
                 report(index, self.n_samples)
                 self._commit(index + 1)
@@ -136,9 +145,14 @@ class SequentialStream(LayerStream):
             pass
 
     def _tune(
-        self, pool: ThreadPoolExecutor, index: int, weights: Mapping[str, torch.Tensor]
+        self,
+        pool: ThreadPoolExecutor,
+        index: int,
+        weights: Mapping[str, torch.Tensor],
+        source: Mapping[str, torch.Tensor],
     ) -> tuple[float, float] | None:
-        """Tune the encoded layer that is resident, and leave it as it is to be stored; see EncodedLayers.finish."""
+        """Tune the encoded layer that is resident, and leave it as it is to be stored; see EncodedLayers.finish.
+        source: its weights as they were before."""
         places = self._places(weights)
         if self.tuning is None:
             return None
@@ -147,9 +161,11 @@ class SequentialStream(LayerStream):
             return None
         layer, prefix = self.layers[index], self._names[self.layers[index]]
         parameters = {f"{prefix}.{name}": parameter for name, parameter in layer.named_parameters()}
+        costs = self.tuning.costs.get(index)
         task = LayerTask(
             self.arranged.calls[index],
             parameters,
+            source,
             places,
             self._checkpoint.hidden(index),
             self._checkpoint.hidden(index + 1),
@@ -157,6 +173,7 @@ class SequentialStream(LayerStream):
             self.n_tuned,
             self.layouts[index],
             self.layouts[index + 1],
+            None if costs is None else torch.from_numpy(costs).to(self.device),
         )
         before = {name: weight.clone() for name, weight in weights.items()}
         error = task.held_out_error(pool)

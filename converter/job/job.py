@@ -279,8 +279,8 @@ class Job:
     tune: int = field(
         default=0,
         metadata=option(
-            "Move the scales of every encoded layer towards what the source computes, in so many steps, such as 64; a"
-            " GGUF's, in sequence. [default: 0]",
+            "Move what every encoded layer stores towards what the source computes, in so many steps, such as 64;"
+            " in sequence. [default: 0]",
             "STEPS",
             least=0,
         ),

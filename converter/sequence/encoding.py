@@ -11,18 +11,23 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import numpy as np
 
 from bitwright.calibration.passes.sequential_pass import SequentialStream, Tuning
+from bitwright.converter.artifact.run import Run
 from bitwright.converter.artifact.target import Prepared
 from bitwright.converter.artifact.writer import PlanEncoder
 from bitwright.converter.measure.calibrate import observed_names
+from bitwright.converter.measure.evidence import measured_factors
 from bitwright.converter.measure.running import calibration_text, load_tokenizer, streamable
 from bitwright.converter.sequence.layer_files import LayerFiles, data_of
 from bitwright.converter.sequence.layers import LayerEncoder, Layers
 from bitwright.converter.source.smoothed import foldings_of, identity_of_foldings
 from bitwright.formats.files.disk import remove_tree
 from bitwright.profiles.planning.plan import PlannedTensor
+from bitwright.profiles.vocabulary import Role
 
 # In the work directory: the encoded layers, the checkpoints of the pass, and the moments of one layer.
 _LAYERS, _PASS, _MOMENTS = "sequential", "sequential-pass", "sequential-moments"
+# What is added to the hidden states last in a layer: an error of its outputs is one of the layer's output.
+_ADDED_LAST = (Role.MLP_DOWN, Role.EXPERT_DOWN)
 
 R = TypeVar("R", bound=PlannedTensor)
 """The rows of one kind of plan."""
@@ -96,9 +101,23 @@ def encode_in_sequence(prepared: Prepared[Any], encoder: LayerEncoder) -> LayerF
         moments_dir=moments,
         encoded=Layers(prepared, encoder, files, moments),
         settings={"plan": plan.digest(), "feedback": plan.error_feedback, "effort": run.job.effort},
-        tuning=Tuning(run.job.tune, run.job.seed) if run.job.tune else None,
+        tuning=_tuning(run) if run.job.tune else None,
     )
     files.keep(stream.layers_done)
     stream.run("encode layers")
     stream.discard_hidden_states()
     return files
+
+
+def _tuning(run: Run) -> Tuning:
+    """As the job asks for it; what a layer's output costs is taken from the Fisher factors where they are known."""
+    factors = measured_factors(run.job, run.work_dir)
+    by_tensor = {} if factors is None else factors.rows
+    costs: dict[int, np.ndarray] = {}
+    for tensor in run.model_map.tensors:
+        if tensor.role not in _ADDED_LAST or tensor.layer is None or tensor.name not in by_tensor:
+            continue
+        rows = by_tensor[tensor.name].mean(0)
+        if rows.any():
+            costs[tensor.layer] = (rows / rows.mean()).astype(np.float32)
+    return Tuning(run.job.tune, run.job.seed, costs)

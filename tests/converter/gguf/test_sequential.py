@@ -25,7 +25,7 @@ from bitwright.converter.pipeline import run
 from bitwright.converter.preparation import prepare, survey
 from bitwright.converter.source.open import open_checkpoint
 from bitwright.formats.files.journal import read_lines
-from bitwright.formats.parts import ScalarParts
+from bitwright.formats.parts import ScalarBlocks, ScalarParts
 from bitwright.formats.registry import get_format
 from tests.converter.commands import PLAIN, TEXT, refused
 
@@ -45,8 +45,8 @@ def encoded(path: Path) -> dict[str, bytes]:
     return {name: t.read(0, t.n_rows).tobytes() for name, t in artifact_tensors([path]).items()}
 
 
-def hidden_states(directory: Path, artifact: Path | None, samples: list[int]) -> torch.Tensor:
-    """What the last layer of transformers' own model makes of these samples, with the weights of the artifact."""
+def hidden_states(directory: Path, artifact: Path | None, samples: list[int], layer: int) -> torch.Tensor:
+    """What a layer of transformers' own model makes of these samples, with the weights of the artifact."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     if artifact is not None:
         weights = DecodedArtifact([artifact], describe(open_checkpoint(str(directory))))
@@ -54,7 +54,7 @@ def hidden_states(directory: Path, artifact: Path | None, samples: list[int]) ->
             for name, weight in model.model.layers.named_parameters():
                 weight.copy_(torch.from_numpy(weights.read(f"model.layers.{name}")).reshape(weight.shape))
     outputs: list[torch.Tensor] = []
-    model.model.layers[-1].register_forward_hook(lambda _, given, made: outputs.append(made))
+    model.model.layers[layer].register_forward_hook(lambda _, given, made: outputs.append(made))
     with torch.no_grad():
         model(tokens(directory)[samples])
     return outputs[0]
@@ -79,7 +79,7 @@ def made(tiny, tmp_path_factory) -> dict[bool, Path]:
 def tuned(tiny, tmp_path_factory) -> dict[str, Any]:
     """The report of the artifact whose layers are tuned."""
     output = tmp_path_factory.mktemp("tuned") / "model.gguf"
-    return converter.convert(tiny("llama-256"), output=output, tune=12, quiet=True, threads=2, **OPTIONS)
+    return converter.convert(tiny("llama-256"), output=output, tune=32, quiet=True, threads=2, **OPTIONS)
 
 
 def test_the_first_layer_has_the_same_inputs_and_later_ones_have_others(made):
@@ -146,21 +146,27 @@ def test_what_has_no_use_for_inputs_is_refused(tiny, tmp_path):
     )
 
 
+def kept_tensors(report: dict[str, Any]) -> set[str]:
+    """Those of the layers that are stored as they were tuned."""
+    journal = Path(report["artifact"]["files"][0]["path"]).parent / "model.bitwright" / JOURNAL
+    return {entry["tensor"] for entry in read_lines(journal) if entry.get("tuning", {}).get("kept")}
+
+
 def test_tuning_brings_unseen_samples_nearer_to_the_source(tiny, made, tuned):
     directory, unseen = tiny("llama-256"), [i for i in range(128) if is_held_out(i)]
-    source = hidden_states(directory, None, unseen)
+    assert 0 < tuned["tuning"]["kept"] <= tuned["tuning"]["layers"] == 4 and 0 < tuned["tuning"]["ratio"] < 1
+    first = min(int(name.split(".")[1]) for name in kept_tensors(tuned))  # the layers before it are the same in both
+    source = hidden_states(directory, None, unseen, first)
     differences = [
-        float((hidden_states(directory, path, unseen) - source).square().mean())
+        float((hidden_states(directory, path, unseen, first) - source).square().mean())
         for path in (made[True], Path(tuned["artifact"]["files"][0]["path"]))
     ]
-    assert 0 < tuned["tuning"]["kept"] <= tuned["tuning"]["layers"] == 4 and 0 < tuned["tuning"]["ratio"] < 1
     assert differences[1] < differences[0]
 
 
-def test_tuning_moves_scales_and_nothing_else(made, tuned):
+def test_tuning_moves_blocks_and_nothing_beside(made, tuned):
     before, after = (artifact_tensors([path]) for path in (made[True], Path(tuned["artifact"]["files"][0]["path"])))
-    kinds, journal = set(), read_lines(Path(tuned["artifact"]["files"][0]["path"]).parent / "model.bitwright" / JOURNAL)
-    kept = {entry["tensor"] for entry in journal if entry.get("tuning", {}).get("kept")}
+    kinds, kept = set(), kept_tensors(tuned)
     first = min(name.split(".")[1] for name in kept)  # later layers have other inputs for those before are tuned
     for name, tensor in after.items():
         data = [stored.read(0, tensor.n_rows) for stored in (before[name], tensor)]
@@ -172,13 +178,14 @@ def test_tuning_moves_scales_and_nothing_else(made, tuned):
         parts = [blocks.open(each) for each in data]
         units = [each.units if isinstance(each, ScalarParts) else each.d for each in parts]
         assert not np.array_equal(*units), name
-        for field in set(parts[0]._fields) - {"units", "d"}:
-            assert np.array_equal(getattr(parts[0], field), getattr(parts[1], field)), (name, field)
+        if isinstance(blocks, ScalarBlocks):
+            places = [np.searchsorted(blocks.levels, each.levels) for each in parts]
+            assert np.abs(places[0] - places[1]).max() <= 1, name
     assert len(kinds) > 1
 
 
 def test_tuning_gives_the_same_bytes_on_one_thread_and_after_a_stop(tiny, tuned, tmp_path):
-    job = build_job(str(tiny("llama-256")), output=tmp_path / "model.gguf", tune=12, threads=1, **OPTIONS)
+    job = build_job(str(tiny("llama-256")), output=tmp_path / "model.gguf", tune=32, threads=1, **OPTIONS)
     layers = tmp_path / "model.bitwright" / "sequential"
     with pytest.raises(Stopped):
         run(job, Progress(quiet=True), lambda: len(list(layers.glob("*.npz"))) == 1)
