@@ -100,7 +100,7 @@ class DirectoryTarget:
             )
         unseen = obstacle(run.checkpoint) if plan.uses_importance and job.imatrix is None else None
         takes = any(map(_takes_feedback, plan.tensors))
-        _check_sequence(job, takes)
+        _check_sequence(job, plan, takes)
         asked = job.feedback_is_asked_for or job.in_sequence
         if not asked:  # what 8 bits gain is not worth it, nor a pass over the model of its own
             takes = unseen is None and any(map(_is_coarse, plan.tensors))
@@ -235,21 +235,27 @@ def _is_coarse(row: PlannedModule) -> bool:
     return row.scheme is not None and row.scheme.takes_feedback and row.scheme.weights.num_bits < 8
 
 
-def _check_sequence(job: Job, takes: bool) -> None:
-    """Raises ConvertError for layers in sequence where nothing is chosen by their inputs. takes: some matrix of the
-    plan takes feedback."""
+def _check_sequence(job: Job, plan: ModulePlan, takes: bool) -> None:
+    """Raises ConvertError for layers in sequence where nothing is chosen by their inputs, or can be tuned. takes: some
+    matrix of the plan takes feedback."""
     if job.in_sequence and not takes:
         raise ConvertError(
             "no weight of this plan depends on the inputs of its layer: FP8 is rounded one by one",
             asked_by(job),
             "leave it out, or give some role integer or FP4 weights: --set 'mlp_*=W4A16'",
         )
+    if job.tune and not any(row.scheme is not None and row.scheme.is_tunable for row in plan.tensors):
+        raise ConvertError(
+            "no weight of this plan can be tuned: steps of 8 bits are too fine for it",
+            f"--tune {job.tune}",
+            "use --sequential instead, or give some role weights of 4 bits: --set 'mlp_*=W4A16'",
+        )
 
 
 def _untuned_lines(job: Job, plan: ModulePlan) -> list[str]:
     """What tuning leaves as it is."""
     schemes = [row.scheme for row in plan.tensors if row.scheme is not None]
-    left = [scheme.name for scheme in schemes if not scheme.takes_feedback]
+    left = [scheme.name for scheme in schemes if not scheme.is_tunable]
     if not job.tune or not left:
         return []
     names = ", ".join(sorted(set(left)))
@@ -358,7 +364,6 @@ def _refuse_options(job: Job) -> None:
         "--sensitivity": job.sensitivity is not None,
         "--lm-eval": bool(job.lm_eval),
         "--mtp drop": job.mtp == "drop",
-        "--tune": job.tune > 0,
     }
     for option, given in refused.items():
         if given:

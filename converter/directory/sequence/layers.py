@@ -9,6 +9,7 @@ from bitwright.converter.artifact.target import Prepared
 from bitwright.converter.directory.encode import ModuleEncoder, StoredScales
 from bitwright.converter.directory.sequence.arithmetic import LayerProducts, rounds_values
 from bitwright.converter.directory.sequence.stored import kept_values
+from bitwright.converter.directory.sequence.tunable_module import TunableModule
 from bitwright.converter.model.module_map import gguf_names
 from bitwright.converter.sequence.layers import EncodedLayer
 from bitwright.converter.source.checkpoint import Checkpoint
@@ -67,3 +68,5 @@ def _add(layer: EncodedLayer, encoder: ModuleEncoder, row: PlannedModule) -> Non
         return
     n_rows, n_columns = row.tensor.shape
     layer.rows[name] = scheme.decode(tensors, (n_rows, n_columns))
+    if scheme.is_tunable and name not in encoder.copied:
+        layer.tunable[name] = TunableModule(encoder, row, scheme, tensors)
