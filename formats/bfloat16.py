@@ -21,6 +21,11 @@ def bfloat16_bits(values: np.ndarray) -> np.ndarray:
     return rounded.astype(np.uint16)
 
 
+def nearest_bfloat16(values: np.ndarray) -> np.ndarray:
+    """The nearest bfloat16, ties to even, of finite float32 values: float32 of the same shape."""
+    return bfloat16(bfloat16_bits(values))
+
+
 def bfloat16_bits_above(values: np.ndarray) -> np.ndarray:
     """The bits of the least bfloat16 that is not below, of finite positive float32 values: uint16 of the same shape."""
     above: np.ndarray = (values.view(np.uint32) + 0xFFFF) >> 16

@@ -25,7 +25,7 @@ FLOORS = {
         {"forecast", "finished"},
         {"report", "judge"},
         {"gguf", "directory"},
-        {"smoothing", "preflight"},
+        {"smoothing", "preflight", "sequence"},
         {"measure"},
         {"artifact"},
         {"model", "job"},

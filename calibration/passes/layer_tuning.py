@@ -48,6 +48,7 @@ class TunableBlocks:
     sub-block stores nothing.
     levels: int16 [n, n_blocks, block_size], places in level_table, float32, ascending; where weights are points of a
     codebook, which stay, their coordinates, float32, and level_table is None.
+    places: int16 [n, n_blocks, 2], the first and the last place that a block's levels can take; None for all.
     """
 
     stored: str
@@ -59,6 +60,7 @@ class TunableBlocks:
     minimum_table: np.ndarray
     levels: np.ndarray
     level_table: np.ndarray | None
+    places: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,6 +193,10 @@ class _Blocks:
         shape = (*blocks.scales.shape[:2], blocks.scales.shape[-1], -1)
         self._levels = self._tensor(blocks.levels).reshape(shape)
         self._table = None if blocks.level_table is None else self._tensor(blocks.level_table)
+        self._ends: tuple[torch.Tensor, torch.Tensor] | None = None
+        if blocks.places is not None:
+            first, last = (self._tensor(blocks.places[..., end, None, None]) for end in (0, 1))
+            self._ends = first, last
         n_levels = _FOR_LEVELS if self._table is None else len(self._table)
         self.rate = LEARNING_RATE * min(1.0, _FOR_LEVELS / n_levels)
         self._gone = None
@@ -243,7 +249,7 @@ class _Blocks:
     def _places(self) -> torch.Tensor:
         assert self._table is not None and self._gone is not None
         moved: torch.Tensor = self._levels + torch.round(self._gone).to(self._levels.dtype)
-        return moved.clamp_(0, len(self._table) - 1)
+        return moved.clamp_(0, len(self._table) - 1) if self._ends is None else moved.clamp_(*self._ends)
 
     def _values(self) -> torch.Tensor:
         """The levels' values, or the points' coordinates."""

@@ -44,7 +44,7 @@ class ModuleEncoder:
 
     checkpoint: the weights as they are to be encoded. names: the checkpoint's tensor -> its places in a GGUF, by which
     importance goes. feedback: what matrices whose scheme takes it are encoded with; outcomes: what feedback did for
-    each matrix.
+    each matrix. copied: those that the source has stored as they are planned.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class ModuleEncoder:
         self.importance, self.names, self.scales = importance, names, scales
         self.feedback = feedback
         self.outcomes: dict[str, Outcome] = {}
+        self.copied: set[str] = set()
         self._global_scales: dict[tuple[str, ...], float] = {}
 
     @property
@@ -79,17 +80,21 @@ class ModuleEncoder:
         Raises ConvertError for weights that cannot be encoded, naming the tensor, and for inputs that no calibration
         has seen.
         """
-        yield from self._kept(planned) if planned.scheme is None else self._encoded(planned, planned.scheme)
+        scheme = planned.scheme
+        yield from self.data(planned, None if scheme is None else self.tensors(planned, scheme))
+
+    def data(self, planned: PlannedModule, tensors: Tensors | None) -> Iterator[np.ndarray]:
+        """As of `encode`, where these tensors are stored of the matrix, by suffix; None for one that is kept."""
+        if tensors is None or planned.scheme is None:
+            yield from self._kept(planned)
+        else:
+            for suffix, (dtype, shape) in planned.scheme.tensors(*planned.tensor.shape).items():
+                values = tensors[suffix]
+                if values.shape != shape:
+                    raise ValueError(f"{planned.module}.{suffix} is {values.shape} of {dtype}, not {shape}")
+                yield np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         for name in planned.cache_scales:
             yield self.scales.caches[name].view(np.uint8)
-
-    def _encoded(self, planned: PlannedModule, scheme: Scheme) -> Iterator[np.ndarray]:
-        tensors = self.tensors(planned, scheme)
-        for suffix, (dtype, shape) in scheme.tensors(*planned.tensor.shape).items():
-            values = tensors[suffix]
-            if values.shape != shape:
-                raise ValueError(f"{planned.module}.{suffix} is {values.shape} of {dtype}, not {shape}")
-            yield np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
     def remarks(self, name: str) -> dict[str, object]:
         """What the journal keeps of a tensor: what feedback did for it."""
@@ -106,6 +111,8 @@ class ModuleEncoder:
         tensors = repacked(self.checkpoint, planned, scheme, rows)
         if tensors is None:
             tensors = self._found(planned, scheme, rows)
+        else:
+            self.copied.add(name)
         if planned.stored_activations is not None:
             tensors = tensors | scheme.encode_input(*self._input_range(name))
         return tensors

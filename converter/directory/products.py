@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -51,10 +51,23 @@ class _Matrix:
         return 0 if self.integers is None else self.integers.weights.nbytes
 
 
+class EncodedMatrices(Protocol):
+    """What is stored of a directory's matrices and caches; a DirectoryArtifact has it."""
+
+    def scheme(self, name: str) -> Scheme | None:
+        """None for a matrix that is kept."""
+
+    def encoded(self, name: str, scheme: Scheme) -> Tensors:
+        """By suffix everything that is stored of a matrix in this scheme."""
+
+    def cache_scales(self) -> dict[int, tuple[float, float]]:
+        """Layer -> the scales of its keys and of its values; empty where caches stay in 16 bits."""
+
+
 class SchemeProducts:
     """The arithmetic of a directory, see calibration.stream.arithmetic.Arithmetic."""
 
-    def __init__(self, artifact: DirectoryArtifact):
+    def __init__(self, artifact: EncodedMatrices):
         self.artifact = artifact
         self._held: OrderedDict[tuple[str, ...], _Matrix | None] = OrderedDict()
         self._lock = Lock()

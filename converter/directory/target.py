@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bitwright.calibration.control import never
 from bitwright.calibration.statistics.imatrix_file import load_imatrix, save_imatrix
@@ -51,6 +51,7 @@ from bitwright.converter.model.module_map import (
     gguf_names,
     stored_dtypes,
 )
+from bitwright.converter.sequence.options import asked_by, encodes_in_sequence, refuse_with_sequence
 from bitwright.converter.source.checkpoint import Checkpoint
 from bitwright.formats.errors import ConvertError
 from bitwright.formats.schemes.registry import SCHEMES
@@ -64,6 +65,9 @@ from bitwright.profiles.planning.plan_modules import (
 from bitwright.profiles.planning.tensor_parallel import Heads, check_tensor_parallel, unchecked_roles
 from bitwright.profiles.reading.schema import QuantizationProfile
 from bitwright.profiles.vocabulary import EXPERT_ROLES, ModelMap, Role
+
+if TYPE_CHECKING:
+    from bitwright.converter.sequence.encoding import SequencedEncoder
 
 
 class Findings(NamedTuple):
@@ -96,9 +100,11 @@ class DirectoryTarget:
             )
         unseen = obstacle(run.checkpoint) if plan.uses_importance and job.imatrix is None else None
         takes = any(map(_takes_feedback, plan.tensors))
-        if not job.feedback_is_asked_for:  # what 8 bits gain is not worth it, nor a pass over the model of its own
+        _check_sequence(job, plan, takes)
+        asked = job.feedback_is_asked_for or job.in_sequence
+        if not asked:  # what 8 bits gain is not worth it, nor a pass over the model of its own
             takes = unseen is None and any(map(_is_coarse, plan.tensors))
-        passes = job.feedback_is_asked_for or not uses_activations(job, plan) or given_moments(job) is not None
+        passes = asked or not uses_activations(job, plan) or given_moments(job) is not None
         plan = replace(plan, error_feedback=job.feedback if takes and passes else None)
         return Planned(
             plan,
@@ -112,6 +118,7 @@ class DirectoryTarget:
                 *_dense_lines(run.checkpoint),
                 *_unseen_lines(job, plan),
                 *feedback_notes(run, plan, "no matrix of this plan has integer or FP4 weights", takes),
+                *_untuned_lines(job, plan),
                 *([] if unseen is None else [f"{unseen}: the weights are rounded without importance"]),
             ),
             needs_statistics=(plan.uses_importance and unseen is None) or uses_activations(job, plan),
@@ -153,17 +160,17 @@ class DirectoryTarget:
         run = replace(prepared.run, should_stop=never)
         return self.adapt(replace(prepared, run=run)).prepared
 
-    def encoder(self, adapted: Adapted[ModulePlan, Findings]) -> ModuleEncoder:
+    def encoder(self, adapted: Adapted[ModulePlan, Findings]) -> "ModuleEncoder | SequencedEncoder[PlannedModule]":
         prepared, run, plan = adapted.prepared, adapted.prepared.run, adapted.prepared.plan
-        return ModuleEncoder(
-            run.checkpoint,
-            plan,
-            prepared.importance,
-            gguf_names(run.model_map),
-            adapted.findings.scales,
-            run.job.n_threads,
-            open_feedback(run, plan),
-        )
+        names, scales, threads = gguf_names(run.model_map), adapted.findings.scales, run.job.n_threads
+        encoder = ModuleEncoder(run.checkpoint, plan, prepared.importance, names, scales, threads)
+        if not encodes_in_sequence(run.job, plan):
+            encoder.feedback = open_feedback(run, plan)
+            return encoder
+        from bitwright.converter.directory.sequence.layers import ModuleLayers
+        from bitwright.converter.sequence.encoding import SequencedEncoder, encode_in_sequence
+
+        return SequencedEncoder(encoder, encode_in_sequence(prepared, ModuleLayers(prepared, scales)))
 
     def write(self, adapted: Adapted[ModulePlan, Findings], encoder: PlanEncoder[PlannedModule]) -> list[Path]:
         run, plan = adapted.prepared.run, adapted.prepared.plan
@@ -226,6 +233,33 @@ def _takes_feedback(row: PlannedModule) -> bool:
 
 def _is_coarse(row: PlannedModule) -> bool:
     return row.scheme is not None and row.scheme.takes_feedback and row.scheme.weights.num_bits < 8
+
+
+def _check_sequence(job: Job, plan: ModulePlan, takes: bool) -> None:
+    """Raises ConvertError for layers in sequence where nothing is chosen by their inputs, or can be tuned. takes: some
+    matrix of the plan takes feedback."""
+    if job.in_sequence and not takes:
+        raise ConvertError(
+            "no weight of this plan depends on the inputs of its layer: FP8 is rounded one by one",
+            asked_by(job),
+            "leave it out, or give some role integer or FP4 weights: --set 'mlp_*=W4A16'",
+        )
+    if job.tune and not any(row.scheme is not None and row.scheme.is_tunable for row in plan.tensors):
+        raise ConvertError(
+            "no weight of this plan can be tuned: steps of 8 bits are too fine for it",
+            f"--tune {job.tune}",
+            "use --sequential instead, or give some role weights of 4 bits: --set 'mlp_*=W4A16'",
+        )
+
+
+def _untuned_lines(job: Job, plan: ModulePlan) -> list[str]:
+    """What tuning leaves as it is."""
+    schemes = [row.scheme for row in plan.tensors if row.scheme is not None]
+    left = [scheme.name for scheme in schemes if not scheme.is_tunable]
+    if not job.tune or not left:
+        return []
+    names = ", ".join(sorted(set(left)))
+    return [f"--tune leaves {len(left)} of {len(schemes)} quantized matrices as they are: {names}"]
 
 
 def _shard_lines(run: Run, plan: ModulePlan) -> list[str]:
@@ -322,15 +356,14 @@ def _check_smoothing(run: Run) -> None:
 
 
 def _refuse_options(job: Job) -> None:
-    """Options that say something of a GGUF, for a profile that makes a directory."""
+    """Options that say something of a GGUF, for a profile that makes a directory; and what contradicts each other."""
     refuse_other_ways(job)
+    refuse_with_sequence(job)
     refused = {
         "--output": job.output is not None and job.output.suffix == ".gguf",
         "--sensitivity": job.sensitivity is not None,
         "--lm-eval": bool(job.lm_eval),
         "--mtp drop": job.mtp == "drop",
-        "--sequential": job.sequential,
-        "--tune": job.tune > 0,
     }
     for option, given in refused.items():
         if given:

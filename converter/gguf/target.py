@@ -36,6 +36,7 @@ from bitwright.converter.measure.moments import moments_dir, open_feedback
 from bitwright.converter.measure.running import runnable
 from bitwright.converter.measure.statistics_directory import given_moments
 from bitwright.converter.model.model_map import describe
+from bitwright.converter.sequence.options import encodes_in_sequence, refuse_with_sequence
 from bitwright.converter.source.checkpoint import Checkpoint
 from bitwright.formats.errors import ConvertError
 from bitwright.profiles.evidence import Evidence
@@ -47,9 +48,7 @@ from bitwright.profiles.planning.summary import fallback_lines, mtp_lines, unsca
 from bitwright.profiles.vocabulary import ModelMap, Role
 
 if TYPE_CHECKING:
-    from bitwright.converter.gguf.sequence.encoding import SequencedEncoder
-
-_LEAST_TUNING_TOKENS = 1024
+    from bitwright.converter.sequence.encoding import SequencedEncoder
 
 
 class GgufTarget:
@@ -121,16 +120,18 @@ class GgufTarget:
         equalised = equalised_before(adapted.run, adapted.importance)
         return None if equalised is None else _folded(adapted, equalised)
 
-    def encoder(self, adapted: Adapted[Plan, Protected]) -> "ReusingEncoder | SequencedEncoder":
+    def encoder(self, adapted: Adapted[Plan, Protected]) -> "ReusingEncoder | SequencedEncoder[PlannedTensor]":
         prepared, run = adapted.prepared, adapted.prepared.run
         plan, importance, threads = prepared.plan, prepared.importance, run.job.n_threads
         _check_size(plan, prepared.files.layouts)
-        if not _in_sequence(run.job, plan):
+        if not encodes_in_sequence(run.job, plan):
             feedback = open_feedback(run, plan)
             return ReusingEncoder(Encoder(run.checkpoint, plan, importance, threads, feedback), run)
-        from bitwright.converter.gguf.sequence.encoding import SequencedEncoder, encode_in_sequence
+        from bitwright.converter.gguf.sequence.layers import TensorLayers
+        from bitwright.converter.sequence.encoding import SequencedEncoder, encode_in_sequence
 
-        return SequencedEncoder(Encoder(run.checkpoint, plan, importance, threads), encode_in_sequence(prepared))
+        encoder = Encoder(run.checkpoint, plan, importance, threads)
+        return SequencedEncoder(encoder, encode_in_sequence(prepared, TensorLayers(prepared)))
 
     def write(self, adapted: Adapted[Plan, Protected], encoder: PlanEncoder[PlannedTensor]) -> list[Path]:
         run, layouts = adapted.prepared.run, adapted.prepared.files.layouts
@@ -217,31 +218,9 @@ def refuse_starved(plan: Plan, importance: ImportanceMatrix | None) -> None:
             )
 
 
-def _in_sequence(job: Job, plan: Plan) -> bool:
-    return job.in_sequence and plan.error_feedback is not None
-
-
 def _refuse_options(job: Job) -> None:
-    """Options that say something of a directory, for a profile that makes a GGUF; sequential inputs for codes that are
-    chosen without any."""
-    if job.in_sequence and job.feedback is None:
-        raise ConvertError(
-            "without error feedback no code depends on the inputs of its layer",
-            f"{'--tune' if job.tune else '--sequential'} --no-error-feedback",
-            "leave one of them out",
-        )
-    if job.in_sequence and job.statistics is not None:
-        raise ConvertError(
-            "in sequence the inputs of a layer are those in the artifact, of which no statistics tell",
-            f"{'--tune' if job.tune else '--sequential'} --statistics",
-            "leave one of them out",
-        )
-    if job.tune and job.samples * job.sequence_length < _LEAST_TUNING_TOKENS:
-        raise ConvertError(
-            f"{job.samples} samples of {job.sequence_length} tokens are too few to tune a layer on",
-            f"--tune {job.tune}",
-            f"give at least {_LEAST_TUNING_TOKENS} tokens: --samples, --sequence-length",
-        )
+    """Options that say something of a directory, for a profile that makes a GGUF; and what contradicts each other."""
+    refuse_with_sequence(job)
     options = {
         "--alpha": job.alpha,
         "--activation-scales": job.activation_scales,

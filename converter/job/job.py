@@ -273,14 +273,14 @@ class Job:
 
     sequential: bool = field(
         default=False,
-        metadata=option("Choose a layer's codes by its inputs in the artifact, encoded up to there; a GGUF's."),
+        metadata=option("Choose a layer's codes by its inputs in the artifact, encoded up to there."),
     )
 
     tune: int = field(
         default=0,
         metadata=option(
-            "Move what every encoded layer stores towards what the source computes, in so many steps, such as 64; a"
-            " GGUF's, in sequence. [default: 0]",
+            "Move what every encoded layer stores towards what the source computes, in so many steps, such as 64;"
+            " in sequence. [default: 0]",
             "STEPS",
             least=0,
         ),

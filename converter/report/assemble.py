@@ -10,13 +10,13 @@ from bitwright.calibration.evaluation.quality import QualityReport
 from bitwright.converter.artifact.feedback import feedback_report
 from bitwright.converter.artifact.target import Adapted, Prepared
 from bitwright.converter.artifact.tensor_errors import TensorError
-from bitwright.converter.gguf.sequence.outcome import tuning_report
 from bitwright.converter.job.identity import tool_identity
 from bitwright.converter.job.recipe import calibration_manifest, recipe, reproducing_arguments, sensitivity_manifest
 from bitwright.converter.measure.evidence import sensitivity_path
 from bitwright.converter.model.metadata import source_card
 from bitwright.converter.report.data import Agreement, Artifact, ArtifactFile, Coherence, Layer, Report, Source
 from bitwright.converter.report.verdict import better_recipe, overall
+from bitwright.converter.sequence.outcome import tuning_report
 from bitwright.formats.typed import from_plain
 from bitwright.profiles.planning.plan import Plan, PlannedTensor
 from bitwright.profiles.planning.summary import tensor_groups
@@ -66,7 +66,8 @@ def assemble(
     files = tuple(ArtifactFile(str(path), path.stat().st_size, sha256) for path, sha256 in hashes.items())
 
     def plan_of(profile: QuantizationProfile) -> Plan:
-        by_rules_alone = replace(prepared.run, job=replace(job, profile=profile, overrides=()))
+        alone = replace(job, profile=profile, overrides=(), sequential=False, tune=0)
+        by_rules_alone = replace(prepared.run, job=alone)
         plan: Plan = target.plan(by_rules_alone, None, None).plan
         return plan
 
@@ -85,7 +86,7 @@ def assemble(
         "feedback": feedback_report(prepared.run, plan),
         "uniform": target.uniform_sizes(prepared),
         "tasks": measured.tasks,
-        **({} if (tuning := tuning_report(prepared.run)) is None else {"tuning": tuning}),
+        **({} if (tuning := tuning_report(prepared.run, plan)) is None else {"tuning": tuning}),
         **adapted.report,
     }
     # As it was decided, wherever importance comes from the next time.

@@ -172,10 +172,11 @@ class Feedback:
 
 @dataclass(frozen=True)
 class TunedLayers:
-    """layers, kept: how many were tuned, and are stored so. ratio: the geometric mean of what is left of their squared
-    output error on held-out samples, None without any."""
+    """layers, kept: how many were tuned, and are stored so. tensors: how many were tuned, in all layers. ratio: the
+    geometric mean of what is left of the squared output error of layers on held-out samples, None without any."""
 
     layers: int
+    tensors: int
     kept: int
     ratio: float | None
 

@@ -227,7 +227,7 @@ def feedback_text(feedback: Feedback) -> str:
 def tuning_text(tuning: TunedLayers) -> str:
     """What tuning did, for people."""
     left = "" if tuning.ratio is None else f"; {tuning.ratio:.3f} of their output error on held-out samples is left"
-    return f"kept by {tuning.kept} of {tuning.layers} layers{left}"
+    return f"kept by {tuning.kept} of {tuning.layers} layers, of {tuning.tensors} tensors{left}"
 
 
 def error_table(errors: Sequence[TensorError]) -> str:

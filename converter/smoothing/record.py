@@ -7,7 +7,6 @@ safetensors  metadata "bitwright.smoothing": JSON with "version", "model", "revi
 """
 
 from dataclasses import dataclass, fields
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from bitwright.calibration.choices import Alpha
 from bitwright.converter.smoothing.search import SmoothedGroup
-from bitwright.converter.source.smoothed import Folding
+from bitwright.converter.source.smoothed import Folding, identity_of_foldings
 from bitwright.formats.files.record import RecordKind
 from bitwright.formats.typed import is_a
 
@@ -36,10 +35,7 @@ class Smoothing:
 
     def identity(self) -> str:
         """Of what it makes of the model, "" where that is nothing."""
-        digest = sha256()
-        for name, folding in sorted(self.foldings.items()):
-            digest.update(f"{name} {folding.identity()} ".encode())
-        return digest.hexdigest() if self.foldings else ""
+        return identity_of_foldings(self.foldings)
 
 
 def save_smoothing(path: Path, smoothing: Smoothing) -> None:

@@ -73,6 +73,14 @@ class SmoothedCheckpoint(Checkpoint):
         return stored if folding is None else folding.apply(stored, rows)
 
 
+def identity_of_foldings(foldings: Mapping[str, Folding]) -> str:
+    """A hash of what they make of a model, "" where that is nothing."""
+    digest = sha256()
+    for name, folding in sorted(foldings.items()):
+        digest.update(f"{name} {folding.identity()} ".encode())
+    return digest.hexdigest() if foldings else ""
+
+
 def foldings_of(checkpoint: Checkpoint) -> Mapping[str, Folding]:
     """What becomes of a checkpoint's tensors; nothing of one that reads as it is stored."""
     return checkpoint.foldings if isinstance(checkpoint, SmoothedCheckpoint) else {}

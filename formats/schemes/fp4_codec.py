@@ -20,7 +20,7 @@ from bitwright.formats.packing import pack_bits, unpack_bits
 from bitwright.formats.parts import BlockRows, ScalarBlocks, ScalarParts, scaled_sub_blocks
 from bitwright.formats.schemes.fp8_codec import E4M3
 from bitwright.formats.schemes.row_chunks import for_row_chunks
-from bitwright.formats.schemes.scheme import Tensors, TensorShapes
+from bitwright.formats.schemes.scheme import Tensors, TensorShapes, TunableRows
 
 # Of a block of zeros, as compressed-tensors stores it: 0.125. Runtimes divide by scales.
 ZERO_BLOCK_CODE = np.uint8(0x20)
@@ -63,6 +63,12 @@ class _Fp4Codec:
 
     def block_factor(self, tensors: Tensors) -> np.float32:
         return np.float32(1)
+
+    def tunable(self, tensors: Tensors, shape: tuple[int, int]) -> TunableRows:
+        return TunableRows(self._blocks.blocks, self.to_blocks(tensors, shape), self.block_factor(tensors), None)
+
+    def tuned(self, data: np.ndarray, tensors: Tensors) -> Tensors:
+        return self.from_blocks(data, tensors)
 
     def _encode(self, shape: tuple[int, int], search: Search, n_threads: int) -> Tensors:
         """search: gives the codes of the scales and the weights of some rows, uint8 [n_blocks] and

@@ -17,25 +17,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitwright.formats.bfloat16 import bfloat16
+from bitwright.formats.bfloat16 import bfloat16, bfloat16_bits, nearest_bfloat16
 from bitwright.formats.choices import Effort
 from bitwright.formats.encoding import to_blocks
 from bitwright.formats.kernels.int_scales import search_asymmetric, search_symmetric
 from bitwright.formats.parts import ONE_VALUE, BlockRows, ScalarBlocks, ScalarParts, integers
 from bitwright.formats.schemes.packed_int import pack, packed_width, unpack
 from bitwright.formats.schemes.row_chunks import for_row_chunks
-from bitwright.formats.schemes.scheme import Tensors, TensorShapes, WeightScheme
+from bitwright.formats.schemes.scheme import Tensors, TensorShapes, TunableRows, WeightScheme
 
 # Pairs of scale and zero point that the asymmetric search refines.
 _REFINED = {"best": 4, "fast": 1}
 
 
-# Of a block as error feedback sees it: a group's scale and minimum as float32, before its codes.
+# Of a block as error feedback and tuning see it: a group's scale and minimum as float32, before its codes.
 _UNITS_BYTES = 8
 
 
 def _block_rows(size: int, levels: np.ndarray) -> BlockRows:
-    """Blocks whose scales and minima stay as they are: a weight is scale * level - minimum."""
+    """Blocks whose codes are chosen under scales and minima as they are: a weight is scale * level - minimum."""
 
     def unpack_parts(blocks: np.ndarray) -> ScalarParts:
         units = np.ascontiguousarray(blocks[:, :_UNITS_BYTES]).view(np.float32)
@@ -127,14 +127,42 @@ class IntegerCodec:
 
     def from_blocks(self, data: np.ndarray, tensors: Tensors) -> Tensors:
         n_rows, n_groups = tensors["weight_scale"].shape
-        codes = np.ascontiguousarray(data.reshape(n_rows, n_groups, -1)[..., _UNITS_BYTES:]).reshape(n_rows, -1)
-        codes = codes.view(np.int8)
-        if not self.packed:
-            return tensors | {"weight": codes}
-        return tensors | {"weight_packed": pack(codes, self.weights.num_bits)}
+        codes = np.ascontiguousarray(data.reshape(n_rows, n_groups, -1)[..., _UNITS_BYTES:]).view(np.int8)
+        return tensors | self._stored_codes(codes)
 
     def block_factor(self, tensors: Tensors) -> np.float32:
         return np.float32(1)
+
+    def tunable(self, tensors: Tensors, shape: tuple[int, int]) -> TunableRows:
+        """Levels are counted from the zero point, which stays. A group of zeros has no scale, and so stays one."""
+        n_rows, n_columns = shape
+        half, group = 1 << self.weights.num_bits - 1, self._group(n_columns)
+        levels, table = self._codes(tensors, n_columns).reshape(n_rows, -1, group), integers(-half, half - 1)
+        places = None
+        if not self.weights.symmetric:
+            zeros = self._zero_points(tensors, n_rows)
+            levels, table = levels - zeros[..., None], integers(1 - 2 * half, 2 * half - 1)
+            places = half - 1 - zeros[..., None].astype(np.int16) + np.array([0, 2 * half - 1], np.int16)
+        units = np.zeros((*levels.shape[:2], 2), np.float32)
+        units[..., 0] = np.where(levels.any(-1), bfloat16(tensors["weight_scale"]), 0)
+        data = np.concatenate([units.view(np.uint8), levels.view(np.uint8)], axis=2).reshape(n_rows, -1)
+        return TunableRows(_block_rows(group, table).blocks, data, np.float32(1), nearest_bfloat16, places)
+
+    def tuned(self, data: np.ndarray, tensors: Tensors) -> Tensors:
+        n_rows, n_groups = tensors["weight_scale"].shape
+        blocks = data.reshape(n_rows, n_groups, -1)
+        scales = np.ascontiguousarray(blocks[..., :_UNITS_BYTES]).view(np.float32)[..., 0]
+        codes = np.ascontiguousarray(blocks[..., _UNITS_BYTES:]).view(np.int8)
+        codes[scales == 0] = 0
+        if not self.weights.symmetric:
+            codes = codes + self._zero_points(tensors, n_rows)[..., None]
+        bits = np.where(scales == 0, tensors["weight_scale"], bfloat16_bits(scales.copy()))
+        return tensors | {"weight_scale": bits} | self._stored_codes(codes)
+
+    def _stored_codes(self, codes: np.ndarray) -> Tensors:
+        """codes: int8 [n_rows, n_groups, group_size]."""
+        rows = codes.reshape(len(codes), -1)
+        return {"weight_packed": pack(rows, self.weights.num_bits)} if self.packed else {"weight": rows}
 
     def _codes(self, tensors: Tensors, n_columns: int) -> np.ndarray:
         """int8 [n_rows, n_columns]."""

@@ -26,6 +26,7 @@ from bitwright.formats.schemes.scheme import (
     SharingCodec,
     Tensors,
     TensorShapes,
+    TunableRows,
     WeightScheme,
 )
 
@@ -130,6 +131,22 @@ class Scheme:
 
         for_row_chunks(n_rows, n_columns, n_threads, work)
         return codec.from_blocks(fed, tensors)
+
+    @property
+    def is_tunable(self) -> bool:
+        """Whether scales and levels can be moved by gradients, and gain by it: levels of 8 bits lie too near to one
+        another."""
+        return self.takes_feedback and self.weights.num_bits < 8
+
+    def tunable(self, tensors: Tensors, shape: tuple[int, int]) -> TunableRows:
+        """A matrix of this shape as rows of blocks whose scales and levels can be moved; only where is_tunable."""
+        assert self.is_tunable
+        return cast(BlockCodec, self.codec).tunable(tensors, shape)
+
+    def tuned(self, data: np.ndarray, tensors: Tensors) -> Tensors:
+        """What is stored of a matrix whose `tunable` rows have become these, uint8 [n_rows, row_bytes]; tensors: what
+        was stored of it before."""
+        return cast(BlockCodec, self.codec).tuned(data, tensors)
 
     def decode(self, tensors: Tensors, shape: tuple[int, int]) -> np.ndarray:
         """The weights that a runtime computes with, float32 [n_rows, n_columns], before it rounds them to its dtype."""

@@ -6,12 +6,12 @@ that stand beside a module's name ("weight_packed", "weight_scale", ...) and bac
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from bitwright.formats.choices import Effort
-from bitwright.formats.parts import BlockRows
+from bitwright.formats.parts import BlockRows, ScalarBlocks
 
 Tensors = dict[str, np.ndarray]
 TensorShapes = dict[str, tuple[str, tuple[int, ...]]]
@@ -70,8 +70,24 @@ class Codec(Protocol):
     def decode(self, tensors: Tensors, shape: tuple[int, int]) -> np.ndarray: ...
 
 
+class TunableRows(NamedTuple):
+    """A matrix as rows of blocks, for what moves their scales and levels.
+
+    data: uint8 [n_rows, row_bytes]. factor: by what a weight is multiplied in blocks. nearest_units: of units, float32,
+    the nearest that can be stored; None where they stay as they are. places: int16 [n_rows, n_blocks, 2], among the
+    levels of the blocks the first and the last that a block can store; None for all.
+    """
+
+    blocks: ScalarBlocks
+    data: np.ndarray
+    factor: np.float32
+    nearest_units: Callable[[np.ndarray], np.ndarray] | None
+    places: np.ndarray | None = None
+
+
 class BlockCodec(Codec, Protocol):
-    """A codec whose matrices can be seen as rows of blocks, for what chooses codes anew (feedback/choose.py)."""
+    """A codec whose matrices can be seen as rows of blocks, for what chooses codes anew (feedback/choose.py), and for
+    what moves scales, too."""
 
     def block_rows(self, n_columns: int) -> BlockRows: ...
 
@@ -85,6 +101,12 @@ class BlockCodec(Codec, Protocol):
 
     def block_factor(self, tensors: Tensors) -> np.float32:
         """By what a weight is multiplied in blocks."""
+        ...
+
+    def tunable(self, tensors: Tensors, shape: tuple[int, int]) -> TunableRows: ...
+
+    def tuned(self, data: np.ndarray, tensors: Tensors) -> Tensors:
+        """The inverse; tensors: as of from_blocks."""
         ...
 
 

@@ -141,11 +141,9 @@ def test_a_stopped_pass_continues_after_its_last_layer_with_the_same_bytes(tiny,
 
 
 def test_what_has_no_use_for_inputs_is_refused(tiny, tmp_path):
-    text = [*TEXT, "--output", tmp_path / "out"]
     assert "no code depends on the inputs" in refused(
         *PLAIN, *TEXT, "--sequential", "--no-error-feedback", "--output", tmp_path / "a.gguf", tiny("llama-256")
     )
-    assert "--sequential" in refused("--profile", "W4A16", "--sequential", *text, tiny("llama-256"))
 
 
 def kept_tensors(report: dict[str, Any]) -> set[str]:

@@ -10,7 +10,8 @@ import torch
 
 from bitwright.calibration.passes.layer_tuning import LayerTask, Place, tune
 from bitwright.calibration.stream.anatomy.state import HIDDEN, Layout, PartLayout
-from bitwright.converter.gguf.sequence.tunable_tensor import TunableTensor, are_coarse
+from bitwright.converter.gguf.sequence.layers import tunable_tensor
+from bitwright.converter.sequence.tunable_tensor import TunableTensor, are_coarse
 from bitwright.formats.parts import ScalarBlocks, ScalarParts
 from bitwright.formats.registry import FORMATS
 from bitwright.profiles.planning.plan import PlannedTensor
@@ -38,7 +39,7 @@ def encoded(block_format: Any, rows: np.ndarray, scales: tuple[float, ...] = ())
     options = {"tensor_scale": scales[0]} if scales else {}
     data = block_format.encode(rows, np.ones(N_COLUMNS, np.float32), "fast", **options)
     spec = TensorSpec("blk.0.ffn_down.weight", rows.shape, Role.MLP_DOWN, 0, ("w",))
-    return TunableTensor.of_gguf(spec, PlannedTensor(spec, block_format.name, ""), data, scales)
+    return tunable_tensor(spec, PlannedTensor(spec, block_format.name, ""), data, scales)
 
 
 def task_of(rows: np.ndarray, start: np.ndarray, costs: torch.Tensor | None = None) -> LayerTask:

@@ -10,6 +10,7 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 
 from bitwright.formats.errors import ConvertError
 from bitwright.formats.files.stored_tensor import NUMPY_DTYPES
+from bitwright.formats.parts import ScalarParts
 from bitwright.formats.registry import FORMATS
 from bitwright.formats.schemes.packed_int import pack, unpack
 from bitwright.formats.schemes.registry import SCHEMES, Scheme, get_scheme
@@ -21,6 +22,8 @@ STORAGE = [
     for name in SCHEMES
     if name not in ("W8A8_STATIC", "W8A8_STATIC_ASYM", "NVFP4A16", "MXFP4A16")
 ]  # fmt: skip
+# Those whose scales and levels can be moved.
+TUNABLE = [name for name in STORAGE if SCHEMES[name].is_tunable]
 
 
 def arguments(part) -> QuantizationArgs | None:
@@ -182,6 +185,52 @@ def test_input_scales_are_those_of_compressed_tensors(name, low, high):
         assert ours["input_scale"].item() == scale.bfloat16().item()
         if name == "W8A8_STATIC_ASYM":
             assert abs(ours["input_zero_point"].item() - zero_point.item()) <= 1
+
+
+@pytest.mark.parametrize("name", TUNABLE)
+def test_rows_that_can_be_tuned_are_the_matrix(name):
+    scheme = SCHEMES[name]
+    rows = draw("student-t", shape_for(scheme))
+    rows[3] = 0
+    tensors = scheme.encode(rows, effort="fast")
+    tunable = scheme.tunable(tensors, rows.shape)
+    decoded = tunable.blocks.decode(tunable.data) / tunable.factor
+    np.testing.assert_allclose(decoded, scheme.decode(tensors, rows.shape), rtol=1e-6)
+    same = scheme.tuned(tunable.data, tensors)
+    assert same.keys() == tensors.keys() and all(np.array_equal(same[suffix], tensors[suffix]) for suffix in tensors)
+
+
+@pytest.mark.parametrize("name", TUNABLE)
+def test_what_was_moved_is_what_compressed_tensors_reads(name):
+    """Scales by 3 % or to the next one that can be stored, levels to the next one."""
+    scheme = SCHEMES[name]
+    rows = draw("shifted", shape_for(scheme))
+    rows[3] = 0
+    tensors = scheme.encode(rows, effort="fast")
+    tunable = scheme.tunable(tensors, rows.shape)
+    blocks = tunable.blocks
+    parts = blocks.open(tunable.data)
+    places = np.searchsorted(blocks.levels, parts.levels)
+    last = np.full((len(places), 1), len(blocks.levels) - 1)
+    if tunable.places is not None:
+        last = tunable.places[..., 1].reshape(-1, 1)
+        assert (places >= tunable.places[..., 0].reshape(-1, 1)).all()
+    levels = blocks.levels[np.minimum(places + 1, last)]
+    scales = parts.scales.copy()
+    scales[:, 0] = np.minimum(scales[:, 0] + 1, len(blocks.scale_table) - 1)
+    units = parts.units if tunable.nearest_units is None else tunable.nearest_units(parts.units * np.float32(1.03))
+    packed = blocks.pack(ScalarParts(units, scales, levels)).reshape(tunable.data.shape)
+    moved = scheme.tuned(packed, tensors)
+    decoded = scheme.decode(moved, rows.shape)
+    exact = peer_decode(scheme, moved, rows.shape, float32_scales=True)
+    np.testing.assert_array_equal(exact, to_bfloat16(decoded) if "FP4" in name else decoded)
+    wanted = blocks.decode(packed) / tunable.factor
+    np.testing.assert_allclose(decoded, wanted, rtol=1e-6)
+    assert not np.array_equal(moved["weight_scale"], tensors["weight_scale"])
+    for suffix in {"weight_zero_point", "weight_shape", "weight_global_scale"} & tensors.keys():
+        assert np.array_equal(moved[suffix], tensors[suffix])
+    if scheme.weights.type == "int":
+        assert (decoded[3] == 0).all()
 
 
 def test_bad_input_is_refused():

@@ -1,6 +1,6 @@
 """An encoded tensor taken apart into what its tuning moves, and put together again.
 
-The scale `d` of a block, where it is a float, and `dmin`; the scales and minima of its sub-blocks; and of formats with
+The scale of a block, where it is a float, and its minimum; the scales and minima of its sub-blocks; and of formats with
 levels, the levels. Points of a codebook stay.
 """
 
@@ -12,20 +12,11 @@ import numpy as np
 
 from bitwright.calibration.passes.layer_tuning import TunableBlocks, TunedBlocks
 from bitwright.formats.parts import PointBlocks, PointParts, ScalarBlocks, ScalarParts
-from bitwright.formats.registry import get_format
-from bitwright.profiles.planning.plan import PlannedTensor
-from bitwright.profiles.vocabulary import TensorSpec
 
 _MOST_LEVELS = 64
 
 
-def is_tunable(spec: TensorSpec, planned: PlannedTensor) -> bool:
-    """Whether the tensor's blocks can be tuned: of a matrix whose rows are stored as they are computed with, in any
-    order, and that has no weight which is to be met."""
-    layout = spec.layout
-    as_computed = layout.columns is None and not layout.transposed and layout.values == "same"
-    coarse = are_coarse(get_format(planned.format).blocks)
-    return coarse and len(spec.shape) > 1 and as_computed and not planned.pins and not spec.rescaled
+_MOST_LEVELS = 64
 
 
 def are_coarse(blocks: ScalarBlocks | PointBlocks | None) -> bool:
@@ -38,8 +29,10 @@ class TunableTensor:
     """Rows of blocks.
 
     sources: the matrices that they are, one after the other, by stored names; rows: int64 [n], which row of its matrix
-    each row is. blocks, decode: of the format. data: uint8 [n_rows, row_bytes]. factor: by which the weights of each
-    matrix are multiplied beside the format, float32 [n_matrices], all that the sources have.
+    each row is. blocks, decode: of the format. data: uint8 [n_rows, row_bytes]. factors: by which the weights of each
+    matrix are multiplied beside the format, float32 [n_matrices], all that the sources have. nearest_units: of scales
+    and minima of blocks, float32, the nearest that can be stored; None where they stay. places: as of TunableBlocks, of
+    all rows.
     """
 
     sources: Sequence[str]
@@ -48,20 +41,8 @@ class TunableTensor:
     decode: Callable[[np.ndarray], np.ndarray]
     data: np.ndarray
     factors: np.ndarray
-
-    @classmethod
-    def of_gguf(
-        cls, spec: TensorSpec, planned: PlannedTensor, data: np.ndarray, scales: Sequence[float]
-    ) -> "TunableTensor":
-        """planned: of the tensor; spec: as the model that runs stores it; data: uint8, all rows encoded; scales: of its
-        matrices, the second-level ones, empty for none."""
-        format_ = get_format(planned.format)
-        if format_.blocks is None:
-            raise ValueError(f"{planned.format} has no blocks")
-        n_rows, selection = spec.n_rows // len(spec.sources), spec.layout.rows
-        rows = np.arange(n_rows) if selection is None else selection.indices()
-        factors = np.array(scales if len(scales) else [1.0] * spec.n_matrices, np.float32)
-        return cls(spec.sources, rows, format_.blocks, format_.decode, data.reshape(spec.n_rows, -1), factors)
+    nearest_units: Callable[[np.ndarray], np.ndarray] | None
+    places: np.ndarray | None = None
 
     def tunable(self) -> list[TunableBlocks]:
         """Those of every source of the tensor, in order."""
@@ -72,11 +53,12 @@ class TunableTensor:
                 source,
                 self.rows.astype(np.int64),
                 units[part],
-                self._moves_units,
+                self.nearest_units is not None,
                 scales[part],
                 *self._tables,
                 levels[part],
                 level_table,
+                None if self.places is None else self.places[part],
             )
             for source, part in zip(self.sources, self._row_parts, strict=True)
         ]
@@ -84,6 +66,11 @@ class TunableTensor:
     def tuned(self, results: Sequence[TunedBlocks]) -> tuple[np.ndarray, np.ndarray]:
         """The tensor as results of `tunable` say: encoded, uint8 [n_rows, row_bytes], and decoded, float32
         [n_rows, n_columns]."""
+        data = self.encoded(results)
+        return data, self._decoded(data)
+
+    def encoded(self, results: Sequence[TunedBlocks]) -> np.ndarray:
+        """The first of these."""
         n_blocks = self._n_blocks
         factors = np.concatenate([result.factors for result in results]).reshape(n_blocks, 2)
         scales = np.concatenate([result.scales for result in results]).reshape(n_blocks, 2, -1)
@@ -91,23 +78,23 @@ class TunableTensor:
         if isinstance(parts, ScalarParts) and isinstance(self.blocks, ScalarBlocks):
             levels = np.concatenate([result.levels for result in results if result.levels is not None])
             chosen = self.blocks.levels[levels.reshape(n_blocks, -1)]
-            units = _float16(parts.units * factors) if self._moves_units else parts.units
-            packed = self.blocks.pack(ScalarParts(units, scales, chosen))
+            packed = self.blocks.pack(ScalarParts(self._stored(parts.units * factors, parts.units), scales, chosen))
         elif isinstance(parts, PointParts) and isinstance(self.blocks, PointBlocks):
             codes = scales[:, 0].astype(np.uint8)
-            packed = self.blocks.pack(parts._replace(d=_float16(parts.d * factors[:, 0]), scales=codes))
+            d = self._stored(parts.d * factors[:, 0], parts.d)
+            packed = self.blocks.pack(parts._replace(d=d, scales=codes))
         else:
             raise TypeError(f"{type(parts).__name__} are no parts of {type(self.blocks).__name__}")
-        data = packed.reshape(self.data.shape)
-        return data, self._decoded(data)
+        data: np.ndarray = packed.reshape(self.data.shape)
+        return data
+
+    def _stored(self, units: np.ndarray, before: np.ndarray) -> np.ndarray:
+        """What becomes of units that were to become these."""
+        return before if self.nearest_units is None else self.nearest_units(units)
 
     @cached_property
     def _parts(self) -> ScalarParts | PointParts:
         return self.blocks.open(self.data)
-
-    @property
-    def _moves_units(self) -> bool:
-        return not (isinstance(self.blocks, ScalarBlocks) and self.blocks.fixed_unit)
 
     @property
     def _n_blocks(self) -> int:
@@ -159,10 +146,3 @@ class TunableTensor:
         rows = self.decode(data)
         rows.reshape(len(self.factors), -1)[:] *= self.factors[:, None]
         return rows
-
-
-def _float16(values: np.ndarray) -> np.ndarray:
-    """The nearest values that a block can store."""
-    largest = np.finfo(np.float16).max
-    rounded: np.ndarray = np.clip(values, -largest, largest).astype(np.float16).astype(np.float32)
-    return rounded
