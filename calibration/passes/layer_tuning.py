@@ -30,8 +30,9 @@ SAMPLES_A_STEP = 4
 LEARNING_RATE, _FOR_LEVELS = 2e-3, 16
 """Of the factors, which begin at 1, of at most so many levels; of more levels it is less, as these are nearer to one
 another. It falls to nothing, in even steps."""
-ROUNDING_WAY = 0.2
-"""How far a level goes whose gradient always has the same sign, of the way to the next one."""
+ROUNDING_WAY, _FOR_STEPS = 0.2, 64
+"""How far a level goes whose gradient always has the same sign, of the way to the next one, in at least so many steps;
+in fewer it goes less far, as long strides of many levels at once overshoot."""
 _NEAREST_THE_MIDDLE = 0.45
 _LOOKS = 4
 _BETAS, _EPSILON = (0.9, 0.95), 1e-8
@@ -158,7 +159,7 @@ def tune(
                         sums[name] = gradient.float() if name not in sums else sums[name] + gradient
             with torch.no_grad():
                 for each in blocks:
-                    each.take(sums.get(each.parameter), 2 * rest / n_steps * ROUNDING_WAY)
+                    each.take(sums.get(each.parameter), 2 * rest / max(n_steps, _FOR_STEPS) * ROUNDING_WAY)
                 if adam is not None:
                     for group, rate in zip(adam.param_groups, rates, strict=True):
                         group["lr"] = rate * rest

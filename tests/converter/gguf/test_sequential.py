@@ -79,7 +79,7 @@ def made(tiny, tmp_path_factory) -> dict[bool, Path]:
 def tuned(tiny, tmp_path_factory) -> dict[str, Any]:
     """The report of the artifact whose layers are tuned."""
     output = tmp_path_factory.mktemp("tuned") / "model.gguf"
-    return converter.convert(tiny("llama-256"), output=output, tune=32, quiet=True, threads=2, **OPTIONS)
+    return converter.convert(tiny("llama-256"), output=output, tune=16, quiet=True, threads=2, **OPTIONS)
 
 
 def test_the_first_layer_has_the_same_inputs_and_later_ones_have_others(made):
@@ -185,7 +185,7 @@ def test_tuning_moves_blocks_and_nothing_beside(made, tuned):
 
 
 def test_tuning_gives_the_same_bytes_on_one_thread_and_after_a_stop(tiny, tuned, tmp_path):
-    job = build_job(str(tiny("llama-256")), output=tmp_path / "model.gguf", tune=32, threads=1, **OPTIONS)
+    job = build_job(str(tiny("llama-256")), output=tmp_path / "model.gguf", tune=16, threads=1, **OPTIONS)
     layers = tmp_path / "model.bitwright" / "sequential"
     with pytest.raises(Stopped):
         run(job, Progress(quiet=True), lambda: len(list(layers.glob("*.npz"))) == 1)
