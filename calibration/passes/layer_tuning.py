@@ -130,11 +130,16 @@ class LayerTask:
 
 
 def tune(
-    task: LayerTask, tunable: Sequence[TunableBlocks], n_steps: int, seed: int, pool: ThreadPoolExecutor
+    task: LayerTask,
+    tunable: Sequence[TunableBlocks],
+    n_steps: int,
+    seed: int,
+    pool: ThreadPoolExecutor,
+    before: float,
 ) -> list[TunedBlocks]:
     """What becomes of the blocks, which are of tensors that the task has places for: the best, on samples that are held
     out, of what there is at the beginning and after each quarter of the steps. The resident parameters are left with
-    the last one."""
+    the last one. before: the error of the former on these samples."""
     blocks = [_Blocks(task, each) for each in tunable]
     rates = [each.rate for each in blocks if each.factors]
     groups = [{"params": each.factors, "lr": each.rate} for each in blocks if each.factors]
@@ -146,7 +151,7 @@ def tune(
     def gradients(sample: int) -> tuple[torch.Tensor | None, ...]:
         return torch.autograd.grad(task.difference(sample), list(parameters.values()), allow_unused=True)
 
-    least, best = task.held_out_error(pool), [each.result() for each in blocks]
+    least, best = before, [each.result() for each in blocks]
     looks = {n_steps * (i + 1) // _LOOKS for i in range(_LOOKS)}
     with deterministic_attention(task.device):
         for step in range(n_steps):

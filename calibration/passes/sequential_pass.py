@@ -179,7 +179,7 @@ class SequentialStream(LayerStream):
         error = task.held_out_error(pool)
         layer.requires_grad_(True)
         with torch.enable_grad():
-            tuned = tune(task, list(blocks.values()), self.tuning.steps, self.tuning.seed + index, pool)
+            tuned = tune(task, list(blocks.values()), self.tuning.steps, self.tuning.seed + index, pool, error)
         layer.requires_grad_(False)
         self._set(weights, self.encoded.tuned(dict(zip(blocks, tuned, strict=True))))
         after = task.held_out_error(pool)

@@ -16,9 +16,6 @@ from bitwright.formats.parts import PointBlocks, PointParts, ScalarBlocks, Scala
 _MOST_LEVELS = 64
 
 
-_MOST_LEVELS = 64
-
-
 def are_coarse(blocks: ScalarBlocks | PointBlocks | None) -> bool:
     """Whether tuning gains: levels of 8 bits lie nearer to one another than the noise of its gradients moves them."""
     return blocks is not None and not (isinstance(blocks, ScalarBlocks) and len(blocks.levels) > _MOST_LEVELS)

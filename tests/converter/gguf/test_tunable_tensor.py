@@ -71,7 +71,7 @@ def task_of(rows: np.ndarray, start: np.ndarray, costs: torch.Tensor | None = No
 
 def tuned(tensor: TunableTensor, task: LayerTask, threads: int = 2, steps: int = 24) -> np.ndarray:
     with ThreadPoolExecutor(threads) as pool:
-        data, _ = tensor.tuned(tune(task, tensor.tunable(), steps, 0, pool))
+        data, _ = tensor.tuned(tune(task, tensor.tunable(), steps, 0, pool, task.held_out_error(pool)))
     return data
 
 
@@ -89,7 +89,7 @@ def test_what_is_stored_is_what_was_computed_with_and_does_better(block_format):
     task = task_of(rows, decoded)
     with ThreadPoolExecutor(1) as pool:
         before = task.held_out_error(pool)
-        data, stored = tensor.tuned(tune(task, tensor.tunable(), 24, 0, pool))
+        data, stored = tensor.tuned(tune(task, tensor.tunable(), 24, 0, pool, before))
         after = task_of(rows, stored).held_out_error(pool)
     np.testing.assert_array_equal(stored, tensor.decode(data) * (scales[0] if scales else 1))
     assert data.shape == tensor.data.shape and after < before

@@ -14,6 +14,7 @@ from bitwright.formats.parts import ScalarParts
 from bitwright.formats.registry import FORMATS
 from bitwright.formats.schemes.packed_int import pack, unpack
 from bitwright.formats.schemes.registry import SCHEMES, Scheme, get_scheme
+from bitwright.formats.schemes.scheme import Tensors
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
 # One scheme of each way to store weights; the others differ in activations only.
@@ -187,12 +188,17 @@ def test_input_scales_are_those_of_compressed_tensors(name, low, high):
             assert abs(ours["input_zero_point"].item() - zero_point.item()) <= 1
 
 
+def encoded_to_be_tuned(name: str, distribution: str) -> tuple[Scheme, np.ndarray, Tensors]:
+    """The scheme, rows of which one is zero, and what they are encoded as."""
+    scheme = SCHEMES[name]
+    rows = draw(distribution, shape_for(scheme))
+    rows[3] = 0
+    return scheme, rows, scheme.encode(rows, effort="fast")
+
+
 @pytest.mark.parametrize("name", TUNABLE)
 def test_rows_that_can_be_tuned_are_the_matrix(name):
-    scheme = SCHEMES[name]
-    rows = draw("student-t", shape_for(scheme))
-    rows[3] = 0
-    tensors = scheme.encode(rows, effort="fast")
+    scheme, rows, tensors = encoded_to_be_tuned(name, "student-t")
     tunable = scheme.tunable(tensors, rows.shape)
     decoded = tunable.blocks.decode(tunable.data) / tunable.factor
     np.testing.assert_allclose(decoded, scheme.decode(tensors, rows.shape), rtol=1e-6)
@@ -203,10 +209,7 @@ def test_rows_that_can_be_tuned_are_the_matrix(name):
 @pytest.mark.parametrize("name", TUNABLE)
 def test_what_was_moved_is_what_compressed_tensors_reads(name):
     """Scales by 3 % or to the next one that can be stored, levels to the next one."""
-    scheme = SCHEMES[name]
-    rows = draw("shifted", shape_for(scheme))
-    rows[3] = 0
-    tensors = scheme.encode(rows, effort="fast")
+    scheme, rows, tensors = encoded_to_be_tuned(name, "shifted")
     tunable = scheme.tunable(tensors, rows.shape)
     blocks = tunable.blocks
     parts = blocks.open(tunable.data)
